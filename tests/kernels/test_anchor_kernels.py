@@ -1,0 +1,210 @@
+"""Convolutions and dense layers of every instruction set at hand against the arithmetic contract, bit for bit.
+
+Protects what the project promises first: that a kernel computes exactly what the simulator and ``numerics`` say, for odd
+sizes, tails, strides, dilation, groups, padding, all storages, several points and planes, and a fused residual.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import tvm
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tvm_hquant import numerics
+from tvm_hquant.kernels.interface import (
+    FloatAnchorConstants,
+    IntegerAnchorConstants,
+    Kernel,
+    KernelRequest,
+    Requantization,
+)
+from tvm_hquant.kernels.kernel_function import input_shapes
+from tvm_hquant.kernels.registry import families_for_target, host_instruction_sets, select_kernel
+from tvm_hquant.kernels.saturation import saturation_free_pairs
+from tvm_hquant.operators import Conv2D, Dense, Epilogue, Window
+from tvm_hquant.tensor_format import STORAGE_DTYPE
+
+HOST = host_instruction_sets()
+TARGETS = {
+    "avx512_vnni": {"kind": "llvm", "mcpu": "cascadelake"},
+    "avx2": {"kind": "llvm", "mcpu": "x86-64-v3"},
+    "portable": {"kind": "llvm"},
+}
+FAMILIES = [
+    pytest.param(name, marks=[] if name in HOST else pytest.mark.skip(reason=f"this CPU has no {name}"))
+    for name in TARGETS
+]
+
+
+def run_kernel(kernel: Kernel, constants, inputs: list[np.ndarray], target: dict) -> np.ndarray:
+    """Compiles a kernel and calls it once."""
+    module = tvm.IRModule({"kernel": kernel.function.with_attr("global_symbol", "kernel")})
+    library = tvm.compile(module, target=tvm.target.Target(target))
+    request = kernel.request
+    output = tvm.runtime.tensor(np.zeros(request.operator.output_shape, STORAGE_DTYPE[request.output]))
+    arguments = [tvm.runtime.tensor(np.ascontiguousarray(a)) for a in (*inputs, *kernel.pack(constants))]
+    library["kernel"](*arguments, output)
+    return output.numpy()
+
+
+def random_activations(rng: np.random.Generator, shape: tuple[int, ...], storage: str) -> np.ndarray:
+    if storage == "uint8":
+        return rng.integers(0, 256, shape).astype(np.uint8)
+    if storage == "uint16":
+        return rng.integers(0, 65536, shape).astype(np.uint16)
+    values = rng.normal(size=shape).astype(np.float32)
+    return numerics.narrow(values, storage)
+
+
+def random_case(rng: np.random.Generator, request: KernelRequest, weight_limit: int = 127):
+    """Constants and inputs for a request; some weights and activations are extreme."""
+    operator = request.operator
+    conv = operator.as_conv2d() if isinstance(operator, Dense) else operator
+    inputs = [
+        random_activations(rng, shape, storage)
+        for shape, storage in zip(input_shapes(operator), request.inputs, strict=True)
+    ]
+    if request.weights in ("int8", "int16"):
+        limit = weight_limit if request.weights == "int8" else 2000
+        codes = rng.integers(-limit, limit + 1, (request.weight_points, *conv.weight_shape)).astype(request.weights)
+        largest = 255 if request.inputs[0] == "uint8" else 65535
+        size = math.sqrt(math.prod(conv.weight_shape[1:])) * limit * largest / 4
+        out = {"uint8": 128.0, "uint16": 30000.0}.get(request.output, 3.0)
+        multiplier = (rng.uniform(0.3, 1.5, (request.weight_points, conv.out_channels)) * out / size).astype(np.float32)
+        zero_point = {"uint8": 7, "uint16": 1234}.get(request.output, 0)
+        top = {"uint8": 255 - zero_point, "uint16": 65535 - zero_point}.get(request.output, 2.5)
+        residual = len(request.inputs) > 1
+        constants = IntegerAnchorConstants(
+            codes,
+            int(rng.integers(0, largest + 1)),
+            multiplier,
+            rng.normal(scale=out / 4, size=conv.out_channels).astype(np.float32),
+            Requantization(float(-zero_point), float(top), zero_point),
+            0.37 * out / 128 if residual else 0.0,
+            11 if residual else 0,
+        )
+        pairs = saturation_free_pairs(codes) if request.weights == "int8" else 0
+        return replace(request, saturation_free_pairs=pairs), constants, inputs
+    weights = numerics.narrow(rng.normal(size=conv.weight_shape).astype(np.float32), request.weights)
+    bias = rng.normal(size=conv.out_channels).astype(np.float32) * np.float32(operator.epilogue.has_bias)
+    return request, FloatAnchorConstants(weights, bias, -2.0, 3.5), inputs
+
+
+def check(family: str, request: KernelRequest, seed: int = 0, weight_limit: int = 127) -> Kernel:
+    rng = np.random.default_rng(seed)
+    request, constants, inputs = random_case(rng, request, weight_limit)
+    kernel = select_kernel(families_for_target((family,)), request)
+    actual = run_kernel(kernel, constants, inputs, TARGETS[family])
+    expected = numerics.evaluate(request, constants, inputs)
+    assert actual.dtype == expected.dtype
+    np.testing.assert_array_equal(actual, expected, err_msg=kernel.name)
+    return kernel
+
+
+CASES = {
+    "3x3 padded": Conv2D((1, 9, 7, 8), 24, Window((3, 3), padding=(1, 1, 1, 1)), 1, Epilogue(has_bias=True)),
+    "1x1": Conv2D((1, 5, 5, 12), 40, Window((1, 1))),
+    "1x1 strided": Conv2D((2, 6, 7, 8), 16, Window((1, 1), strides=(2, 2))),
+    "stem, three channels": Conv2D((1, 13, 13, 3), 16, Window((3, 3), (2, 2), (0, 0, 1, 1))),
+    "asymmetric, dilated": Conv2D((1, 11, 10, 5), 19, Window((3, 2), (1, 2), (2, 0, 1, 3), (2, 1))),
+    "grouped": Conv2D((1, 6, 6, 60), 60, Window((3, 3), padding=(1, 1, 1, 1)), groups=3),
+    "grouped, few channels": Conv2D((1, 4, 4, 12), 8, Window((1, 1)), groups=4),
+    "channel multiplier": Conv2D((1, 5, 5, 6), 12, Window((3, 3), padding=(1, 1, 1, 1)), groups=6),
+    "depthwise": Conv2D((1, 9, 8, 21), 21, Window((3, 3), (2, 1), (1, 1, 1, 1)), groups=21),
+    "depthwise, few channels": Conv2D((1, 6, 6, 3), 3, Window((5, 5), padding=(2, 2, 2, 2)), groups=3),
+    "few outputs": Conv2D((1, 3, 3, 16), 2, Window((1, 1))),
+    "dense": Dense(1, 37, 10),
+    "dense, rows": Dense(5, 16, 33),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("case", CASES)
+def test_a8w8_is_exact(family: str, case: str) -> None:
+    """Plain 8-bit layers with full-range weights, to codes."""
+    check(family, KernelRequest(CASES[case], ("uint8",), "uint8", "int8"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("case", ["3x3 padded", "1x1", "grouped", "depthwise", "dense", "stem, three channels"])
+@pytest.mark.parametrize(
+    ("storage", "points", "output"), [("uint16", 1, "uint16"), ("uint16", 2, "float32"), ("uint8", 2, "uint16")]
+)
+def test_planes_and_points_are_exact(family: str, case: str, storage: str, points: int, output: str) -> None:
+    """16-bit activations as two byte planes and weights of several points, in the contract's order of passes."""
+    check(family, KernelRequest(CASES[case], (storage,), output, "int8", points))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("case", ["3x3 padded", "grouped, few channels", "depthwise", "dense"])
+@pytest.mark.parametrize(("residual", "output"), [("uint8", "uint8"), ("uint16", "float32"), ("uint8", "uint16")])
+def test_fused_residual_is_exact(family: str, case: str, residual: str, output: str) -> None:
+    """The residual joins after the scaled sums and before the clamp."""
+    operator = replace(CASES[case], epilogue=Epilogue(True, True))
+    check(family, KernelRequest(operator, ("uint8", residual), output, "int8"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("case", CASES)
+def test_float32_is_exact(family: str, case: str) -> None:
+    """Fused multiply-adds in the contract's order give the same bits on every machine."""
+    check(family, KernelRequest(CASES[case], ("float32",), "float32", "float32"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("case", ["3x3 padded", "1x1", "grouped", "depthwise", "dense", "few outputs"])
+@pytest.mark.parametrize("storage", ["float16", "bfloat16"])
+def test_sixteen_bit_floats_are_exact(family: str, case: str, storage: str) -> None:
+    """16-bit storage with float32 sums, rounded once; a fused residual is widened and added."""
+    operator = replace(CASES[case], epilogue=Epilogue(True, True))
+    check(family, KernelRequest(operator, (storage, "float32"), storage, storage))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("case", ["3x3 padded", "depthwise", "dense"])
+@pytest.mark.parametrize("storage", ["uint8", "uint16"])
+def test_wide_weights_are_exact(family: str, case: str, storage: str) -> None:
+    """Weights of 9 to 16 bits, which are only simulated: sums beyond int32 stay exact."""
+    check(family, KernelRequest(CASES[case], (storage,), "float32", "int16"))
+
+
+@pytest.mark.skipif("avx2" not in HOST, reason="this CPU has no AVX2")
+@pytest.mark.parametrize(("limit", "chain"), [(64, 1), (31, 2), (15, 4), (7, 8)])
+def test_narrow_weights_take_fewer_instructions(limit: int, chain: int) -> None:
+    """What weights prove picks the chain of vpmaddubsw, and the values stay the same."""
+    operator = Conv2D((1, 5, 5, 64), 16, Window((3, 3), padding=(1, 1, 1, 1)))
+    kernel = check("avx2", KernelRequest(operator, ("uint8",), "uint8", "int8"), weight_limit=limit)
+    assert kernel.request.saturation_free_pairs >= chain
+    assert "vpmaddubsw" in kernel.name
+
+
+windows = st.builds(
+    Window,
+    st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    st.tuples(*[st.integers(0, 3)] * 4),
+    st.tuples(st.integers(1, 2), st.integers(1, 2)),
+)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    size=st.tuples(st.integers(7, 12), st.integers(7, 12)),
+    groups=st.integers(1, 3),
+    channels=st.tuples(st.integers(1, 11), st.integers(1, 37)),
+    window=windows,
+    storage=st.sampled_from(["uint8", "uint16", "float32"]),
+    seed=st.integers(0, 2**31),
+)
+def test_random_shapes_are_exact(family, size, groups, channels, window, storage, seed) -> None:
+    """Any window, any number of channels per group."""
+    operator = Conv2D((1, *size, channels[0] * groups), channels[1] * groups, window, groups)
+    is_float = storage == "float32"
+    request = KernelRequest(operator, (storage,), storage, "float32" if is_float else "int8")
+    check(family, request, seed)

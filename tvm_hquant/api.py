@@ -1,0 +1,193 @@
+"""The functions that a user calls; ``import tvm_hquant as hq`` has them all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tvm import IRModule
+
+from tvm_hquant.artifact import compile_artifact
+from tvm_hquant.compilation import StageObserver, lower
+from tvm_hquant.errors import DataError
+from tvm_hquant.kernels.registry import families_for_target, host_instruction_sets
+from tvm_hquant.plan import PrecisionPlan, load_plan
+from tvm_hquant.planning import make_plan, uniform_decisions
+from tvm_hquant.precision import parse_precision
+from tvm_hquant.preparation import prepare_module
+from tvm_hquant.quantizer import Options, QuantizationResult, Quantizer, assign_roles
+from tvm_hquant.report.quantization_report import QuantizationReport
+from tvm_hquant.runtime import Artifact
+from tvm_hquant.search.problem import SearchResult, SearchStrategy
+from tvm_hquant.search.uniform import UniformStrategy
+from tvm_hquant.session import Progress, QuantizationSession, silent_progress
+from tvm_hquant.target_spec import TargetSpec, detect_host, load_target_spec
+
+
+def open_session(
+    model: Any,
+    spec: TargetSpec | str,
+    input_shapes: Mapping[str, Sequence[int]] | None = None,
+    observer: str = "mean-squared-error",
+    progress: Progress = silent_progress,
+    observe: StageObserver | None = None,
+) -> QuantizationSession:
+    """Imports and partitions a model and prepares its simulation on this machine for a target.
+
+    Args:
+        model: path of an ONNX file, an ``onnx.ModelProto`` or a Relax ``IRModule``.
+        spec: a target spec, or the name or path of one.
+        input_shapes: fixes dynamic dimensions by input name.
+        observer: for activations: min-max, percentile, mean-squared-error or power-of-two.
+        progress: wraps long loops, to show progress.
+        observe: called with every stage's name and module.
+
+    Raises:
+        ModelError, TargetSpecError: the model or the spec cannot be read.
+    """
+    spec = load_target_spec(spec) if isinstance(spec, str) else spec
+    if spec.rules.power_of_two_scales:
+        observer = "power-of-two"
+    mod = prepare_module(model, input_shapes, observe)
+    host = spec if spec.is_host_compatible() and "cuda" not in spec.instruction_sets else detect_host()
+    families = families_for_target(host_instruction_sets())
+    return QuantizationSession(mod, spec, families, host.tvm_target(), observer, progress)
+
+
+def quantize(
+    model: Any,
+    spec: TargetSpec | str,
+    calibration: Any = None,
+    evaluation: Any = None,
+    *,
+    metric: str | None = None,
+    max_drop: float = 0.01,
+    precision: str | None = None,
+    plan: PrecisionPlan | Path | str | None = None,
+    precisions: Sequence[str] | None = None,
+    fixed: Mapping[str, str] | None = None,
+    strategy: SearchStrategy | None = None,
+    observer: str = "mean-squared-error",
+    input_shapes: Mapping[str, Sequence[int]] | None = None,
+    seed: int = 0,
+    baselines: bool = True,
+    progress: Progress = silent_progress,
+    observe: StageObserver | None = None,
+) -> QuantizationResult:
+    """Quantizes a float model for a target.
+
+    Args:
+        model, spec, input_shapes, observer, progress, observe: as in :func:`open_session`.
+        calibration: data to calibrate with: a path (``.npz``, ``.npy``, directory), arrays by input name, or an iterable.
+            Weight-only and float precisions, and a plan that holds all scales, need none.
+        evaluation: data to search and to measure with; half of the calibration samples if not given.
+        metric: top1, agreement, kl, mse or sqnr; top1 with labels and kl without by default.
+        max_drop: the loss budget in the metric's unit.
+        precision: this one for all layers where the target allows it, instead of a search.
+        plan: exactly this plan instead of a search.
+        precisions: what the search may choose from.
+        fixed: precisions for layers by name or pattern (``{"head*": "float32"}``).
+        strategy: how to search; hierarchical by default.
+        seed: of the splits of the data.
+        baselines: whether the report measures the uniform quantizations too.
+
+    Raises:
+        HQuantError: a subclass that says what is wrong with model, spec, data or plan.
+    """
+    session = open_session(model, spec, input_shapes, observer, progress, observe)
+    name = Path(model).name if isinstance(model, (str, Path)) else "model"
+    if isinstance(plan, (str, Path)):
+        plan = load_plan(plan)
+    if plan is not None:
+        return _with_plan(session, plan, calibration, evaluation, name, Options(metric, max_drop, seed=seed))
+    if calibration is None:
+        return _without_data(session, precision)
+    options = Options(
+        metric, max_drop, tuple(precisions) if precisions else Options().precisions, fixed, seed, baselines
+    )
+    if precision is not None:
+        wanted = parse_precision(precision).name
+        options = Options(metric, max_drop, (wanted, "float32"), fixed, seed, baselines)
+        strategy = UniformStrategy(wanted)
+    roles = assign_roles(calibration, evaluation, session.signature, seed)
+    quantizer = Quantizer(session, roles, options)
+    found = quantizer.search(strategy)
+    made = quantizer.plan(found.decisions)
+    return QuantizationResult(session.mod, made, quantizer.report(made, name, found), session.spec)
+
+
+def compile(
+    result: QuantizationResult, *, name: str | None = None, observe: StageObserver | None = None
+) -> Artifact:
+    """Compiles a quantized model for its target.
+
+    Raises:
+        ToolchainError: a compiler or linker for the target is missing.
+    """
+    label = name or (result.report.model if result.report else "model")
+    return compile_artifact(result.module, result.plan, result.spec, result.report, label, observe)
+
+
+def search_strategy(
+    model: Any, spec: TargetSpec | str, calibration: Any, evaluation: Any = None, **options: Any
+) -> tuple[SearchResult, Quantizer]:
+    """Searches precisions (the paper's Figure 1, ``search_quantize_strategy``); gives them with the quantizer that did.
+
+    ``options`` are the fields of :class:`tvm_hquant.quantizer.Options`.
+    """
+    session = open_session(model, spec)
+    chosen = Options(**options)
+    quantizer = Quantizer(session, assign_roles(calibration, evaluation, session.signature, chosen.seed), chosen)
+    return quantizer.search(), quantizer
+
+
+def create_quantizer(quantizer: Quantizer, strategy: SearchResult) -> PlannedQuantizer:
+    """A quantizer for one found strategy (the paper's Figure 1)."""
+    return PlannedQuantizer(quantizer, quantizer.plan(strategy.decisions))
+
+
+class PlannedQuantizer:
+    """``simulate()`` measures a plan with the kernels of deployment, ``quantize()`` gives what is compiled."""
+
+    def __init__(self, quantizer: Quantizer, plan: PrecisionPlan) -> None:
+        self.quantizer = quantizer
+        self.plan = plan
+
+    def simulate(self) -> QuantizationReport:
+        """The report of the plan on the held-out samples."""
+        return self.quantizer.report(self.plan, "model")
+
+    def quantize(self) -> QuantizationResult:
+        """The quantized model, ready for :func:`compile`."""
+        session = self.quantizer.session
+        return QuantizationResult(session.mod, self.plan, self.simulate(), session.spec)
+
+
+def lowered_module(result: QuantizationResult) -> IRModule:
+    """The module after all passes, ready for ``tvm.compile`` with the spec's target."""
+    return lower(result.module, result.plan, result.spec, families_for_target(result.spec.instruction_sets))
+
+
+def _with_plan(
+    session: QuantizationSession, plan: PrecisionPlan, calibration: Any, evaluation: Any, name: str, options: Options
+) -> QuantizationResult:
+    plan.check_model(session.graph)
+    if evaluation is None:
+        return QuantizationResult(session.mod, plan, None, session.spec)
+    roles = assign_roles(calibration if calibration is not None else evaluation, evaluation, session.signature, 0)
+    session.calibrate(roles.calibration)
+    return QuantizationResult(
+        session.mod, plan, Quantizer(session, roles, options).report(plan, name), session.spec
+    )
+
+
+def _without_data(session: QuantizationSession, precision: str | None) -> QuantizationResult:
+    """A uniform plan in a precision that needs no ranges of activations."""
+    if precision is None:
+        raise DataError("no calibration data: give --calibration, or a precision that needs none (w8 … w2, float32)")
+    wanted = parse_precision(precision)
+    if wanted.needs_calibration:
+        raise DataError(f"{wanted.name} needs calibration data: give --calibration, or use w8 … w2 or a float precision")
+    plan = make_plan(session, uniform_decisions(session, wanted))
+    return QuantizationResult(session.mod, plan, None, session.spec)

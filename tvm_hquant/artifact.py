@@ -1,0 +1,166 @@
+"""Compiles a quantized model into an artifact: a folder with the library, the plan and the manifest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import shutil
+import tempfile
+import weakref
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tvm
+from tvm import IRModule, relax
+
+from tvm_hquant.compilation import StageObserver, build_pipeline, lower
+from tvm_hquant.errors import ArtifactError, ToolchainError
+from tvm_hquant.formats import assign_formats
+from tvm_hquant.kernel_calls import KERNEL_ATTRIBUTE
+from tvm_hquant.kernels.registry import families_for_target
+from tvm_hquant.layer_record import graph_record, save_weights
+from tvm_hquant.layers import LayerGraph, read_layers
+from tvm_hquant.operator_codec import to_jsonable
+from tvm_hquant.plan import PrecisionPlan
+from tvm_hquant.precision import Arithmetic
+from tvm_hquant.report.quantization_report import QuantizationReport
+from tvm_hquant.runtime import LIBRARY_NAME, MANIFEST_VERSION, Artifact
+from tvm_hquant.target_spec import TargetSpec
+
+
+def compile_artifact(
+    module: IRModule,
+    plan: PrecisionPlan,
+    spec: TargetSpec,
+    report: QuantizationReport | None = None,
+    name: str = "model",
+    observe: StageObserver | None = None,
+) -> Artifact:
+    """Compiles a partitioned module under a plan for a target.
+
+    The files are in a temporary folder that goes with the object: :meth:`Artifact.save` keeps them.
+
+    Raises:
+        PlanError, PrecisionError: the plan does not fit the model or the target.
+        ToolchainError: the target's compiler or linker is missing, or TVM cannot generate code for it.
+    """
+    families = families_for_target(spec.instruction_sets)
+    lowered = lower(module, plan, spec, families, observe)
+    executable = _build(lowered, spec)
+    folder = Path(tempfile.mkdtemp(prefix="tvm_hquant_"))
+    try:
+        _export(executable, folder / LIBRARY_NAME, spec)
+        graph = read_layers(module)
+        plan.save(folder)
+        floats = [n for n, p in plan.precisions().items() if p.arithmetic is Arithmetic.FLOAT]
+        save_weights(folder / "weights.npz", graph, floats)
+        manifest = _manifest(graph, lowered, plan, spec, report, name, folder)
+        (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise ArtifactError(f"cannot write to {folder}: {error.strerror or error}") from None
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    artifact = Artifact(folder, manifest)
+    weakref.finalize(artifact, shutil.rmtree, folder, ignore_errors=True)
+    return artifact
+
+
+def _build(lowered: IRModule, spec: TargetSpec) -> Any:
+    target = spec.tvm_target()
+    try:
+        with tvm.transform.PassContext(opt_level=3):
+            return relax.build(lowered, target=target, relax_pipeline=build_pipeline())
+    except (tvm.error.TVMError, RuntimeError, ValueError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise ToolchainError(f"TVM cannot generate code for {spec.name}: {lines[-1]}") from error
+
+
+def _export(executable: Any, path: Path, spec: TargetSpec) -> None:
+    compiler = spec.target.cross_compiler
+    if compiler is not None and shutil.which(compiler) is None:
+        raise ToolchainError(
+            f"the target {spec.name} is linked with {compiler}, which this machine does not have: install it (Debian's "
+            "gcc-aarch64-linux-gnu has aarch64-linux-gnu-gcc) or name another one as target.cross_compiler in the spec"
+        )
+    if compiler is None and not any(shutil.which(c) for c in ("g++", "gcc", "cc", "clang", "c++")):
+        raise ToolchainError("no C compiler was found to link the library: install gcc or clang")
+    try:
+        if compiler is None:
+            executable.export_library(str(path))
+        else:
+            executable.export_library(str(path), fcompile=tvm.support.cc.cross_compiler(compiler))
+    except RuntimeError as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise ToolchainError(f"cannot link {path.name} for {spec.name}: {lines[-1]}") from error
+
+
+def _manifest(
+    graph: LayerGraph,
+    lowered: IRModule,
+    plan: PrecisionPlan,
+    spec: TargetSpec,
+    report: QuantizationReport | None,
+    name: str,
+    folder: Path,
+) -> dict[str, Any]:
+    formats = assign_formats(graph, plan.precisions(), plan.scales)
+    target = spec.tvm_target()
+    outputs = [
+        {"name": n, "shape": list(graph.tensor_shape(t)), "dtype": "float32"}
+        for n, t in zip(graph.output_names, graph.outputs, strict=True)
+    ]
+    kernels = {layer.name: _kernel_of(lowered, layer.function_name) for layer in read_layers(lowered).layers}
+    return {
+        "version": MANIFEST_VERSION,
+        "model": name,
+        "library": LIBRARY_NAME,
+        "inputs": graph_record(graph)["inputs"],
+        "outputs": outputs,
+        "target": {
+            "name": spec.name,
+            "hash": spec.spec_hash(),
+            "spec": spec.to_toml(),
+            "machine": _machine(target),
+            "device": "cuda" if target.kind.name == "cuda" else "cpu",
+            "required_cpu_features": sorted(spec.cpu_features_needed()),
+        },
+        "quantization": {
+            "tensors": {t: to_jsonable(f) for t, f in formats.produced.items()},
+            "conversions": len(formats.conversions(graph)),
+        },
+        "layers": [
+            {"name": layer, "precision": plan.layers[layer].precision if layer in plan.layers else "", "kernel": kernel}
+            for layer, kernel in kernels.items()
+        ],
+        "graph": graph_record(graph),
+        "measured": report.to_jsonable() if report is not None else None,
+        "versions": {
+            "tvm_hquant": version("tvm-hquant"),
+            "tvm": tvm.__version__,
+            "numpy": np.__version__,
+            "python": platform.python_version(),
+        },
+        "files": {
+            p.name: hashlib.sha256(p.read_bytes()).hexdigest()
+            for p in sorted(folder.iterdir())
+            if p.name != "manifest.json"
+        },
+    }
+
+
+def _kernel_of(lowered: IRModule, function_name: str) -> str:
+    attributes: Mapping[str, Any] = lowered[function_name].attrs
+    return str(attributes[KERNEL_ATTRIBUTE]) if KERNEL_ATTRIBUTE in attributes else "tvm"
+
+
+def _machine(target: Any) -> str:
+    """The architecture that ``uname -m`` names on the target."""
+    host = target.host if target.kind.name == "cuda" and target.host else target
+    triple = str(host.attrs["mtriple"]) if "mtriple" in host.attrs else ""
+    return triple.split("-", 1)[0] if triple else platform.machine()

@@ -1,0 +1,72 @@
+"""Arguments that several commands share, and what their texts mean."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import numpy.typing as npt
+import typer
+
+from tvm_hquant.errors import DataError, ModelError
+
+Model = Annotated[Path, typer.Argument(help="The float model: an ONNX file.", show_default=False)]
+Target = Annotated[str, typer.Option("--target", help="Name of a target spec, a TOML file, or 'host'.")]
+InputShapes = Annotated[
+    str | None,
+    typer.Option("--input-shapes", help='Fixes dynamic dimensions: "input:[1,3,224,224]", several with spaces between.'),
+]
+Calibration = Annotated[
+    Path | None,
+    typer.Option(
+        "--calibration",
+        help="Calibration data: .npz with one array per model input, samples first, optionally labels; .npy for one input; "
+        "or a directory of them.",
+    ),
+]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of the splits of the data.")]
+Observer = Annotated[
+    str, typer.Option("--observer", help="min-max, percentile, mean-squared-error or power-of-two.")
+]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show every layer, not only the summary.")]
+
+_SHAPE = re.compile(r"\s*([^\s:]+(?:::[^\s:]+)*)\s*:\s*\[([\d,\s]*)\]")
+
+
+def parse_input_shapes(text: str | None) -> dict[str, tuple[int, ...]] | None:
+    """``"a:[1,3] b:[1,2]"`` as a dict.
+
+    Raises:
+        ModelError: the text has another form.
+    """
+    if text is None:
+        return None
+    shapes: dict[str, tuple[int, ...]] = {}
+    position = 0
+    while position < len(text.rstrip()):
+        match = _SHAPE.match(text, position)
+        if match is None:
+            raise ModelError(f'--input-shapes {text!r} has the wrong form: write "input:[1,3,224,224]"')
+        shapes[match[1]] = tuple(int(d) for d in match[2].split(",") if d.strip())
+        position = match.end()
+    return shapes
+
+
+def read_inputs(path: Path, names: list[str]) -> dict[str, npt.NDArray[Any]]:
+    """Arrays of an ``.npz`` file by name, or of an ``.npy`` file for the only input.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    try:
+        loaded = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
+    if isinstance(loaded, np.ndarray):
+        if len(names) != 1:
+            raise DataError(f"{path} holds one array, but the model has the inputs {', '.join(names)}: give a .npz file")
+        return {names[0]: loaded}
+    with loaded:
+        return {key: loaded[key] for key in loaded.files if key != "labels" or key in names}

@@ -1,0 +1,135 @@
+"""``hquant compile`` and ``hquant quickstart``."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from tvm_hquant.cli.arguments import (
+    Calibration,
+    InputShapes,
+    Model,
+    Observer,
+    Seed,
+    Target,
+    Verbose,
+    parse_input_shapes,
+)
+from tvm_hquant.cli.progress import terminal_progress
+from tvm_hquant.cli.report_text import print_report
+
+_BUDGET_MISSED = 3
+
+
+def compile_command(
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the artifact.", show_default=False)],
+    target: Target = "host",
+    calibration: Calibration = None,
+    evaluation: Annotated[
+        Path | None,
+        typer.Option("--evaluation", help="Data to search and measure with; a part of the calibration data if not given."),
+    ] = None,
+    metric: Annotated[
+        str | None,
+        typer.Option(
+            "--metric",
+            help="What the budget counts: top1 or agreement (a fraction), kl or mse (an absolute bound), sqnr (dB lost). "
+            "By default top1 with labels, kl without.",
+        ),
+    ] = None,
+    max_drop: Annotated[float, typer.Option("--max-drop", help="The loss budget, in the unit of --metric.")] = 0.01,
+    plan: Annotated[Path | None, typer.Option("--plan", help="Use exactly this plan.json; no search.")] = None,
+    precision: Annotated[
+        str | None,
+        typer.Option("--precision", help="One precision for all layers where the target allows it, such as a8w8; no search."),
+    ] = None,
+    observer: Observer = "mean-squared-error",
+    input_shapes: InputShapes = None,
+    seed: Seed = 0,
+    verbose: Verbose = False,
+    dump_ir: Annotated[
+        Path | None, typer.Option("--dump-ir", help="Write the module after every stage to this folder.")
+    ] = None,
+) -> None:
+    """Quantize a float model for a target and compile it into an artifact."""
+    from tvm_hquant import api
+    from tvm_hquant.runtime import check_destination
+    from tvm_hquant.target_spec import load_target_spec
+
+    check_destination(output)
+    _check_options(plan, precision)
+    spec = load_target_spec(target)
+    observe = _ir_writer(dump_ir)
+    result = api.quantize(
+        str(model),
+        spec,
+        calibration,
+        evaluation,
+        metric=metric,
+        max_drop=max_drop,
+        precision=precision,
+        plan=plan,
+        observer=observer,
+        input_shapes=parse_input_shapes(input_shapes),
+        seed=seed,
+        progress=terminal_progress(Console(stderr=True)),
+        observe=observe,
+    )
+    artifact = api.compile(result, name=model.name, observe=observe).save(output)
+    if result.report is not None:
+        print_report(result.report, verbose)
+    typer.echo(f"wrote {artifact.folder} for {result.spec.name}; 'hquant run {artifact.folder}' runs it")
+    if result.report is not None and result.report.within_budget is False:
+        sys.stdout.flush()
+        typer.echo("hquant: no plan kept the loss budget: this is the best one that was found", err=True)
+        raise SystemExit(_BUDGET_MISSED)
+
+
+def quickstart_command() -> None:
+    """Do the whole job on an embedded model and data: handwritten digits, in under a minute."""
+    from tvm_hquant import api
+    from tvm_hquant.quickstart import data_path, model_path
+
+    typer.echo("quantizing a small residual network for handwritten digits for this machine")
+    import numpy as np
+
+    with np.load(data_path()) as data:
+        calibration = {"input": data["calibration_input"], "labels": data["calibration_labels"]}
+        evaluation = {"input": data["evaluation_input"], "labels": data["evaluation_labels"]}
+    result = api.quantize(
+        str(model_path()), "host", calibration, evaluation, progress=terminal_progress(Console(stderr=True))
+    )
+    compiled = api.compile(result, name="digits.onnx")
+    folder = Path(tempfile.mkdtemp(prefix="hquant_quickstart_")) / "digits"
+    artifact = compiled.save(folder)
+    outputs = artifact.run({"input": evaluation["input"]})
+    right = (next(iter(outputs.values())).argmax(axis=1) == evaluation["labels"]).mean()
+    assert result.report is not None
+    print_report(result.report, verbose=True)
+    typer.echo(f"the compiled module has {right:.1%} of {len(evaluation['labels'])} digits right")
+    typer.echo(f"the artifact is in {folder}: plan.json there can be read, edited and given to 'hquant compile --plan'")
+
+
+def _check_options(plan: Path | None, precision: str | None) -> None:
+    from tvm_hquant.errors import PlanError
+
+    if plan is not None and precision is not None:
+        raise PlanError("--plan and --precision exclude each other: give one of them")
+
+
+def _ir_writer(folder: Path | None) -> Any:
+    if folder is None:
+        return None
+    folder.mkdir(parents=True, exist_ok=True)
+    numbers = iter(range(100))
+
+    def write(stage: str, module: Any) -> None:
+        (folder / f"{next(numbers):02}_{stage}.py").write_text(module.script(), encoding="utf-8")
+
+    return write

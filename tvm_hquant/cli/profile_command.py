@@ -1,0 +1,65 @@
+"""``hquant profile``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from tvm_hquant.cli.arguments import (
+    Calibration,
+    InputShapes,
+    Model,
+    Observer,
+    Target,
+    parse_input_shapes,
+)
+from tvm_hquant.cli.progress import terminal_progress
+from tvm_hquant.cli.tables import print_table
+
+
+def profile_command(
+    model: Model,
+    target: Target = "host",
+    calibration: Calibration = None,
+    precisions: Annotated[
+        str, typer.Option("--precisions", help="Which to profile, with commas between.")
+    ] = "a8w8,int8,a16w8,a16w16,float16,bfloat16",
+    samples: Annotated[int, typer.Option("--samples", min=1, help="Samples to measure losses with.")] = 32,
+    observer: Observer = "mean-squared-error",
+    input_shapes: InputShapes = None,
+) -> None:
+    """Show for every layer its loss, size and time in each precision."""
+    from tvm_hquant import api
+    from tvm_hquant.errors import DataError
+    from tvm_hquant.profiling import profile_layers
+
+    if calibration is None:
+        raise DataError("profile measures losses on calibration data: give --calibration DATA.npz")
+    session = api.open_session(
+        str(model),
+        target,
+        parse_input_shapes(input_shapes),
+        observer,
+        terminal_progress(Console(stderr=True)),
+    )
+    names = tuple(p.strip() for p in precisions.split(",") if p.strip())
+    profiled = profile_layers(session, calibration, names, samples)
+    rows = []
+    for layer in profiled:
+        for entry in layer.entries:
+            rows.append(
+                (
+                    layer.name,
+                    layer.operator,
+                    entry.precision,
+                    "" if entry.loss is None else f"{entry.loss:.3g}",
+                    f"{entry.weight_bytes / 1e3:.1f}",
+                    "" if entry.microseconds is None else f"{entry.microseconds:.1f}",
+                    entry.remark,
+                )
+            )
+    columns = ("layer", "operator", "precision", "loss (kl)", "weights, kB", "time here, µs", "")
+    print_table(columns, rows, f"{model.name} on {target}: each layer alone in each precision")
+    typer.echo("times are medians of this machine's kernels, conversions not included")

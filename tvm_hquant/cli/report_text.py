@@ -1,0 +1,59 @@
+"""The report of a quantization as tables for a terminal."""
+
+from __future__ import annotations
+
+import typer
+
+from tvm_hquant.cli.tables import print_table
+from tvm_hquant.report.quantization_report import ModelRow, QuantizationReport
+
+_FRACTIONS = ("top1", "agreement")
+
+
+def print_report(report: QuantizationReport, verbose: bool) -> None:
+    """Prints the whole models, and with ``verbose`` every layer."""
+    counts = report.samples
+    title = (
+        f"{report.model} for {report.target}: {report.metric} on {counts.held_out} held-out samples "
+        f"({counts.calibration} calibrated, {counts.search} searched with)"
+    )
+    rows = [_row(report, row) for row in report.rows]
+    columns = ("", report.metric, "loss (95 % interval)", "agreement", "MACs ≤ 8 bits", "weights", "casts", "")
+    print_table(columns, rows, title)
+    if counts.shared:
+        typer.echo(f"warning: {counts.shared} evaluation samples are in the calibration data too")
+    promoted = [layer for layer in report.layers if layer.reason == "sensitive"]
+    with_weights = [layer for layer in report.layers if layer.macs]
+    kinds = ", ".join(f"{count} {kind}" for kind, count in report.conversions.items()) or "none"
+    typer.echo(f"{len(promoted)} of {len(with_weights)} layers with weights promoted; casts: {kinds}")
+    for pattern in report.unused_rules:
+        typer.echo(f"warning: the rule {pattern!r} matches no layer")
+    if verbose:
+        print_layers(report)
+
+
+def print_layers(report: QuantizationReport) -> None:
+    """Prints a row per layer."""
+    rows = [
+        (layer.name, layer.operator, layer.precision, layer.reason, f"{layer.macs / 1e6:.2f}", layer.detail)
+        for layer in report.layers
+    ]
+    print_table(("layer", "operator", "precision", "reason", "million MACs", ""), rows, "\nlayers")
+
+
+def _row(report: QuantizationReport, row: ModelRow) -> tuple[str, ...]:
+    loss = f"{_amount(report, row.loss.estimate)} ({_amount(report, row.loss.low)} … {_amount(report, row.loss.high)})"
+    return (
+        row.name,
+        _amount(report, row.value),
+        "" if row.name == "float32" else loss,
+        f"{row.agreement:.2%}",
+        f"{row.low_bit_macs:.0%}",
+        f"{row.weight_bytes / 1e6:.2f} MB",
+        str(row.conversions),
+        row.remark,
+    )
+
+
+def _amount(report: QuantizationReport, value: float) -> str:
+    return f"{value:.2%}" if report.metric in _FRACTIONS else f"{value:.4g}"

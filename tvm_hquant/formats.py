@@ -1,0 +1,212 @@
+"""Which format every tensor is made in and read in, once every layer has a precision.
+
+A layer's precision says in which codes it reads its activations; what it writes follows from who reads it. So a tensor
+is written in the widest format that a reader asks for, the other readers get a conversion, and two layers of one
+precision meet without any.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from tvm_hquant.errors import PrecisionError
+from tvm_hquant.layers import Layer, LayerGraph
+from tvm_hquant.operators import AveragePool2D, Concat, LocalResponseNormalization, MaxPool2D, Movement, Opaque, Softmax, Unary
+from tvm_hquant.precision import FLOAT32, Arithmetic, Precision
+from tvm_hquant.tensor_format import FLOAT32_FORMAT, TensorFormat, float_format
+
+TensorScales = Mapping[str, Mapping[str, TensorFormat]]
+"""For every tensor that may hold codes, its format in each kind of codes (``uint8``, ``int8``, ``uint16``, ``uint6``…)."""
+
+
+def codes_name(precision: Precision) -> str:
+    """The kind of codes that an integer precision reads, as plans write it."""
+    return "int8" if precision.symmetric else f"uint{precision.activation_bits}"
+
+
+def is_transparent(layer: Layer) -> bool:
+    """Whether a layer passes stored values through unchanged, in any format."""
+    return isinstance(layer.operator, (MaxPool2D, Movement, Concat))
+
+
+def is_float_only(layer: Layer, precision: Precision) -> bool:
+    """Whether no kernel computes a layer in this precision, so that it stays in float32."""
+    operator = layer.operator
+    if isinstance(operator, (Softmax, LocalResponseNormalization, Opaque)):
+        return True
+    if isinstance(operator, Unary) and operator.function != "clip":
+        return not (precision.is_integer and precision.activation_bits <= 8)
+    return False
+
+
+def _width(precision: Precision) -> int:
+    """Order of formats by what they can hold: float32, 16-bit floats, 16-bit codes, 8-bit codes."""
+    if precision.arithmetic is Arithmetic.INTEGER:
+        return precision.activation_bits
+    return 64 if precision.activation_bits == 32 else 32
+
+
+@dataclass(frozen=True)
+class FollowedPrecision:
+    """Precision of a layer without weights, and why."""
+
+    precision: Precision
+    reason: str
+    detail: str
+
+
+def follow_consumers(
+    graph: LayerGraph, anchors: Mapping[str, Precision], fixed: Mapping[str, Precision], output: Precision = FLOAT32
+) -> dict[str, FollowedPrecision]:
+    """Precisions of all layers without weights: each takes the widest that its readers take, so that casts are few.
+
+    ``anchors`` gives the layers with weights their precision, ``fixed`` what the user fixed for others, ``output`` the
+    precision in which layers that make graph outputs are computed.
+    """
+    chosen: dict[str, FollowedPrecision] = {}
+    for layer in reversed(graph.layers):
+        if layer.is_anchor:
+            continue
+        readers = [
+            anchors[name] if name in anchors else chosen[name].precision for name, _ in graph.consumers[layer.name]
+        ]
+        if layer.name in graph.outputs:
+            readers.append(output)
+        widest = max(readers, key=_width, default=output)
+        # Weights have no part here: the plain precision of the same activations speaks for all of them.
+        wanted = _without_weights(widest)
+        if layer.name in fixed:
+            chosen[layer.name] = FollowedPrecision(fixed[layer.name], "chosen by the user", "")
+        elif is_float_only(layer, wanted):
+            detail = f"{layer.operator_kind} has no kernel for {wanted.name} activations"
+            chosen[layer.name] = FollowedPrecision(FLOAT32, "no kernel", detail)
+        elif wanted.is_integer and _shrinks_float(graph, layer, anchors):
+            detail = "made by a float layer and smaller behind this one: converted after it"
+            chosen[layer.name] = FollowedPrecision(FLOAT32, "cast cost", detail)
+        else:
+            detail = "as the layers that read it" if graph.consumers[layer.name] else "makes a graph output"
+            chosen[layer.name] = FollowedPrecision(wanted, "cast cost", detail)
+    return chosen
+
+
+def _without_weights(precision: Precision) -> Precision:
+    if precision.arithmetic is Arithmetic.WEIGHT_ONLY:
+        return FLOAT32
+    if precision.is_integer and not precision.symmetric:
+        return Precision(f"a{precision.activation_bits}w8", Arithmetic.INTEGER, precision.activation_bits, 8)
+    return precision
+
+
+def _shrinks_float(graph: LayerGraph, layer: Layer, anchors: Mapping[str, Precision]) -> bool:
+    """Whether a pool or slice reads what a float anchor made: then converting its smaller result is cheaper."""
+    if not isinstance(layer.operator, (MaxPool2D, AveragePool2D, Movement)):
+        return False
+    producer = anchors.get(layer.inputs[0])
+    if producer is None or producer.is_integer:
+        return False
+    before, after = graph.tensor_shape(layer.inputs[0]), layer.operator.output_shape
+    return _elements(after) < _elements(before)
+
+
+def _elements(shape: tuple[int, ...]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A change of format at a boundary: ``tensor`` is read in ``target`` by some layer, but made in ``source``."""
+
+    tensor: str
+    source: TensorFormat
+    target: TensorFormat
+
+    @property
+    def kind(self) -> str:
+        """quantize, dequantize, requantize, or cast between floats."""
+        if self.source.is_integer:
+            return "requantize" if self.target.is_integer else "dequantize"
+        return "quantize" if self.target.is_integer else "cast"
+
+
+@dataclass(frozen=True)
+class GraphFormats:
+    """The formats of all tensors under one assignment of precisions.
+
+    Attributes:
+        produced: for each tensor, the format in which its layer (or the caller) makes it.
+        required: for each (layer, input index), the format in which it is read.
+        precisions: of every layer.
+    """
+
+    produced: Mapping[str, TensorFormat]
+    required: Mapping[tuple[str, int], TensorFormat]
+    precisions: Mapping[str, Precision]
+
+    def conversions(self, graph: LayerGraph) -> tuple[Conversion, ...]:
+        """All conversions, in execution order, each once however many layers read it."""
+        found: dict[Conversion, None] = {}
+        for layer in graph.layers:
+            for index, tensor in enumerate(layer.inputs):
+                source, target = self.produced[tensor], self.required[layer.name, index]
+                if source != target:
+                    found[Conversion(tensor, source, target)] = None
+        for tensor in graph.outputs:
+            if self.produced[tensor] != FLOAT32_FORMAT:
+                found[Conversion(tensor, self.produced[tensor], FLOAT32_FORMAT)] = None
+        return tuple(found)
+
+
+def assign_formats(graph: LayerGraph, precisions: Mapping[str, Precision], scales: TensorScales) -> GraphFormats:
+    """The formats that follow from a precision for every layer.
+
+    Raises:
+        PrecisionError: a layer reads codes of a tensor whose range is not known.
+    """
+    produced: dict[str, TensorFormat] = {name: FLOAT32_FORMAT for name in graph.inputs}
+    required: dict[tuple[str, int], TensorFormat] = {}
+    # Readers come after their producers, so required formats of transparent layers are known when walking backwards.
+    for layer in reversed(graph.layers):
+        wanted = [required[reader] for reader in graph.consumers[layer.name]]
+        if layer.name in graph.outputs:
+            wanted.append(FLOAT32_FORMAT)
+        precision = precisions[layer.name]
+        produced[layer.name] = _produced_format(layer, precision, wanted, scales)
+        for index, tensor in enumerate(layer.inputs):
+            if is_transparent(layer):
+                required[layer.name, index] = produced[layer.name]
+            elif precision.is_integer:
+                required[layer.name, index] = _codes(scales, tensor, precision, layer.name)
+            else:
+                required[layer.name, index] = float_format(precision)
+    return GraphFormats(produced, required, dict(precisions))
+
+
+def _codes(scales: TensorScales, tensor: str, precision: Precision, reader: str) -> TensorFormat:
+    try:
+        return scales[tensor][codes_name(precision)]
+    except KeyError:
+        raise PrecisionError(
+            f"layer {reader} in {precision.name} reads {tensor}, whose {codes_name(precision)} scale is not known: "
+            "calibrate, or give the tensor that scale in the plan"
+        ) from None
+
+
+def _produced_format(
+    layer: Layer, precision: Precision, wanted: list[TensorFormat], scales: TensorScales
+) -> TensorFormat:
+    if is_transparent(layer):
+        return _codes(scales, layer.name, precision, layer.name) if precision.is_integer else float_format(precision)
+    floats = [f for f in wanted if not f.is_integer]
+    if precision.is_integer:
+        if floats or not wanted:
+            return FLOAT32_FORMAT
+        own = scales.get(layer.name, {})
+        # Among codes of one width the tensor's own scale comes first: it fits its range best.
+        return max(wanted, key=lambda f: (f.q_max - f.q_min, f in own.values()))
+    if len(floats) == len(wanted) and len(set(floats)) == 1:
+        return floats[0]
+    return FLOAT32_FORMAT

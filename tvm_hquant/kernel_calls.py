@@ -1,0 +1,118 @@
+"""Layer functions whose body is one kernel call: how realized and lowered modules are written and read."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tvm import IRModule, relax
+from tvm.runtime import tensor as runtime_tensor
+
+from tvm_hquant.kernels.constant_arrays import from_arrays
+from tvm_hquant.kernels.interface import Array, Kernel, KernelFamily, KernelRequest, LayerConstants
+from tvm_hquant.kernels.registry import select_kernel
+from tvm_hquant.layers import LayerGraph, constant_array, is_constant
+from tvm_hquant.operator_codec import decode, encode
+from tvm_hquant.operators import Movement
+from tvm_hquant.relax_functions import function_identifier, rebuild_main
+from tvm_hquant.tensor_format import STORAGE_DTYPE
+
+REQUEST_ATTRIBUTE = "hquant.request"
+CONSTANTS_ATTRIBUTE = "hquant.constants"
+KERNEL_ATTRIBUTE = "hquant.kernel"
+
+
+def is_view(request: KernelRequest) -> bool:
+    """Whether a request is a reshape, which needs no kernel: the runtime gives the same memory another shape."""
+    return isinstance(request.operator, Movement) and request.operator.function == "reshape"
+
+
+def kernel_symbol(kernel: Kernel) -> str:
+    """A stable name for the compiled function of a kernel: equal requests share it."""
+    digest = hashlib.sha256(f"{kernel.name}|{encode(kernel.request)}".encode()).hexdigest()[:12]
+    return f"{re.sub(r'[^0-9A-Za-z]+', '_', kernel.name).strip('_')}_{digest}"
+
+
+def kernel_layer_function(
+    attributes: Mapping[str, Any],
+    shapes: Sequence[Sequence[int]],
+    request: KernelRequest,
+    constants: LayerConstants,
+    kernel: tuple[Kernel, Any] | None,
+) -> Any:
+    """A private function that calls one kernel.
+
+    ``kernel`` is the kernel with its ``GlobalVar``, or None for a view. The constants are packed for it.
+    """
+    builder = relax.BlockBuilder()
+    parameters = [
+        relax.Var(f"input_{i}", relax.TensorType(list(shape), STORAGE_DTYPE[storage]))
+        for i, (shape, storage) in enumerate(zip(shapes, request.inputs, strict=True))
+    ]
+    marks = {REQUEST_ATTRIBUTE: encode(request), CONSTANTS_ATTRIBUTE: type(constants).__name__}
+    if kernel is not None:
+        marks[KERNEL_ATTRIBUTE] = kernel[0].name
+    output_shape = list(request.operator.output_shape)
+    with builder.function("layer", parameters, {**attributes, **marks}, private=True):
+        with builder.dataflow():
+            if kernel is None:
+                value = builder.emit(relax.op.reshape(parameters[0], output_shape))
+            else:
+                packed = [relax.const(runtime_tensor(a)) for a in kernel[0].pack(constants)]
+                output_type = relax.TensorType(output_shape, STORAGE_DTYPE[request.output])
+                value = builder.emit(relax.call_tir(kernel[1], [*parameters, *packed], out_ty=output_type))
+            result = builder.emit_output(value)
+        builder.emit_func_output(result)
+    return builder.finalize()["layer"]
+
+
+def read_realized(function: Any) -> tuple[KernelRequest, LayerConstants] | None:
+    """Request and constants of a realized layer function; None of one that stays as it is (opaque, float)."""
+    if REQUEST_ATTRIBUTE not in function.attrs:
+        return None
+    request: KernelRequest = decode(str(function.attrs[REQUEST_ATTRIBUTE]))
+    return request, from_arrays(str(function.attrs[CONSTANTS_ATTRIBUTE]), call_constants(function))
+
+
+def call_constants(function: Any) -> list[Array]:
+    """The constant arrays that the kernel call of a layer function passes."""
+    call = function.body.blocks[0].bindings[0].value
+    arguments = call.args[1].fields if len(call.args) > 1 and isinstance(call.args[1], relax.Tuple) else []
+    return [constant_array(a) for a in arguments if is_constant(a)]
+
+
+def with_kernels(
+    mod: IRModule,
+    graph: LayerGraph,
+    realized: Mapping[str, tuple[KernelRequest, LayerConstants] | None],
+    families: Sequence[KernelFamily],
+) -> IRModule:
+    """The module with every layer in ``realized`` turned into a call of the kernel that ``families`` have for it.
+
+    Layers whose entry is None keep their body.
+
+    Raises:
+        KernelError: no family has a kernel for a request.
+    """
+    builder = relax.BlockBuilder()
+    symbols: dict[KernelRequest, tuple[Kernel, Any]] = {}
+    functions: dict[str, Any] = {}
+    for layer in graph.layers:
+        function = mod[layer.function_name]
+        entry = realized[layer.name]
+        if entry is None:
+            # Public, so that it stays a function of its own: verification calls it by name.
+            functions[layer.name] = function.with_attr("global_symbol", function_identifier(layer.name))
+            continue
+        request, constants = entry
+        attributes = {k: v for k, v in dict(function.attrs).items() if k != KERNEL_ATTRIBUTE}
+        if not is_view(request) and request not in symbols:
+            kernel = select_kernel(families, request)
+            symbol = kernel_symbol(kernel)
+            symbols[request] = (kernel, builder.add_func(kernel.function.with_attr("global_symbol", symbol), symbol))
+        shapes = [tuple(int(d) for d in p.ty.shape) for p in function.params]
+        functions[layer.name] = kernel_layer_function(attributes, shapes, request, constants, symbols.get(request))
+    calls = [*((layer.name, layer.inputs) for layer in graph.layers), ("", graph.outputs)]
+    return rebuild_main(builder, mod, graph, functions, calls)

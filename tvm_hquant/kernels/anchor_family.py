@@ -1,0 +1,38 @@
+"""A kernel family for convolutions and dense layers: an instruction set's dot products in the shared templates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tvm_hquant.kernels.conv2d_template import conv2d_kernel
+from tvm_hquant.kernels.depthwise_template import depthwise_kernel
+from tvm_hquant.kernels.dot_product import DotProduct, FloatDot, WideningDot
+from tvm_hquant.kernels.interface import Kernel, KernelRequest
+from tvm_hquant.operators import Conv2D, Dense
+
+
+@dataclass(frozen=True)
+class AnchorFamily:
+    """Kernels of one instruction set.
+
+    Attributes:
+        name: as target specs call it.
+        dot: the dot product for a request with dense channels.
+        depthwise_integer, depthwise_float: multiply-adds channel by channel.
+    """
+
+    name: str
+    dot: Callable[[KernelRequest], DotProduct]
+    depthwise_integer: WideningDot
+    depthwise_float: FloatDot
+
+    def kernel(self, request: KernelRequest) -> Kernel | None:
+        """The kernel for a convolution or dense layer; None for other operators."""
+        operator = request.operator
+        if not isinstance(operator, (Conv2D, Dense)):
+            return None
+        if isinstance(operator, Conv2D) and operator.is_depthwise and request.weights != "int16":
+            lanes = self.depthwise_integer.lanes
+            return depthwise_kernel(request, lanes, self.depthwise_integer.registers, self.name)
+        return conv2d_kernel(request, self.dot(request), self.name)

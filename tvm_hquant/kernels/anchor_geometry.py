@@ -1,0 +1,190 @@
+"""Shapes of a convolution kernel: how pixels and channels are cut into tiles, and how constants are packed for them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tvm_hquant.kernels.dot_product import DotProduct
+from tvm_hquant.operators import Conv2D, Dense, Window
+
+Array = npt.NDArray[Any]
+
+_LATENCY = 10
+"""Accumulators that hide the latency of a multiply-add on the processors at hand."""
+_WEIGHTS_IN_CACHE = 512 * 1024
+"""Weights larger than this are walked through once, in the outer loop."""
+
+
+def as_conv2d(operator: Conv2D | Dense) -> Conv2D:
+    """The convolution to compute: dense layers are 1×1 ones, and a plain 1×1 one sees all its pixels as one row."""
+    conv = operator.as_conv2d() if isinstance(operator, Dense) else operator
+    n, h, w, c = conv.input_shape
+    window = conv.window
+    if window.kernel == (1, 1) and window.strides == (1, 1) and not any(window.padding):
+        return Conv2D((1, 1, n * h * w, c), conv.out_channels, Window((1, 1)), conv.groups, conv.epilogue)
+    return conv
+
+
+@dataclass(frozen=True)
+class AnchorGeometry:
+    """A convolution, the dot product that computes it, and how many byte planes its activations have."""
+
+    conv: Conv2D
+    dot: DotProduct
+    planes: int
+    points: int
+
+    # Channels.
+
+    @property
+    def group_inputs(self) -> int:
+        return self.conv.in_channels // self.conv.groups
+
+    @property
+    def group_outputs(self) -> int:
+        return self.conv.out_channels // self.conv.groups
+
+    @cached_property
+    def chain(self) -> int:
+        """Steps in a chain: as many as the dot product allows without reading more channels than there are."""
+        chain, steps = self.dot.chain, -(-self.group_inputs // self.dot.products)
+        while steps % chain:
+            chain //= 2
+        return chain
+
+    @property
+    def steps(self) -> int:
+        """Steps over the input channels of a group."""
+        return -(-self.group_inputs // self.dot.products)
+
+    @property
+    def padded_inputs(self) -> int:
+        """Channels of a group in memory, filled up to whole steps."""
+        return self.steps * self.dot.products
+
+    @property
+    def is_narrow(self) -> bool:
+        """Whether a group has fewer output channels than a vector has lanes."""
+        return self.group_outputs < self.dot.lanes
+
+    # Tiles.
+
+    @cached_property
+    def tile(self) -> tuple[int, int]:
+        """Pixels and vectors of a register tile: the cheapest by a count of instructions.
+
+        A step of a tile of p pixels and v vectors takes p·v multiply-adds (at least as many as hide their latency), and
+        loads of p operands and v weights that run beside them at about half the price.
+        """
+        _, width = self.output_size
+        most_vectors = 1 if self.is_narrow else self.group_outputs // self.dot.lanes
+        best, cost = (1, 1), float("inf")
+        extra = 1 if self.dot.chain > 1 or self.dot.products > 1 else 0
+        for pixels in range(1, min(width, 16) + 1):
+            for vectors in range(1, min(most_vectors, 8) + 1):
+                if pixels * vectors + vectors + 1 + extra > self.dot.registers:
+                    continue
+                blocks = -(-self.group_outputs // (vectors * self.dot.lanes))
+                tiles = -(-width // pixels)
+                estimate = tiles * blocks * (max(pixels * vectors, _LATENCY) + 0.5 * (pixels + vectors) + 0.5)
+                if estimate < cost:
+                    best, cost = (pixels, vectors), estimate
+        return best
+
+    @property
+    def block(self) -> int:
+        """Output channels of a tile."""
+        return self.tile[1] * self.dot.lanes
+
+    @property
+    def blocks(self) -> int:
+        """Tiles over the output channels of a group; the last one overlaps the one before it."""
+        return 1 if self.is_narrow else -(-self.group_outputs // self.block)
+
+    @property
+    def output_size(self) -> tuple[int, int]:
+        return self.conv.window.output_size(*self.conv.input_shape[1:3])
+
+    @property
+    def tiles(self) -> int:
+        """Tiles over a row of output pixels; the last one overlaps the one before it."""
+        return -(-self.output_size[1] // self.tile[0])
+
+    # Memory.
+
+    @property
+    def is_padded(self) -> bool:
+        return any(self.conv.window.padding)
+
+    @property
+    def padded_size(self) -> tuple[int, int]:
+        """Rows and columns of the activations with their padding."""
+        _, h, w, _ = self.conv.input_shape
+        top, left, bottom, right = self.conv.window.padding
+        return h + top + bottom, w + left + right
+
+    def needs_copy(self, stored_dtype: str) -> bool:
+        """Whether activations have to be copied before the steps can read them."""
+        return (
+            self.is_padded
+            or self.planes > 1
+            or self.padded_inputs != self.group_inputs
+            or stored_dtype != self.dot.operand_dtype
+        )
+
+    @property
+    def plane_elements(self) -> int:
+        """Elements of one plane of the copied activations."""
+        height, width = self.padded_size
+        return self.conv.input_shape[0] * height * width * self.conv.groups * self.padded_inputs
+
+    @property
+    def passes(self) -> int:
+        """Accumulations of a tile: every plane with every weight point."""
+        return self.planes * self.points
+
+    @property
+    def weights_stay_outside(self) -> bool:
+        """Whether the loop over output channels is the outer one."""
+        size = np.dtype(self.dot.weight_dtype).itemsize
+        return self.points * int(np.prod(self.conv.weight_shape)) * size > _WEIGHTS_IN_CACHE
+
+    # Constants.
+
+    @cached_property
+    def channel_rows(self) -> npt.NDArray[np.int64]:
+        """Output channel of every packed lane, [groups · blocks · block]; −1 where there is none."""
+        rows = []
+        for group in range(self.conv.groups):
+            for block in range(self.blocks):
+                start = min(block * self.block, max(self.group_outputs - self.block, 0))
+                within = start + np.arange(self.block)
+                rows.append(np.where(within < self.group_outputs, group * self.group_outputs + within, -1))
+        return np.concatenate(rows)
+
+    def pack_channels(self, values: Array, fill: float = 0) -> Array:
+        """An array [..., out_channels] in the order of the tiles: [..., groups · blocks · block]."""
+        padded = np.concatenate([values, np.full((*values.shape[:-1], 1), fill, values.dtype)], axis=-1)
+        return np.ascontiguousarray(padded[..., self.channel_rows])
+
+    def pack_weights(self, weights: Array) -> Array:
+        """Weights [points, out, in / groups, kh, kw] in the order in which the steps read them, flat."""
+        points, _, inputs, height, width = weights.shape
+        pads = ((0, 0), (0, 1), (0, self.padded_inputs - inputs), (0, 0), (0, 0))
+        rows = np.pad(weights, pads)[:, self.channel_rows]
+        lanes, products = self.dot.lanes, self.dot.products
+        split = rows.reshape(points, -1, self.tile[1], lanes, self.steps, products, height, width)
+        # tile, kernel row, kernel column, step, vector, lane, product
+        ordered = split.transpose(0, 1, 6, 7, 4, 2, 3, 5)
+        return np.ascontiguousarray(ordered.reshape(-1).astype(self.dot.weight_dtype))
+
+    @property
+    def weight_elements(self) -> int:
+        """Elements of the packed weights of one point."""
+        kh, kw = self.conv.window.kernel
+        return len(self.channel_rows) * kh * kw * self.padded_inputs

@@ -1,0 +1,239 @@
+"""Convolution, grouped convolution and dense layers on register tiles, for any :class:`DotProduct`.
+
+A tile holds some pixels of an output row times some vectors of output channels in registers. For every kernel position and
+every step over the input channels it loads one operand per pixel, repeated in all lanes, and one weight vector per vector
+of channels. Where activations are padded or not in the operand's form, they are copied first. 16-bit codes and weights of
+several points take several passes over the same tile, whose scaled sums meet in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+
+
+from tvm.tirx.script import builder as T
+
+from tvm_hquant.kernels.activation_copy import emit_activation_copy
+from tvm_hquant.kernels.anchor_constants import float_array_types, integer_array_types, pack_float, pack_integer
+from tvm_hquant.kernels.anchor_geometry import AnchorGeometry, as_conv2d
+from tvm_hquant.kernels.dot_product import DotProduct
+from tvm_hquant.kernels.epilogue import Epilogue, scale_accumulator
+from tvm_hquant.kernels.interface import Array, Kernel, KernelRequest, LayerConstants
+from tvm_hquant.kernels.kernel_function import Buffer, kernel_function
+from tvm_hquant.kernels.primitives import Expression, vector_type
+from tvm_hquant.kernels.vector_loops import flat, load, store
+from tvm_hquant.operators import Conv2D, Dense
+from tvm_hquant.tensor_format import STORAGE_DTYPE
+
+_PARALLEL_MACS = 100_000
+"""Layers with less work stay on one thread."""
+_TILES_PER_ITEM = 8
+"""Tiles of one row that a thread takes at a time."""
+
+
+def conv2d_kernel(request: KernelRequest, dot: DotProduct, family: str) -> Kernel:
+    """The kernel of a convolution or dense layer with a dot product."""
+    assert isinstance(request.operator, (Conv2D, Dense))
+    is_integer = request.weights in ("int8", "int16")
+    planes = 2 if is_integer and request.inputs[0] == "uint16" else 1
+    geometry = AnchorGeometry(as_conv2d(request.operator), dot, planes, request.weight_points)
+    lanes, count = len(geometry.channel_rows), geometry.weight_elements * geometry.points
+    if is_integer:
+        types = integer_array_types(count, dot.weight_dtype, lanes, geometry.passes, planes, dot.accumulator_dtype)
+    else:
+        types = float_array_types(count, dot.weight_dtype, lanes)
+
+    def pack(constants: LayerConstants) -> tuple[Array, ...]:
+        if is_integer:
+            return pack_integer(constants, geometry, dot.operand_offset, dot.accumulator_dtype)
+        return pack_float(constants, geometry)
+
+    def emit(inputs: Sequence[Buffer], arrays: Sequence[Buffer], output: Buffer) -> None:
+        _Emitter(request, geometry, inputs, arrays, output, is_integer).emit()
+
+    pixels, vectors = geometry.tile
+    name = f"{family}.conv2d[{dot.name} {pixels}x{vectors}{f' chain {geometry.chain}' if geometry.chain > 1 else ''}]"
+    return Kernel(request, name, kernel_function(request, types, emit), pack)
+
+
+class _Emitter:
+    def __init__(
+        self,
+        request: KernelRequest,
+        geometry: AnchorGeometry,
+        inputs: Sequence[Buffer],
+        arrays: Sequence[Buffer],
+        output: Buffer,
+        is_integer: bool,
+    ) -> None:
+        self.request = request
+        self.geometry = geometry
+        self.dot = geometry.dot
+        self.is_integer = is_integer
+        self.inputs = [flat(b) for b in inputs]
+        self.weights = arrays[0]
+        if is_integer:
+            _, self.starts, self.multipliers, self.offsets, limits, self.zero_points = arrays
+        else:
+            _, self.starts, limits = arrays
+            self.zero_points = None
+        has_residual = geometry.conv.epilogue.has_residual
+        self.epilogue = Epilogue(
+            request,
+            self.dot.lanes,
+            min(self.dot.lanes, geometry.group_outputs),
+            self.inputs[1] if has_residual else None,
+            limits,
+            self.zero_points,
+            flat(output),
+        )
+        self.source: Buffer = self.inputs[0]
+
+    def emit(self) -> None:
+        geometry = self.geometry
+        if geometry.needs_copy(STORAGE_DTYPE[self.request.inputs[0]]):
+            size = geometry.plane_elements * geometry.planes
+            self.source = T.alloc_buffer((size,), self.dot.operand_dtype)
+            emit_activation_copy(
+                geometry.conv,
+                geometry.padded_inputs,
+                self.dot.operand_dtype,
+                self.request.inputs[0],
+                self.inputs[0],
+                self.source,
+                [self._fill(plane) for plane in range(geometry.planes)],
+            )
+        rows, groups, blocks = geometry.conv.input_shape[0] * geometry.output_size[0], geometry.conv.groups, geometry.blocks
+        per_item = min(_TILES_PER_ITEM, geometry.tiles)
+        chunks = -(-geometry.tiles // per_item)
+        items = rows * groups * blocks * chunks
+        loop = T.parallel if geometry.conv.macs > _PARALLEL_MACS and items > 1 else T.serial
+        with loop(items) as item:
+            if geometry.weights_stay_outside:
+                channel_block, rest = T.bind(item // (rows * chunks)), T.bind(item % (rows * chunks))
+                row, chunk = T.bind(rest // chunks), T.bind(rest % chunks)
+            else:
+                place, channel_block = T.bind(item // (groups * blocks)), T.bind(item % (groups * blocks))
+                row, chunk = T.bind(place // chunks), T.bind(place % chunks)
+            if per_item == 1:
+                self._tile(row, chunk, channel_block)
+            else:
+                with T.serial(per_item) as number:
+                    self._tile(row, T.min(chunk * per_item + number, geometry.tiles - 1), channel_block)
+
+    def _fill(self, plane: int) -> Expression:
+        if self.zero_points is None:
+            return T.float32(0)
+        return T.Cast(self.dot.operand_dtype, self.zero_points[2 + plane])
+
+    def _tile(self, row: Expression, tile: Expression, channel_block: Expression) -> None:
+        """One tile: all passes and the epilogue."""
+        geometry, dot = self.geometry, self.dot
+        pixels, vectors = geometry.tile
+        height, width = geometry.output_size
+        x = T.bind(tile * pixels if width % pixels == 0 else T.min(tile * pixels, width - pixels))
+        group = T.bind(channel_block // geometry.blocks)
+        start = channel_block % geometry.blocks * geometry.block
+        if not geometry.is_narrow and geometry.group_outputs % geometry.block:
+            start = T.min(start, geometry.group_outputs - geometry.block)
+        channel = T.bind(group * geometry.group_outputs + start)
+        constants = T.bind(channel_block * geometry.block)
+        accumulators = T.alloc_buffer((pixels * vectors * dot.lanes,), dot.accumulator_dtype, scope="local")
+
+        def each(action: Callable[[int, int, int], None]) -> None:
+            for i in range(pixels):
+                for j in range(vectors):
+                    action(i, j, (i * vectors + j) * dot.lanes)
+
+        def output_index(i: int, j: int) -> Expression:
+            return (row * width + x + i) * geometry.conv.out_channels + channel + j * dot.lanes
+
+        if geometry.passes == 1:
+            self._accumulate(accumulators, row, x, group, channel_block, None)
+            for i in range(pixels):
+                for j in range(vectors):
+                    value = load(accumulators, (i * vectors + j) * dot.lanes, dot.lanes)
+                    if self.is_integer:
+                        at = constants + j * dot.lanes
+                        multiplier, offset = load(self.multipliers, at, dot.lanes), load(self.offsets, at, dot.lanes)
+                        value = scale_accumulator(value, multiplier, offset)
+                    self.epilogue.finish(T.bind(value), output_index(i, j))
+            return
+        values = T.alloc_buffer((pixels * vectors * dot.lanes,), "float32", scope="local")
+        each(lambda i, j, at: store(values, at, load(self.offsets, constants + j * dot.lanes, dot.lanes), dot.lanes))
+        with T.serial(geometry.passes) as number:
+            self._accumulate(accumulators, row, x, group, channel_block, number)
+            base = number * len(geometry.channel_rows) + constants
+
+            def scale(i: int, j: int, at: int) -> None:
+                multiplier = load(self.multipliers, base + j * dot.lanes, dot.lanes)
+                scaled = scale_accumulator(
+                    load(accumulators, at, dot.lanes), multiplier, load(values, at, dot.lanes)
+                )
+                store(values, at, scaled, dot.lanes)
+
+            each(scale)
+        each(lambda i, j, at: self.epilogue.finish(T.bind(load(values, at, dot.lanes)), output_index(i, j)))
+
+    def _accumulate(
+        self,
+        accumulators: Buffer,
+        row: Expression,
+        x: Expression,
+        group: Expression,
+        channel_block: Expression,
+        number: Expression | None,
+    ) -> None:
+        """Sums of one pass, from its start values."""
+        geometry, dot, window = self.geometry, self.dot, self.geometry.conv.window
+        pixels, vectors = geometry.tile
+        (kh, kw), (sh, sw), (dh, dw) = window.kernel, window.strides, window.dilation
+        height, _ = geometry.output_size
+        padded_height, padded_width = geometry.padded_size
+        pixel = geometry.conv.groups * geometry.padded_inputs
+        point = number // geometry.planes if number is not None and geometry.points > 1 else 0
+        plane = number % geometry.planes if number is not None and geometry.planes > 1 else 0
+        lanes_of_all = len(geometry.channel_rows)
+        start_base = channel_block * geometry.block + (number * lanes_of_all if number is not None else 0)
+        for i in range(pixels):
+            for j in range(vectors):
+                value = load(self.starts, start_base + j * dot.lanes, dot.lanes)
+                store(accumulators, (i * vectors + j) * dot.lanes, value, dot.lanes)
+        image, y = row // height, row % height
+        corner = T.bind(
+            ((image * padded_height + y * sh) * padded_width + x * sw) * pixel
+            + group * geometry.padded_inputs
+            + plane * geometry.plane_elements
+        )
+        vector_weights = dot.lanes * dot.products
+        block_weights = kh * kw * geometry.steps * vectors * vector_weights
+        weight_base = T.bind(channel_block * block_weights + point * geometry.weight_elements)
+        chain = geometry.chain
+        with ExitStack() as loops:
+            ky = loops.enter_context(T.serial(kh)) if kh > 1 else 0
+            kx = loops.enter_context(T.serial(kw)) if kw > 1 else 0
+            count = geometry.steps // chain
+            step = loops.enter_context(T.serial(count)) if count > 1 else 0
+            at = T.bind(corner + (ky * dh * padded_width + kx * dw) * pixel + step * (chain * dot.products))
+            weight_at = T.bind(
+                weight_base + ((ky * kw + kx) * geometry.steps + step * chain) * (vectors * vector_weights)
+            )
+            weight_type = vector_type(dot.weight_dtype, vector_weights)
+            weights = [
+                [
+                    T.bind(self.weights.vload([weight_at + (c * vectors + j) * vector_weights], weight_type))
+                    for c in range(chain)
+                ]
+                for j in range(vectors)
+            ]
+            for i in range(pixels):
+                operands = [
+                    T.bind(dot.operand(self.source, at + i * sw * pixel + c * dot.products)) for c in range(chain)
+                ]
+                for j in range(vectors):
+                    position = (i * vectors + j) * dot.lanes
+                    value = dot.accumulate(load(accumulators, position, dot.lanes), operands, weights[j])
+                    store(accumulators, position, value, dot.lanes)
+
+

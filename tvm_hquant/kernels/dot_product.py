@@ -1,0 +1,143 @@
+"""The inner step of an anchor's kernel: what one instruction set does with a few input channels and a vector of outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from tvm.tirx.script import builder as T
+
+from tvm_hquant.kernels.kernel_function import Buffer
+from tvm_hquant.kernels.primitives import Expression, LlvmPrimitives, convert, vector_type, widen
+
+
+class DotProduct(Protocol):
+    """One way to accumulate products for ``lanes`` output channels at once.
+
+    Attributes:
+        name: for the kernel's name.
+        lanes: output channels of a vector.
+        registers: vector registers that a tile may use.
+        products: consecutive input channels that a step takes.
+        chain: steps that are summed before they reach the accumulator.
+        operand_dtype: of activations in memory when the step reads them.
+        operand_offset: what the step adds to stored codes on the way.
+        weight_dtype: of packed weights.
+        accumulator_dtype: int32, float32 or float64.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def lanes(self) -> int: ...
+    @property
+    def registers(self) -> int: ...
+    @property
+    def products(self) -> int: ...
+    @property
+    def chain(self) -> int: ...
+    @property
+    def operand_dtype(self) -> str: ...
+    @property
+    def operand_offset(self) -> int: ...
+    @property
+    def weight_dtype(self) -> str: ...
+    @property
+    def accumulator_dtype(self) -> str: ...
+
+    def operand(self, buffer: Buffer, index: Expression) -> Expression:
+        """``products`` neighbouring activations, repeated for every lane."""
+
+    def accumulate(
+        self, accumulator: Expression, operands: Sequence[Expression], weights: Sequence[Expression]
+    ) -> Expression:
+        """The accumulator plus the products of ``chain`` steps."""
+
+
+@dataclass(frozen=True)
+class FloatDot:
+    """float32 fused multiply-adds; weights in any float storage are widened, which is exact."""
+
+    lanes: int
+    registers: int
+    storage: str = "float32"
+    products: int = 1
+    chain: int = 1
+    operand_dtype: str = "float32"
+    operand_offset: int = 0
+    accumulator_dtype: str = "float32"
+
+    @property
+    def name(self) -> str:
+        return f"{self.storage}_fma"
+
+    @property
+    def weight_dtype(self) -> str:
+        return "uint16" if self.storage == "bfloat16" else self.storage
+
+    def operand(self, buffer: Buffer, index: Expression) -> Expression:
+        return T.broadcast(buffer[index], self.lanes)
+
+    def accumulate(
+        self, accumulator: Expression, operands: Sequence[Expression], weights: Sequence[Expression]
+    ) -> Expression:
+        return LlvmPrimitives().fma(operands[0], widen(weights[0], self.storage), accumulator)
+
+
+@dataclass(frozen=True)
+class WideDot:
+    """Exact sums in float64 for weights of more than 8 bits, which are only simulated: every sum stays below 2^53."""
+
+    lanes: int
+    registers: int
+    products: int = 1
+    chain: int = 1
+    operand_dtype: str = "float64"
+    operand_offset: int = 0
+    weight_dtype: str = "int16"
+    accumulator_dtype: str = "float64"
+    name: str = "float64_fma"
+
+    def operand(self, buffer: Buffer, index: Expression) -> Expression:
+        return T.broadcast(buffer[index], self.lanes)
+
+    def accumulate(
+        self, accumulator: Expression, operands: Sequence[Expression], weights: Sequence[Expression]
+    ) -> Expression:
+        wide = convert(weights[0], "float64")
+        return T.call_llvm_pure_intrin(f"float64x{self.lanes}", "llvm.fma", operands[0], wide, accumulator)
+
+
+@dataclass(frozen=True)
+class WideningDot:
+    """int32 multiply-adds of widened codes: what any LLVM target compiles (``smlal`` on NEON, ``vpmaddwd`` on x86)."""
+
+    lanes: int
+    registers: int
+    products: int = 1
+    chain: int = 1
+    operand_dtype: str = "int16"
+    operand_offset: int = 0
+    weight_dtype: str = "int16"
+    accumulator_dtype: str = "int32"
+    name: str = "widening"
+
+    def operand(self, buffer: Buffer, index: Expression) -> Expression:
+        return convert(T.broadcast(buffer[index], self.lanes), "int32")
+
+    def accumulate(
+        self, accumulator: Expression, operands: Sequence[Expression], weights: Sequence[Expression]
+    ) -> Expression:
+        return accumulator + operands[0] * convert(weights[0], "int32")
+
+
+def repeated_word(buffer: Buffer, index: Expression, dtype: str, lanes: int, flip: int = 0) -> Expression:
+    """The four bytes at ``index`` in each of ``lanes`` 32-bit words, as a vector of ``dtype``; bits in ``flip`` inverted."""
+    bits = int(dtype.removeprefix("uint").removeprefix("int"))
+    count = 32 // bits
+    element = str(buffer.dtype)
+    word = T.reinterpret("int32", buffer.vload([index], vector_type(element, count)))
+    if flip:
+        word = word ^ T.int32(flip)
+    return T.reinterpret(vector_type(dtype, count * lanes), T.broadcast(word, lanes))

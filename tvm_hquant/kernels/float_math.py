@@ -1,0 +1,187 @@
+"""The functions of ``float_polynomials`` and of ``numerics.functions`` as TIR expressions, step by step the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from tvm.tirx.script import builder as T
+
+from tvm_hquant import float_polynomials as polynomials
+from tvm_hquant.kernels.primitives import (
+    Expression,
+    Primitives,
+    broadcast,
+    clamp,
+    convert,
+    float_like,
+    int_like,
+    is_nan,
+    lanes_of,
+    reinterpret,
+    select,
+)
+from tvm_hquant.numerics.functions import GELU_CUBIC, ONE_SIXTH, SQRT_HALF, SQRT_TWO_OVER_PI
+
+_INFINITY = float("inf")
+
+
+def _polynomial(p: Primitives, coefficients: Sequence[float], x: Expression) -> Expression:
+    value = float_like(coefficients[-1], x)
+    for coefficient in reversed(coefficients[:-1]):
+        value = p.fma(value, x, float_like(coefficient, x))
+    return value
+
+
+def _power_of_two(exponent: Expression) -> Expression:
+    return reinterpret((exponent + int_like(127, exponent)) << int_like(23, exponent), "float32")
+
+
+def _absolute(x: Expression) -> Expression:
+    return reinterpret(reinterpret(x, "int32") & int_like(~polynomials.SIGN_MASK, x), "float32")
+
+
+def _with_sign_of(magnitude: Expression, sign: Expression) -> Expression:
+    sign_bit = reinterpret(sign, "int32") & int_like(polynomials.SIGN_MASK, sign)
+    return reinterpret(reinterpret(magnitude, "int32") | sign_bit, "float32")
+
+
+def exp(p: Primitives, x: Expression) -> Expression:
+    """``float_polynomials.exp``."""
+    x = p.bind(x)
+    low, high = float_like(polynomials.EXP_LOWEST, x), float_like(polynomials.EXP_HIGHEST, x)
+    t = p.bind(select(x > low, x, low))
+    t = p.bind(select(t < high, t, high))
+    n = p.bind(p.round(p.multiply(t, float_like(polynomials.LOG2_E, x))))
+    r = p.fma(n, float_like(-polynomials.LN2_HIGH, x), t)
+    r = p.bind(p.fma(n, float_like(-polynomials.LN2_LOW, x), r))
+    value = _polynomial(p, polynomials.EXP_COEFFICIENTS, r)
+    k = p.bind(convert(n, "int32"))
+    half = p.bind(k >> int_like(1, x))
+    value = p.multiply(p.multiply(value, _power_of_two(half)), _power_of_two(k - half))
+    return p.bind(select(is_nan(x), x, value))
+
+
+def log(p: Primitives, x: Expression) -> Expression:
+    """``float_polynomials.log``."""
+    x = p.bind(x)
+    small = x < float_like(polynomials.SMALLEST_NORMAL, x)
+    y = select(small, p.multiply(x, float_like(polynomials.DENORMAL_SCALE, x)), x)
+    b = p.bind(reinterpret(y, "int32") + int_like(polynomials.ONE_BITS - polynomials.SQRT_HALF_BITS, x))
+    shift = select(small, int_like(polynomials.DENORMAL_SCALE_EXPONENT, x), int_like(0, x))
+    n = p.bind(convert((b >> int_like(23, x)) - int_like(127, x) - shift, "float32"))
+    mantissa = (b & int_like(polynomials.MANTISSA_MASK, x)) + int_like(polynomials.SQRT_HALF_BITS, x)
+    f = p.bind(p.subtract(reinterpret(mantissa, "float32"), float_like(1.0, x)))
+    r = p.fma(p.multiply(f, f), _polynomial(p, polynomials.LOG_COEFFICIENTS, f), f)
+    r = p.fma(n, float_like(polynomials.LN2_LOW, x), r)
+    r = p.fma(n, float_like(polynomials.LN2_HIGH, x), r)
+    r = select(x < float_like(_INFINITY, x), r, x)
+    zero = float_like(0.0, x)
+    r = select(x < zero, float_like(float("nan"), x), r)
+    return p.bind(select(x.equal(zero), float_like(-_INFINITY, x), r))
+
+
+def power(p: Primitives, base: Expression, exponent: float) -> Expression:
+    """``float_polynomials.power`` with a constant exponent (a float32 value)."""
+    return exp(p, p.multiply(float_like(exponent, base), log(p, base)))
+
+
+def sigmoid(p: Primitives, x: Expression) -> Expression:
+    """``float_polynomials.sigmoid``."""
+    one = float_like(1.0, x)
+    # Multiplying by −1 is an exact negation, −0 included; 0 − x would make +0 of +0.
+    negated = x * float_like(-1.0, x)
+    return p.bind(p.divide(one, p.add(one, exp(p, negated))))
+
+
+def tanh(p: Primitives, x: Expression) -> Expression:
+    """``float_polynomials.tanh``."""
+    x = p.bind(x)
+    a = p.bind(_absolute(x))
+    z = p.bind(p.multiply(x, x))
+    near = p.fma(x, p.multiply(z, _polynomial(p, polynomials.TANH_COEFFICIENTS, z)), x)
+    one, two = float_like(1.0, x), float_like(2.0, x)
+    far = p.subtract(one, p.divide(two, p.add(exp(p, p.multiply(two, a)), one)))
+    return p.bind(select(a < float_like(polynomials.TANH_THRESHOLD, x), near, _with_sign_of(far, x)))
+
+
+def erf(p: Primitives, x: Expression) -> Expression:
+    """``float_polynomials.erf``."""
+    x = p.bind(x)
+    a = p.bind(_absolute(x))
+    z = p.bind(p.multiply(x, x))
+    near = p.fma(x, _polynomial(p, polynomials.ERF_CENTER_COEFFICIENTS, z), x)
+    highest = float_like(polynomials.ERF_HIGHEST, x)
+    t = p.bind(select(a > highest, highest, a))
+    tail = exp(p, _polynomial(p, polynomials.ERF_TAIL_COEFFICIENTS, t))
+    far = _with_sign_of(p.subtract(float_like(1.0, x), tail), x)
+    return p.bind(select(a < float_like(polynomials.ERF_THRESHOLD, x), near, far))
+
+
+Parameters = Sequence[Expression]
+"""Float32 scalars."""
+
+
+def _clip(p: Primitives, x: Expression, parameters: Parameters) -> Expression:
+    return clamp(p, x, parameters[0], parameters[1])
+
+
+def _leaky_relu(p: Primitives, x: Expression, parameters: Parameters) -> Expression:
+    x = p.bind(x)
+    return select(x > float_like(0.0, x), x, p.multiply(x, broadcast(parameters[0], lanes_of(x))))
+
+
+def _gelu(p: Primitives, x: Expression, _: Parameters) -> Expression:
+    x = p.bind(x)
+    half = p.multiply(float_like(0.5, x), x)
+    return p.multiply(half, p.add(erf(p, p.multiply(x, float_like(SQRT_HALF, x))), float_like(1.0, x)))
+
+
+def _gelu_tanh(p: Primitives, x: Expression, _: Parameters) -> Expression:
+    x = p.bind(x)
+    one = float_like(1.0, x)
+    cubic = p.multiply(x, p.fma(p.multiply(x, x), float_like(GELU_CUBIC, x), one))
+    inner = p.multiply(cubic, float_like(SQRT_TWO_OVER_PI, x))
+    return p.multiply(p.multiply(float_like(0.5, x), x), p.add(tanh(p, inner), one))
+
+
+def _silu(p: Primitives, x: Expression, _: Parameters) -> Expression:
+    x = p.bind(x)
+    return p.multiply(x, sigmoid(p, x))
+
+
+def _unit_line(p: Primitives, x: Expression, slope: Expression, intercept: Expression) -> Expression:
+    lanes = lanes_of(x)
+    value = p.fma(x, broadcast(slope, lanes), broadcast(intercept, lanes))
+    return clamp(p, value, T.float32(0), T.float32(1))
+
+
+def _hard_sigmoid(p: Primitives, x: Expression, parameters: Parameters) -> Expression:
+    return _unit_line(p, x, parameters[0], parameters[1])
+
+
+def _hard_swish(p: Primitives, x: Expression, _: Parameters) -> Expression:
+    x = p.bind(x)
+    return p.multiply(x, _unit_line(p, x, T.float32(ONE_SIXTH), T.float32(0.5)))
+
+
+def _elu(p: Primitives, x: Expression, parameters: Parameters) -> Expression:
+    x = p.bind(x)
+    low = p.multiply(broadcast(parameters[0], lanes_of(x)), p.subtract(exp(p, x), float_like(1.0, x)))
+    return select(x > float_like(0.0, x), x, low)
+
+
+UNARY: Mapping[str, Callable[[Primitives, Expression, Parameters], Expression]] = {
+    "clip": _clip,
+    "leaky_relu": _leaky_relu,
+    "sigmoid": lambda p, x, _: sigmoid(p, x),
+    "tanh": lambda p, x, _: tanh(p, x),
+    "erf": lambda p, x, _: erf(p, x),
+    "exp": lambda p, x, _: exp(p, x),
+    "gelu": _gelu,
+    "gelu_tanh": _gelu_tanh,
+    "silu": _silu,
+    "hard_sigmoid": _hard_sigmoid,
+    "hard_swish": _hard_swish,
+    "elu": _elu,
+}
+"""Every unary function, of a float32 ``x`` with scalar parameters."""

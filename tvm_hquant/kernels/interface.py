@@ -1,0 +1,185 @@
+"""What a kernel is asked for and what it gives: the interface that every kernel family implements.
+
+A :class:`KernelRequest` says what to compute, without values, so that layers of one shape share one compiled kernel.
+A :class:`KernelFamily` (one file per instruction set) answers with a :class:`Kernel`: a TIR function and a way to pack
+the constants of a layer for it. All quantization parameters are arguments of the function, none is compiled into it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy.typing as npt
+
+from tvm_hquant.operators import Operator
+from tvm_hquant.tensor_format import Storage
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class KernelRequest:
+    """What a kernel has to compute.
+
+    Attributes:
+        operator: shapes and attributes.
+        inputs: storage of each activation input, in the operator's order; a fused residual comes last.
+        output: storage of the output.
+        weights: storage of an anchor's weights: ``int8`` codes, ``int16`` codes (widths that are only simulated), or the
+            float storage of a float layer. ``""`` where there are none.
+        weight_points: how many weight tensors are summed (multipoint); 1 for plain weights.
+        saturation_free_pairs: what the weights prove: how many chained sums of two products u8·s8 surely fit int16.
+            0: not even one pair. Kernels may use it to be faster, never to compute other values.
+    """
+
+    operator: Operator
+    inputs: tuple[Storage, ...]
+    output: Storage
+    weights: str = ""
+    weight_points: int = 1
+    saturation_free_pairs: int = 0
+
+
+@dataclass(frozen=True)
+class Requantization:
+    """The end of every integer epilogue: v = v > lower ? v : lower; v = v < upper ? v : upper; q = rint(v) + zero_point.
+
+    ``lower`` and ``upper`` are float32 values less the zero point. ``zero_point`` is the stored one. With a float output
+    nothing is rounded and ``zero_point`` is 0.
+    """
+
+    lower: float
+    upper: float
+    zero_point: int
+
+
+@dataclass(frozen=True, eq=False)
+class IntegerAnchorConstants:
+    """Constants of an integer convolution or dense layer.
+
+    Attributes:
+        weight_codes: int8 (or int16) [points, out_channels, in_channels / groups, kernel_h, kernel_w].
+        input_zero_point: of the stored codes: 0…255, or 0…65535 for uint16 (high byte and low byte of it are the zero
+            points of the two planes).
+        multiplier: float32 [points, out_channels]. The high plane of 16-bit codes uses 256 times that.
+        offset: float32 [out_channels], the bias over the output scale.
+        requantization: the clamp and the output zero point.
+        residual_multiplier, residual_zero_point: of a fused residual (its storage is the last of the request's inputs).
+    """
+
+    weight_codes: Array
+    input_zero_point: int
+    multiplier: Array
+    offset: Array
+    requantization: Requantization
+    residual_multiplier: float = 0.0
+    residual_zero_point: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class FloatAnchorConstants:
+    """Constants of a float convolution or dense layer.
+
+    ``weights`` is float32 or float16 [out_channels, in_channels / groups, kernel_h, kernel_w], or uint16 with the bit
+    patterns of bfloat16. ``bias`` is float32 [out_channels]. ``lower`` and ``upper`` clamp the result.
+    """
+
+    weights: Array
+    bias: Array
+    lower: float
+    upper: float
+
+
+@dataclass(frozen=True, eq=False)
+class IntegerElementwiseConstants:
+    """Constants of an integer add (two inputs), average pool or requantize (one input).
+
+    v = c = 0; for every input i: v = fma(float32(q_i − input_zero_points[i]), multipliers[i], v); then requantization.
+    For an average pool ``multipliers`` holds one float32 array [output_h, output_w], applied to the sum of (q − zp).
+    For the others each entry is a float32 scalar array.
+    """
+
+    input_zero_points: tuple[int, ...]
+    multipliers: tuple[Array, ...]
+    requantization: Requantization
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizeConstants:
+    """clamp(rint(x / scale), lower, upper) + zero_point, true division in float32."""
+
+    scale: float
+    requantization: Requantization
+
+
+@dataclass(frozen=True, eq=False)
+class DequantizeConstants:
+    """float32(q − zero_point) · scale."""
+
+    scale: float
+    zero_point: int
+
+
+@dataclass(frozen=True, eq=False)
+class TableConstants:
+    """The value for each stored uint8 code: uint8, uint16 or float32 [256]."""
+
+    table: Array
+
+
+@dataclass(frozen=True, eq=False)
+class FillConstants:
+    """What a movement puts into new places: a stored code, or a float."""
+
+    fill: float
+
+
+@dataclass(frozen=True, eq=False)
+class FloatElementwiseConstants:
+    """Constants of a float elementwise layer: ``clamp`` bounds of a float add, parameters of a unary function."""
+
+    parameters: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class NoConstants:
+    """For kernels without any."""
+
+
+LayerConstants = (
+    IntegerAnchorConstants | FloatAnchorConstants | IntegerElementwiseConstants | QuantizeConstants | DequantizeConstants
+    | TableConstants | FillConstants | FloatElementwiseConstants | NoConstants
+)  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Kernel:
+    """A TIR function for one request.
+
+    Attributes:
+        request: what it computes.
+        name: family and variant for reports, such as ``avx512_vnni.conv2d[14x2]``.
+        function: a TIR ``PrimFunc`` (``s_tir=True``) with the arguments (activations…, constants…, output), all buffers,
+            in destination-passing style. Activation and output buffers have exactly the shapes of the operator and the
+            dtypes ``STORAGE_DTYPE[storage]``.
+        pack: gives the constant arguments as NumPy arrays of fixed shape and dtype, in the order of the arguments.
+    """
+
+    request: KernelRequest
+    name: str
+    function: Any
+    pack: Callable[[LayerConstants], tuple[Array, ...]]
+
+
+class KernelFamily(Protocol):
+    """Kernels of one instruction set."""
+
+    @property
+    def name(self) -> str: ...
+
+    def kernel(self, request: KernelRequest) -> Kernel | None:
+        """The kernel for a request, or None where the family leaves it to the next one of the target's list."""
+
+

@@ -1,0 +1,78 @@
+"""The TIR function around a kernel's body, and the shapes of its arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from tvm.script.ir_builder import IRBuilder
+from tvm.tirx.script import builder as T
+
+from tvm_hquant.errors import KernelError
+from tvm_hquant.kernels.interface import KernelRequest
+from tvm_hquant.operators import (
+    Add,
+    AveragePool2D,
+    Concat,
+    Conv2D,
+    Dense,
+    MaxPool2D,
+    Movement,
+    Opaque,
+    Operator,
+    Shape,
+)
+from tvm_hquant.tensor_format import STORAGE_DTYPE
+
+Buffer = Any
+"""A TIR buffer."""
+
+ArrayType = tuple[Shape, str]
+"""Shape and dtype of an argument."""
+
+Emit = Callable[[Sequence[Buffer], Sequence[Buffer], Buffer], None]
+"""Writes a function's body, given its input, constant and output buffers."""
+
+
+def input_shapes(operator: Operator) -> tuple[Shape, ...]:
+    """Shapes of the activations that an operator reads, in order; a fused residual last."""
+    match operator:
+        case Conv2D() | Dense():
+            return (operator.input_shape, *((operator.output_shape,) if operator.epilogue.has_residual else ()))
+        case Add():
+            return operator.shape, operator.shape
+        case Concat() | Opaque():
+            return operator.input_shapes
+        case MaxPool2D() | AveragePool2D() | Movement():
+            return (operator.input_shape,)
+        case _:
+            return (operator.shape,)
+
+
+def argument_types(request: KernelRequest) -> tuple[list[ArrayType], ArrayType]:
+    """Types of the activations of a request, and of its output.
+
+    Raises:
+        KernelError: the request names more or fewer storages than the operator reads.
+    """
+    shapes = input_shapes(request.operator)
+    if len(shapes) != len(request.inputs):
+        raise KernelError(
+            f"{request.operator} reads {len(shapes)} tensors, but the request names {len(request.inputs)} storages: "
+            "give one for each, a fused residual last"
+        )
+    inputs = [(shape, STORAGE_DTYPE[storage]) for shape, storage in zip(shapes, request.inputs, strict=True)]
+    return inputs, (request.operator.output_shape, STORAGE_DTYPE[request.output])
+
+
+def kernel_function(request: KernelRequest, constants: Sequence[ArrayType], emit: Emit) -> Any:
+    """The TIR function of a request: arguments (inputs…, constants…, output), body written by ``emit``."""
+    input_types, output_type = argument_types(request)
+    with IRBuilder() as builder:
+        with T.prim_func(s_tir=True):
+            inputs = [T.arg(f"input_{i}", T.buffer(shape, dtype)) for i, (shape, dtype) in enumerate(input_types)]
+            arrays = [T.arg(f"constant_{i}", T.buffer(shape, dtype)) for i, (shape, dtype) in enumerate(constants)]
+            output = T.arg("output", T.buffer(*output_type))
+            T.func_attr({"tirx.noalias": True})
+            emit(inputs, arrays, output)
+    return builder.get()

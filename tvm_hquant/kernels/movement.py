@@ -1,0 +1,295 @@
+"""Operators that move stored values without changing them: Concat and Movement, for any storage.
+
+Runs of neighbours are copied in vectors. Everything is told by element counts, so one storage differs from another only
+in the lanes of a vector.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+import numpy as np
+from tvm.tirx.script import builder as T
+
+from tvm_hquant.errors import KernelError
+from tvm_hquant.kernels.constant_arrays import to_arrays
+from tvm_hquant.kernels.elementwise import Pack, is_code, pack_only, wrong_constants
+from tvm_hquant.kernels.interface import Array, FillConstants, Kernel, KernelRequest, LayerConstants, NoConstants
+from tvm_hquant.kernels.kernel_function import ArrayType, Buffer, Emit, kernel_function
+from tvm_hquant.kernels.primitives import Expression, LlvmPrimitives, Primitives, broadcast, convert, narrow
+from tvm_hquant.kernels.vector_loops import elements, fitting_lanes, flat, flat_loop, load, row_loop, store, vector_loop
+from tvm_hquant.operators import Concat, Movement, Shape
+from tvm_hquant.tensor_format import STORAGE_DTYPE
+
+
+def movement_kernel(request: KernelRequest, vector_bytes: int) -> Kernel | None:
+    """Concat and Movement; None for other operators and where storages differ.
+
+    Raises:
+        KernelError: the operator is a movement of no known kind.
+    """
+    operator = request.operator
+    if not isinstance(operator, Concat | Movement) or {*request.inputs} != {request.output}:
+        return None
+    lanes = vector_bytes // np.dtype(STORAGE_DTYPE[request.output]).itemsize
+    constants: tuple[ArrayType, ...] = ()
+    pack = pack_only(request, NoConstants)
+    if isinstance(operator, Concat):
+        name, emit = "concat", _concat(operator, lanes)
+    else:
+        name = operator.function
+        match name:
+            case "reshape":
+                emit = _reshape(operator, lanes)
+            case "permute_dims":
+                emit = _permute(operator, lanes)
+            case "strided_slice":
+                emit = _slice(operator, lanes)
+            case "take":
+                emit, constants, pack = _take(operator, lanes), take_types(operator), take_pack(request, operator)
+            case "pad":
+                emit, constants, pack = _pad(request, operator, lanes), FILL_TYPES, fill_pack(request, operator)
+            case _:
+                raise unknown_movement(name)
+    return Kernel(request, f"common.{name}[{lanes}]", kernel_function(request, constants, emit), pack)
+
+
+def unknown_movement(name: str) -> KernelError:
+    """The error for a movement that no kernel knows."""
+    return KernelError(f"no movement {name!r}: use reshape, permute_dims, strided_slice, take or pad")
+
+
+FILL_TYPES: tuple[ArrayType, ...] = (((1,), "float32"),)
+"""A padding kernel is given the fill as one float32."""
+
+
+def fill_pack(request: KernelRequest, operator: Movement) -> Pack:
+    """Takes FillConstants, or the operator's own fill."""
+
+    def pack(constants: LayerConstants) -> tuple[Array, ...]:
+        if isinstance(constants, NoConstants):
+            return to_arrays(FillConstants(operator.fill))
+        if not isinstance(constants, FillConstants):
+            raise wrong_constants(request, constants, "FillConstants")
+        return to_arrays(constants)
+
+    return pack
+
+
+def stored_fill(p: Primitives, fill: Expression, storage: str) -> Expression:
+    """The stored form of a fill given as float32: a code, or a float rounded to the storage."""
+    return convert(convert(fill, "int32"), storage) if is_code(storage) else narrow(p, fill, storage)
+
+
+def take_types(operator: Movement) -> tuple[ArrayType, ...]:
+    """A take is given its indices as an int32 array."""
+    return (((len(operator.parameters) - 1,), "int32"),)
+
+
+def take_pack(request: KernelRequest, operator: Movement) -> Pack:
+    """The indices, which are the operator's own."""
+    check = pack_only(request, NoConstants)
+
+    def pack(constants: LayerConstants) -> tuple[Array, ...]:
+        return *check(constants), np.array(operator.parameters[1:], np.int32)
+
+    return pack
+
+
+def slice_starts(operator: Movement) -> list[tuple[int, int]]:
+    """Begin and stride of a slice along every axis."""
+    ranges = [(0, 1)] * len(operator.input_shape)
+    p = operator.parameters
+    for axis, begin, stride in zip(p[::3], p[1::3], p[2::3], strict=True):
+        ranges[axis] = begin, stride
+    return ranges
+
+
+def strides_of(shape: Shape) -> tuple[int, ...]:
+    """Elements between neighbours along every axis of a dense array."""
+    return tuple(elements(shape[axis + 1 :]) for axis in range(len(shape)))
+
+
+@contextmanager
+def _nest(shape: Shape, total: int) -> Iterator[list[Expression]]:
+    """Nested loops over ``shape``; the outermost that repeats is shared out to threads if there is much to do."""
+    with ExitStack() as stack:
+        variables: list[Expression] = []
+        pending = True
+        for size in shape:
+            if size == 1:
+                variables.append(T.int32(0))
+                continue
+            variables.append(stack.enter_context(row_loop(size, total) if pending else T.serial(size)))
+            pending = False
+        yield variables
+
+
+def _dot(indices: Sequence[Expression], factors: Sequence[int]) -> Expression:
+    total: Expression = T.int32(0)
+    for index, factor in zip(indices, factors, strict=True):
+        total = total + index * factor
+    return total
+
+
+def _copy(source: Buffer, source_start: Expression, target: Buffer, start: Expression, length: int, lanes: int) -> None:
+    """Copies a run of ``length`` neighbours."""
+    lanes = fitting_lanes(length, lanes)
+    with vector_loop(length, lanes) as offset:
+        store(target, start + offset, load(source, source_start + offset, lanes), lanes)
+
+
+def _fill(target: Buffer, start: Expression, value: Expression, length: int, lanes: int) -> None:
+    if length:
+        lanes = fitting_lanes(length, lanes)
+        with vector_loop(length, lanes) as offset:
+            store(target, start + offset, broadcast(value, lanes), lanes)
+
+
+def _concat(operator: Concat, lanes: int) -> Emit:
+    shape, axis = operator.output_shape, operator.axis
+    outer, step = elements(shape[:axis]), elements(shape[axis:])
+    runs = [elements(part[axis:]) for part in operator.input_shapes]
+
+    def emit(inputs: Sequence[Buffer], _: Sequence[Buffer], output: Buffer) -> None:
+        sources, target = [flat(buffer) for buffer in inputs], flat(output)
+        if outer == 1:
+            for source, run, first in zip(sources, runs, _offsets(runs), strict=True):
+                width = fitting_lanes(run, lanes)
+                with flat_loop(run, width) as offset:
+                    store(target, offset + first, load(source, offset, width), width)
+            return
+        with row_loop(outer, elements(shape)) as row:
+            for source, run, first in zip(sources, runs, _offsets(runs), strict=True):
+                _copy(source, row * run, target, row * step + first, run, lanes)
+
+    return emit
+
+
+def _offsets(lengths: Sequence[int]) -> list[int]:
+    return [sum(lengths[:index]) for index in range(len(lengths))]
+
+
+def _reshape(operator: Movement, lanes: int) -> Emit:
+    length = elements(operator.output_shape)
+    width = fitting_lanes(length, lanes)
+
+    def emit(inputs: Sequence[Buffer], _: Sequence[Buffer], output: Buffer) -> None:
+        source, target = flat(inputs[0]), flat(output)
+        with flat_loop(length, width) as offset:
+            store(target, offset, load(source, offset, width), width)
+
+    return emit
+
+
+def _strided(output_shape: Shape, strides: Sequence[int], base: int, lanes: int) -> Emit:
+    """output[i₀, i₁, …] = flat input[base + Σ iₖ · strideₖ]; neighbours along the last axis move together if they are."""
+    total, target_strides = elements(output_shape), strides_of(output_shape)
+    run = output_shape[-1] if strides[-1] == 1 else 1
+    loops = output_shape if run == 1 else output_shape[:-1]
+
+    def emit(inputs: Sequence[Buffer], _: Sequence[Buffer], output: Buffer) -> None:
+        source, target = flat(inputs[0]), flat(output)
+        with _nest(loops, total) as indices:
+            start = base + _dot(indices, strides[: len(loops)])
+            _copy(source, start, target, _dot(indices, target_strides[: len(loops)]), run, lanes)
+
+    return emit
+
+
+def _permute(operator: Movement, lanes: int) -> Emit:
+    axes, shape, strides = operator.parameters, operator.input_shape, strides_of(operator.input_shape)
+    sizes: list[int] = []
+    steps: list[int] = []
+    # Axes that stay neighbours become one, axes of one element vanish.
+    for axis in axes:
+        if shape[axis] == 1:
+            continue
+        if sizes and steps[-1] == strides[axis] * shape[axis]:
+            sizes[-1] *= shape[axis]
+            steps[-1] = strides[axis]
+        else:
+            sizes.append(shape[axis])
+            steps.append(strides[axis])
+    return _strided(tuple(sizes) or (1,), steps or [1], 0, lanes)
+
+
+def _slice(operator: Movement, lanes: int) -> Emit:
+    ranges, strides = slice_starts(operator), strides_of(operator.input_shape)
+    base = sum(begin * stride for (begin, _), stride in zip(ranges, strides, strict=True))
+    steps = [step * stride for (_, step), stride in zip(ranges, strides, strict=True)]
+    return _strided(operator.output_shape, steps, base, lanes)
+
+
+def interleaved_groups(indices: Sequence[int]) -> int:
+    """The groups of a channel shuffle, whose indices are 0, m, 2m, …, 1, m + 1, …; 0 if they are another order."""
+    count = len(indices)
+    for groups in range(2, count // 2 + 1):
+        if count % groups == 0 and indices[1] == count // groups:
+            length = count // groups
+            expected = [group * length + position for position in range(length) for group in range(groups)]
+            return groups if expected == list(indices) else 0
+    return 0
+
+
+def _take(operator: Movement, lanes: int) -> Emit:
+    axis, indices = operator.parameters[0], operator.parameters[1:]
+    shape = operator.input_shape
+    outer, inner = elements(shape[:axis]), elements(shape[axis + 1 :])
+    groups = interleaved_groups(indices) if len(indices) == shape[axis] else 0
+    if groups:
+        # A shuffle is a transposition, whose addresses need no table.
+        length = shape[axis] // groups
+        split = (outer, groups, length, inner)
+        return _permute(Movement("permute_dims", split, (outer, length, groups, inner), (0, 2, 1, 3)), lanes)
+    total = elements(operator.output_shape)
+
+    def emit(inputs: Sequence[Buffer], constants: Sequence[Buffer], output: Buffer) -> None:
+        source, target = flat(inputs[0]), flat(output)
+        with _nest((outer, len(indices)), total) as (row, position):
+            source_start = (row * shape[axis] + constants[0][position]) * inner
+            _copy(source, source_start, target, (row * len(indices) + position) * inner, inner, lanes)
+
+    return emit
+
+
+def _pad(request: KernelRequest, operator: Movement, lanes: int) -> Emit:
+    shape, output_shape = operator.input_shape, operator.output_shape
+    before, after = operator.parameters[::2], operator.parameters[1::2]
+    # Trailing axes without padding move as one run.
+    last = max((axis for axis in range(len(shape)) if before[axis] or after[axis]), default=0)
+    inner = elements(shape[last + 1 :])
+    run, left, right = shape[last] * inner, before[last] * inner, after[last] * inner
+    strides, target_strides = strides_of(shape), strides_of(output_shape)
+
+    def emit(inputs: Sequence[Buffer], constants: Sequence[Buffer], output: Buffer) -> None:
+        source, target = flat(inputs[0]), flat(output)
+        with _nest(output_shape[:last], elements(output_shape)) as indices:
+            fill = LlvmPrimitives().bind(stored_fill(LlvmPrimitives(), constants[0][0], request.output))
+            start = _dot(indices, target_strides[:last])
+            positions = [index - offset for index, offset in zip(indices, before, strict=False)]
+            inside = [
+                T.And(position >= 0, position < size)
+                for position, size, low, high in zip(positions, shape, before, after, strict=False)
+                if low or high
+            ]
+
+            def copy_row() -> None:
+                _fill(target, start, fill, left, lanes)
+                _copy(source, _dot(positions, strides[:last]), target, start + left, run, lanes)
+                _fill(target, start + left + run, fill, right, lanes)
+
+            if not inside:
+                copy_row()
+                return
+            condition = inside[0]
+            for other in inside[1:]:
+                condition = T.And(condition, other)
+            with T.If(condition):
+                with T.Then():
+                    copy_row()
+                with T.Else():
+                    _fill(target, start, fill, left + run + right, lanes)
+
+    return emit

@@ -1,0 +1,119 @@
+"""Float operators that look along an axis: Softmax and LocalResponseNormalization."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from tvm.tirx.script import builder as T
+
+from tvm_hquant.kernels.elementwise import is_code, pack_only
+from tvm_hquant.kernels.float_math import exp, power
+from tvm_hquant.kernels.interface import Kernel, KernelRequest, NoConstants
+from tvm_hquant.kernels.kernel_function import Buffer, kernel_function
+from tvm_hquant.kernels.primitives import (
+    Expression,
+    LlvmPrimitives,
+    Primitives,
+    broadcast,
+    float_like,
+    narrow,
+    select,
+    widen,
+)
+from tvm_hquant.kernels.vector_loops import elements, fitting_lanes, flat, load, row_loop, store, vector_loop
+from tvm_hquant.operators import LocalResponseNormalization, Softmax
+
+
+def normalization_kernel(request: KernelRequest, lanes: int) -> Kernel | None:
+    """Softmax and local response normalization between float storages; None for everything else."""
+    operator = request.operator
+    if is_code(request.inputs[0]) or is_code(request.output):
+        return None
+    if isinstance(operator, Softmax):
+        return _softmax(request, operator, lanes)
+    if isinstance(operator, LocalResponseNormalization):
+        return _local_response_normalization(request, operator, lanes)
+    return None
+
+
+def _softmax(request: KernelRequest, operator: Softmax, lanes: int) -> Kernel:
+    """Where the axis is the last, exponentials go in vectors along it and the sum, whose order is fixed, one by one;
+    elsewhere neighbouring sums share a vector."""
+    p, source_storage = LlvmPrimitives(), request.inputs[0]
+    shape, axis = operator.shape, operator.axis
+    outer, length, inner = elements(shape[:axis]), shape[axis], elements(shape[axis + 1 :])
+    across = fitting_lanes(inner, lanes)
+    along = fitting_lanes(length, lanes) if inner == 1 else 1
+    width = max(across, along)
+
+    def emit(inputs: Sequence[Buffer], _: Sequence[Buffer], output: Buffer) -> None:
+        source, target = flat(inputs[0]), flat(output)
+        with row_loop(outer, elements(shape)) as row:
+            scratch = T.alloc_buffer((length * across,), "float32")
+            with vector_loop(inner, across) as column:
+                base = row * (length * inner) + column
+                cell = T.alloc_buffer((across,), "float32", scope="local")
+                store(cell, 0, broadcast(T.float32(float("-inf")), across), across)
+                with T.serial(length) as k:
+                    x = p.bind(widen(load(source, base + k * inner, across), source_storage))
+                    largest = load(cell, 0, across)
+                    store(cell, 0, select(x > largest, x, largest), across)
+                largest = load(cell, 0, across)
+                with vector_loop(length, along) as k:
+                    x = widen(load(source, base + k * inner, width), source_storage)
+                    shift = largest if along == 1 else broadcast(largest, along)
+                    store(scratch, k * across, exp(p, p.subtract(x, shift)), width)
+                store(cell, 0, broadcast(T.float32(0), across), across)
+                with T.serial(length) as k:
+                    store(cell, 0, p.add(load(cell, 0, across), load(scratch, k * across, across)), across)
+                total = load(cell, 0, across)
+                with vector_loop(length, along) as k:
+                    divisor = total if along == 1 else broadcast(total, along)
+                    value = p.divide(load(scratch, k * across, width), divisor)
+                    store(target, base + k * inner, narrow(p, value, request.output), width)
+
+    function = kernel_function(request, (), emit)
+    return Kernel(request, f"common.softmax[{width}]", function, pack_only(request, NoConstants))
+
+
+def normalized(
+    p: Primitives, operator: LocalResponseNormalization, x: Expression, squares: Expression
+) -> Expression:
+    """x · power(fma(s, float32(alpha / size), bias), −beta) for the sum s of squares."""
+    scale, bias = float(np.float32(operator.alpha / operator.size)), float(np.float32(operator.bias))
+    base = p.fma(squares, float_like(scale, x), float_like(bias, x))
+    return p.multiply(x, power(p, base, float(np.float32(-operator.beta))))
+
+
+def _local_response_normalization(
+    request: KernelRequest, operator: LocalResponseNormalization, lanes: int
+) -> Kernel:
+    """Each pixel is widened into a row with zeros at both ends: a square of 0 changes no sum."""
+    p, source_storage = LlvmPrimitives(), request.inputs[0]
+    channels, rows = operator.shape[-1], elements(operator.shape[:-1])
+    before, width = (operator.size - 1) // 2, fitting_lanes(channels, lanes)
+
+    def emit(inputs: Sequence[Buffer], _: Sequence[Buffer], output: Buffer) -> None:
+        source, target = flat(inputs[0]), flat(output)
+        with row_loop(rows, elements(operator.shape)) as row:
+            line = T.alloc_buffer((channels + operator.size - 1,), "float32")
+            for first, count in ((0, before), (before + channels, operator.size - 1 - before)):
+                with T.serial(count) as k:
+                    store(line, k + first, T.float32(0), 1)
+            with vector_loop(channels, width) as channel:
+                x = widen(load(source, row * channels + channel, width), source_storage)
+                store(line, channel + before, x, width)
+            with vector_loop(channels, width) as channel:
+                cell = T.alloc_buffer((width,), "float32", scope="local")
+                store(cell, 0, broadcast(T.float32(0), width), width)
+                with T.serial(operator.size) as k:
+                    neighbour = p.bind(load(line, channel + k, width))
+                    store(cell, 0, p.fma(neighbour, neighbour, load(cell, 0, width)), width)
+                x = p.bind(load(line, channel + before, width))
+                value = normalized(p, operator, x, load(cell, 0, width))
+                store(target, row * channels + channel, narrow(p, value, request.output), width)
+
+    function = kernel_function(request, (), emit)
+    name = f"common.local_response_normalization[{width}]"
+    return Kernel(request, name, function, pack_only(request, NoConstants))

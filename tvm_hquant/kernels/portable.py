@@ -1,0 +1,22 @@
+"""Vectors of 16 bytes and no intrinsics but fused multiply-add: what any LLVM target compiles."""
+
+from __future__ import annotations
+
+from tvm_hquant.kernels.anchor_family import AnchorFamily
+from tvm_hquant.kernels.dot_product import DotProduct, FloatDot, WideDot, WideningDot
+from tvm_hquant.kernels.interface import KernelRequest
+
+_LANES = 4
+_REGISTERS = 16
+
+
+def _dot(request: KernelRequest) -> DotProduct:
+    if request.weights == "int8":
+        return WideningDot(_LANES, _REGISTERS)
+    if request.weights == "int16":
+        return WideDot(2, _REGISTERS)
+    return FloatDot(_LANES, _REGISTERS, request.weights)
+
+
+FAMILY = AnchorFamily("portable", _dot, WideningDot(_LANES, _REGISTERS), FloatDot(_LANES, _REGISTERS))
+"""The kernel family of any LLVM target."""

@@ -1,0 +1,99 @@
+"""Loops without remainders, for kernels that walk over memory in vectors.
+
+A length that the vector does not divide is covered by letting the last vector overlap the one before it, which stores the
+same values twice; a length below one vector takes the largest power of two of lanes that fits. So each loop has one
+body, which keeps compiling quick.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from tvm.tirx.script import builder as T
+
+from tvm_hquant.kernels.kernel_function import Buffer
+from tvm_hquant.kernels.primitives import Expression, vector_type
+from tvm_hquant.operators import Shape
+
+PARALLEL_ELEMENTS = 16384
+"""Loops over fewer elements stay on one thread: starting a second one costs more than it saves."""
+
+_CHUNKS = 16
+"""Pieces that a flat loop is cut into for the threads."""
+
+
+def elements(shape: Shape) -> int:
+    """How many elements an array of that shape has."""
+    count = 1
+    for size in shape:
+        count *= size
+    return count
+
+
+def shape_of(buffer: Buffer) -> Shape:
+    """The shape of a buffer, as integers."""
+    return tuple(int(size) for size in buffer.shape)
+
+
+def flat(buffer: Buffer) -> Buffer:
+    """The memory of a buffer with one axis."""
+    return T.decl_buffer((elements(shape_of(buffer)),), buffer.dtype, data=buffer.data)
+
+
+def fitting_lanes(length: int, lanes: int) -> int:
+    """``lanes``, or the largest power of two that is not above a shorter ``length``."""
+    while lanes > length:
+        lanes //= 2
+    return max(lanes, 1)
+
+
+def load(buffer: Buffer, start: Expression, lanes: int) -> Expression:
+    """``lanes`` neighbours of a flat buffer."""
+    return buffer[start] if lanes == 1 else buffer.vload([start], vector_type(buffer.dtype, lanes))
+
+
+def store(buffer: Buffer, start: Expression, value: Expression, lanes: int) -> None:
+    """Stores ``value`` into ``lanes`` neighbours of a flat buffer."""
+    T.buffer_store(buffer, value, [start if lanes == 1 else T.ramp(start, 1, lanes)])
+
+
+def vectors(length: int, lanes: int) -> int:
+    """How many vectors cover ``length`` elements."""
+    return -(-length // lanes)
+
+
+def vector_start(index: Expression, length: int, lanes: int) -> Expression:
+    """Where the vector of that index starts; the last one is moved back to end with the elements."""
+    return index * lanes if length % lanes == 0 else T.min(index * lanes, length - lanes)
+
+
+@contextmanager
+def vector_loop(length: int, lanes: int) -> Iterator[Expression]:
+    """A serial loop over the starts of the vectors that cover ``length`` elements. ``lanes`` must not exceed it."""
+    if length == lanes:
+        yield T.int32(0)
+        return
+    with T.serial(vectors(length, lanes)) as index:
+        yield T.bind(vector_start(index, length, lanes))
+
+
+@contextmanager
+def flat_loop(length: int, lanes: int) -> Iterator[Expression]:
+    """As :func:`vector_loop`, shared out to threads where there are elements enough."""
+    if length < PARALLEL_ELEMENTS:
+        with vector_loop(length, lanes) as start:
+            yield start
+        return
+    count = vectors(length, lanes)
+    inner = vectors(count, _CHUNKS)
+    with T.parallel(vectors(count, inner)) as chunk, T.serial(inner) as index:
+        position = (chunk * inner + index) * lanes
+        exact = count % inner == 0 and length % lanes == 0
+        yield T.bind(position if exact else T.min(position, length - lanes))
+
+
+def row_loop(rows: int, elements_in_all: int) -> Any:
+    """A loop over rows, shared out to threads where there are elements enough."""
+    return T.parallel(rows) if rows > 1 and elements_in_all >= PARALLEL_ELEMENTS else T.serial(rows)

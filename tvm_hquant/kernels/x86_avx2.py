@@ -1,0 +1,91 @@
+"""Plain AVX2: ``vpmaddwd`` for any int8 weights, ``vpmaddubsw`` where the weights prove that int16 sums suffice.
+
+``vpmaddwd`` adds two products of int16 values in int32. ``vpmaddubsw`` adds two products of u8 and s8 codes in int16; with
+weights of 7 bits one such sum cannot saturate, with 6 bits two, with 4 bits eight, and then half as many instructions or
+fewer do the same work, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tvm.tirx.script import builder as T
+
+from tvm_hquant.kernels.anchor_family import AnchorFamily
+from tvm_hquant.kernels.dot_product import DotProduct, FloatDot, WideDot, WideningDot, repeated_word
+from tvm_hquant.kernels.interface import KernelRequest
+from tvm_hquant.kernels.kernel_function import Buffer
+from tvm_hquant.kernels.primitives import Expression
+
+_LANES = 8
+_REGISTERS = 16
+
+
+@dataclass(frozen=True)
+class WordDot:
+    """``vpmaddwd``: two channels a step, activations and weights widened to int16 beforehand."""
+
+    lanes: int = _LANES
+    registers: int = _REGISTERS
+    products: int = 2
+    chain: int = 1
+    operand_dtype: str = "int16"
+    operand_offset: int = 0
+    weight_dtype: str = "int16"
+    accumulator_dtype: str = "int32"
+    name: str = "vpmaddwd"
+
+    def operand(self, buffer: Buffer, index: Expression) -> Expression:
+        return repeated_word(buffer, index, "int16", self.lanes)
+
+    def accumulate(
+        self, accumulator: Expression, operands: Sequence[Expression], weights: Sequence[Expression]
+    ) -> Expression:
+        return accumulator + _add_pairs(operands[0], weights[0])
+
+
+@dataclass(frozen=True)
+class ByteDot:
+    """``vpmaddubsw``: four channels a step, ``chain`` steps summed in int16, then widened by ``vpmaddwd`` with ones."""
+
+    chain: int
+    lanes: int = _LANES
+    registers: int = _REGISTERS
+    products: int = 4
+    operand_dtype: str = "uint8"
+    operand_offset: int = 0
+    weight_dtype: str = "int8"
+    accumulator_dtype: str = "int32"
+    name: str = "vpmaddubsw"
+
+    def operand(self, buffer: Buffer, index: Expression) -> Expression:
+        return repeated_word(buffer, index, "int8", self.lanes)
+
+    def accumulate(
+        self, accumulator: Expression, operands: Sequence[Expression], weights: Sequence[Expression]
+    ) -> Expression:
+        sums = [
+            T.call_llvm_pure_intrin("int16x16", "llvm.x86.avx2.pmadd.ub.sw", x, w)
+            for x, w in zip(operands, weights, strict=True)
+        ]
+        total = sums[0]
+        for other in sums[1:]:
+            total = total + other
+        return accumulator + _add_pairs(total, T.broadcast(T.int16(1), 2 * self.lanes))
+
+
+def _add_pairs(a: Expression, b: Expression) -> Expression:
+    return T.call_llvm_pure_intrin("int32x8", "llvm.x86.avx2.pmadd.wd", a, b)
+
+
+def _dot(request: KernelRequest) -> DotProduct:
+    if request.weights == "int8":
+        return ByteDot(request.saturation_free_pairs) if request.saturation_free_pairs else WordDot()
+    if request.weights == "int16":
+        return WideDot(4, _REGISTERS)
+    return FloatDot(_LANES, _REGISTERS, request.weights)
+
+
+FAMILY = AnchorFamily("avx2", _dot, WideningDot(_LANES, _REGISTERS), FloatDot(_LANES, _REGISTERS))
+"""The kernel family of this instruction set."""

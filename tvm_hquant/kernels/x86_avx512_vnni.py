@@ -1,0 +1,57 @@
+"""AVX512-VNNI: ``vpdpbusd`` adds four products of u8 and s8 codes to each of 16 int32 sums.
+
+Source: Intel 64 and IA-32 Architectures Software Developer's Manual, VPDPBUSD. LLVM 22 wants its operands as <64 x i8>.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tvm.tirx.script import builder as T
+
+from tvm_hquant.kernels.anchor_family import AnchorFamily
+from tvm_hquant.kernels.dot_product import DotProduct, FloatDot, WideDot, WideningDot, repeated_word
+from tvm_hquant.kernels.interface import KernelRequest
+from tvm_hquant.kernels.kernel_function import Buffer
+from tvm_hquant.kernels.primitives import Expression
+
+_LANES = 16
+_REGISTERS = 32
+
+
+@dataclass(frozen=True)
+class VnniDot:
+    """Four channels a step."""
+
+    lanes: int = _LANES
+    registers: int = _REGISTERS
+    products: int = 4
+    chain: int = 1
+    operand_dtype: str = "uint8"
+    operand_offset: int = 0
+    weight_dtype: str = "int8"
+    accumulator_dtype: str = "int32"
+    name: str = "vpdpbusd"
+
+    def operand(self, buffer: Buffer, index: Expression) -> Expression:
+        return repeated_word(buffer, index, "int8", self.lanes)
+
+    def accumulate(
+        self, accumulator: Expression, operands: Sequence[Expression], weights: Sequence[Expression]
+    ) -> Expression:
+        return T.call_llvm_pure_intrin(
+            "int32x16", "llvm.x86.avx512.vpdpbusd.512", accumulator, operands[0], weights[0]
+        )
+
+
+def _dot(request: KernelRequest) -> DotProduct:
+    if request.weights == "int8":
+        return VnniDot()
+    if request.weights == "int16":
+        return WideDot(8, _REGISTERS)
+    return FloatDot(_LANES, _REGISTERS, request.weights)
+
+
+FAMILY = AnchorFamily("avx512_vnni", _dot, WideningDot(_LANES, _REGISTERS), FloatDot(_LANES, _REGISTERS))
+"""The kernel family of this instruction set."""

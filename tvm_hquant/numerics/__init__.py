@@ -1,0 +1,75 @@
+"""The arithmetic contract (``docs/numerics.md``) as NumPy: what every quantized operator computes, bit for bit.
+
+The simulator and every kernel are compared with these functions. Nothing here knows of TVM.
+"""
+
+from tvm_hquant.fused_multiply_add import fma
+from tvm_hquant.numerics.codes import (
+    activation_format,
+    activation_range_to_scale,
+    canonical_codes,
+    dequantize,
+    multiplier,
+    offset,
+    quantize,
+    requantization,
+    residual_multiplier,
+    stored_codes,
+)
+from tvm_hquant.numerics.constants import (
+    average_pool_constants,
+    dequantize_constants,
+    elementwise_constants,
+    integer_anchor_constants,
+    quantize_constants,
+)
+from tvm_hquant.numerics.evaluation import evaluate
+from tvm_hquant.numerics.functions import PARAMETER_COUNTS, clamp, unary_float32, unary_float64, unary_table
+from tvm_hquant.numerics.integer_layers import requantize
+from tvm_hquant.numerics.storage import bfloat16_bits, bfloat16_values, narrow, widen
+from tvm_hquant.numerics.weights import (
+    check_accumulator,
+    dequantize_weights,
+    limited_scales,
+    quantize_weights,
+    round_weights,
+    weight_code_limit,
+    weight_points,
+)
+
+__all__ = [
+    "PARAMETER_COUNTS",
+    "activation_format",
+    "activation_range_to_scale",
+    "average_pool_constants",
+    "bfloat16_bits",
+    "bfloat16_values",
+    "canonical_codes",
+    "check_accumulator",
+    "clamp",
+    "dequantize",
+    "dequantize_constants",
+    "dequantize_weights",
+    "elementwise_constants",
+    "evaluate",
+    "fma",
+    "integer_anchor_constants",
+    "limited_scales",
+    "multiplier",
+    "narrow",
+    "offset",
+    "quantize",
+    "quantize_constants",
+    "quantize_weights",
+    "requantization",
+    "requantize",
+    "residual_multiplier",
+    "round_weights",
+    "stored_codes",
+    "unary_float32",
+    "unary_float64",
+    "unary_table",
+    "weight_code_limit",
+    "weight_points",
+    "widen",
+]

@@ -1,0 +1,172 @@
+"""Unary functions: in float32, step by step as kernels repeat them, and in float64, from which tables are made.
+
+Float32 steps (each · + − / is rounded alone; ``clamp(v, L, H)`` is v = v > L ? v : L, then v < H ? v : H):
+
+================  ==============  ===================================================================================
+function          parameters      steps
+================  ==============  ===================================================================================
+``clip``          lower, upper    clamp(x, lower, upper)
+``leaky_relu``    alpha           x > 0 ? x : x · alpha
+``sigmoid``                       :func:`tvm_hquant.float_polynomials.sigmoid`
+``tanh``                          :func:`tvm_hquant.float_polynomials.tanh`
+``erf``                           :func:`tvm_hquant.float_polynomials.erf`
+``exp``                           :func:`tvm_hquant.float_polynomials.exp`
+``gelu``                          (0.5 · x) · (erf(x · √½) + 1)
+``gelu_tanh``                     z = x · x; t = tanh((x · fma(z, 0.044715, 1)) · √(2/π)); (0.5 · x) · (t + 1)
+``silu``                          x · sigmoid(x)
+``hard_sigmoid``  alpha, beta     clamp(fma(x, alpha, beta), 0, 1)
+``hard_swish``                    x · clamp(fma(x, float32(1/6), 0.5), 0, 1)
+``elu``           alpha           x > 0 ? x : alpha · (exp(x) − 1)
+================  ==============  ===================================================================================
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+from scipy import special
+
+from tvm_hquant import float_polynomials as polynomials
+from tvm_hquant.errors import KernelError
+from tvm_hquant.fused_multiply_add import DoubleArray, FloatArray, fma
+from tvm_hquant.numerics.codes import stored_codes
+from tvm_hquant.numerics.storage import narrow
+from tvm_hquant.tensor_format import TensorFormat
+
+SQRT_HALF: Final = float(np.float32(math.sqrt(0.5)))
+SQRT_TWO_OVER_PI: Final = float(np.float32(math.sqrt(2 / math.pi)))
+GELU_CUBIC: Final = float(np.float32(0.044715))
+ONE_SIXTH: Final = float(np.float32(1 / 6))
+
+Parameters = tuple[float, ...]
+
+
+def clamp(x: FloatArray, lower: float, upper: float) -> FloatArray:
+    """x = x > lower ? x : lower; x = x < upper ? x : upper, in float32. A NaN gives ``lower``."""
+    low, high = np.float32(lower), np.float32(upper)
+    x = np.where(x > low, x, low)
+    return np.where(x < high, x, high)
+
+
+def _leaky_relu(x: FloatArray, p: Parameters) -> FloatArray:
+    return np.where(x > 0, x, x * np.float32(p[0]))
+
+
+def _gelu(x: FloatArray, _: Parameters) -> FloatArray:
+    return (np.float32(0.5) * x) * (polynomials.erf(x * np.float32(SQRT_HALF)) + np.float32(1))
+
+
+def _gelu_tanh(x: FloatArray, _: Parameters) -> FloatArray:
+    inner = (x * fma(x * x, np.float32(GELU_CUBIC), np.float32(1))) * np.float32(SQRT_TWO_OVER_PI)
+    return (np.float32(0.5) * x) * (polynomials.tanh(inner) + np.float32(1))
+
+
+def _hard_sigmoid(x: FloatArray, p: Parameters) -> FloatArray:
+    return clamp(fma(x, np.float32(p[0]), np.float32(p[1])), 0.0, 1.0)
+
+
+def _elu(x: FloatArray, p: Parameters) -> FloatArray:
+    return np.where(x > 0, x, np.float32(p[0]) * (polynomials.exp(x) - np.float32(1)))
+
+
+_FLOAT32: Mapping[str, Callable[[FloatArray, Parameters], FloatArray]] = {
+    "clip": lambda x, p: clamp(x, p[0], p[1]),
+    "leaky_relu": _leaky_relu,
+    "sigmoid": lambda x, _: polynomials.sigmoid(x),
+    "tanh": lambda x, _: polynomials.tanh(x),
+    "erf": lambda x, _: polynomials.erf(x),
+    "exp": lambda x, _: polynomials.exp(x),
+    "gelu": _gelu,
+    "gelu_tanh": _gelu_tanh,
+    "silu": lambda x, _: x * polynomials.sigmoid(x),
+    "hard_sigmoid": _hard_sigmoid,
+    "hard_swish": lambda x, _: x * _hard_sigmoid(x, (ONE_SIXTH, 0.5)),
+    "elu": _elu,
+}
+
+_FLOAT64: Mapping[str, Callable[[DoubleArray, Parameters], DoubleArray]] = {
+    "clip": lambda x, p: np.clip(x, p[0], p[1]),
+    "leaky_relu": lambda x, p: np.where(x > 0, x, x * p[0]),
+    "sigmoid": lambda x, _: _double(special.expit(x)),
+    "tanh": lambda x, _: np.tanh(x),
+    "erf": lambda x, _: _double(special.erf(x)),
+    "exp": lambda x, _: np.exp(x),
+    "gelu": lambda x, _: x * _double(special.ndtr(x)),
+    "gelu_tanh": lambda x, _: 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
+    "silu": lambda x, _: x * _double(special.expit(x)),
+    "hard_sigmoid": lambda x, p: np.clip(x * p[0] + p[1], 0.0, 1.0),
+    "hard_swish": lambda x, _: x * np.clip(x / 6 + 0.5, 0.0, 1.0),
+    "elu": lambda x, p: np.where(x > 0, x, p[0] * np.expm1(np.minimum(x, 0.0))),
+}
+
+PARAMETER_COUNTS: Final[Mapping[str, int]] = {
+    name: {"clip": 2, "leaky_relu": 1, "hard_sigmoid": 2, "elu": 1}.get(name, 0) for name in _FLOAT32
+}
+"""Every unary function there is, with the number of its parameters."""
+
+
+def _double(x: Any) -> DoubleArray:
+    return np.asarray(x, np.float64)
+
+
+def _check(function: str, parameters: Parameters) -> None:
+    if function not in PARAMETER_COUNTS:
+        raise KernelError(f"no unary function {function!r}: use one of {', '.join(PARAMETER_COUNTS)}")
+    if len(parameters) != PARAMETER_COUNTS[function]:
+        raise KernelError(
+            f"unary function {function!r} has {PARAMETER_COUNTS[function]} parameters, {len(parameters)} were given"
+        )
+
+
+def unary_float32(function: str, parameters: Parameters, x: FloatArray) -> FloatArray:
+    """``function`` of float32 ``x`` in the steps listed above; parameters are rounded to float32 first.
+
+    Raises:
+        KernelError: there is no such function, or the number of parameters is wrong.
+    """
+    _check(function, parameters)
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        return np.asarray(_FLOAT32[function](np.asarray(x, np.float32), parameters), np.float32)
+
+
+def unary_float64(function: str, parameters: Parameters, x: DoubleArray) -> DoubleArray:
+    """``function`` of float64 ``x``, as exact as float64 is.
+
+    Raises:
+        KernelError: there is no such function, or the number of parameters is wrong.
+    """
+    _check(function, parameters)
+    with np.errstate(over="ignore", under="ignore"):
+        return np.asarray(_FLOAT64[function](np.asarray(x, np.float64), parameters), np.float64)
+
+
+def unary_table(
+    function: str, parameters: Parameters, input_format: TensorFormat, output_format: TensorFormat
+) -> npt.NDArray[Any]:
+    """The function as a table over the 256 *stored* codes of an 8-bit input.
+
+    Entry i is f(s_x · (i − stored zp_x)) in float64; for codes as output, divided by s_y, rounded to even, zp_y
+    added, clamped to the codes, and stored. Stored codes outside the input's limits count as the nearest limit.
+
+    Returns:
+        [256] of the dtype of the output's storage (bfloat16 as uint16 bit patterns).
+
+    Raises:
+        KernelError: the function is unknown or lacks parameters, or the input is not of 8 bits.
+    """
+    if input_format.storage != "uint8":
+        raise KernelError(f"a table has 256 entries, but the input of {function!r} is {input_format.dtype}: use uint8")
+    offset = input_format.storage_offset
+    codes = np.clip(np.arange(256) - offset, input_format.q_min, input_format.q_max)
+    values = unary_float64(
+        function, parameters, input_format.scale * (codes - input_format.zero_point).astype(np.float64)
+    )
+    if not output_format.is_integer:
+        return narrow(values.astype(np.float32), output_format.storage)
+    scaled = np.rint(values / output_format.scale) + output_format.zero_point
+    clamped = np.where(scaled > output_format.q_min, np.minimum(scaled, output_format.q_max), output_format.q_min)
+    return stored_codes(clamped.astype(np.int32), output_format)

@@ -1,0 +1,273 @@
+"""What a layer computes, as plain data: shapes and attributes, no values and no precision.
+
+Tensors are channels-last: activations ``[batch, height, width, channels]``, dense layers ``[rows, features]``.
+Ceil-mode and automatic padding are resolved to explicit padding before an operator is described.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Window:
+    """A sliding window. ``padding`` is (top, left, bottom, right), in elements of the input."""
+
+    kernel: tuple[int, int]
+    strides: tuple[int, int] = (1, 1)
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0)
+    dilation: tuple[int, int] = (1, 1)
+
+    @property
+    def extent(self) -> tuple[int, int]:
+        """Rows and columns of the input that one position of the window spans."""
+        return tuple((k - 1) * d + 1 for k, d in zip(self.kernel, self.dilation, strict=True))  # type: ignore[return-value]
+
+    def output_size(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of the output for an input of ``height`` × ``width``."""
+        top, left, bottom, right = self.padding
+        (eh, ew), (sh, sw) = self.extent, self.strides
+        return (height + top + bottom - eh) // sh + 1, (width + left + right - ew) // sw + 1
+
+
+@dataclass(frozen=True)
+class Epilogue:
+    """What follows the sums of an anchor: bias, then the addition of a residual tensor, then a clamp to [lower, upper]."""
+
+    has_bias: bool = False
+    has_residual: bool = False
+    lower: float = -math.inf
+    upper: float = math.inf
+
+
+@dataclass(frozen=True)
+class Conv2D:
+    """Convolution, grouped and depthwise included. Weights ``[out_channels, in_channels / groups, kernel_h, kernel_w]``."""
+
+    input_shape: Shape
+    out_channels: int
+    window: Window
+    groups: int = 1
+    epilogue: Epilogue = Epilogue()
+
+    @property
+    def in_channels(self) -> int:
+        return self.input_shape[3]
+
+    @property
+    def output_shape(self) -> Shape:
+        n, h, w, _ = self.input_shape
+        return (n, *self.window.output_size(h, w), self.out_channels)
+
+    @property
+    def weight_shape(self) -> Shape:
+        return (self.out_channels, self.in_channels // self.groups, *self.window.kernel)
+
+    @property
+    def is_depthwise(self) -> bool:
+        """One input and one output channel per group."""
+        return self.groups > 1 and self.groups == self.in_channels == self.out_channels
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of one call."""
+        return math.prod(self.output_shape) * math.prod(self.weight_shape[1:])
+
+
+@dataclass(frozen=True)
+class Dense:
+    """``[rows, in_features] × weights [out_features, in_features]``; leading axes of the input are flattened to rows."""
+
+    rows: int
+    in_features: int
+    out_features: int
+    epilogue: Epilogue = Epilogue()
+    leading_shape: Shape = ()
+    """The leading axes before flattening, when there is not exactly one."""
+
+    @property
+    def input_shape(self) -> Shape:
+        return (*(self.leading_shape or (self.rows,)), self.in_features)
+
+    @property
+    def output_shape(self) -> Shape:
+        return (*(self.leading_shape or (self.rows,)), self.out_features)
+
+    @property
+    def weight_shape(self) -> Shape:
+        return (self.out_features, self.in_features)
+
+    @property
+    def macs(self) -> int:
+        return self.rows * self.in_features * self.out_features
+
+    def as_conv2d(self) -> Conv2D:
+        """The 1×1 convolution over ``rows`` pixels that computes the same."""
+        return Conv2D((1, 1, self.rows, self.in_features), self.out_features, Window((1, 1)), 1, self.epilogue)
+
+
+@dataclass(frozen=True)
+class Add:
+    """Sum of two tensors of one shape, then a clamp."""
+
+    shape: Shape
+    lower: float = -math.inf
+    upper: float = math.inf
+
+    @property
+    def output_shape(self) -> Shape:
+        return self.shape
+
+
+@dataclass(frozen=True)
+class MaxPool2D:
+    """Maximum over a window; padding takes no part."""
+
+    input_shape: Shape
+    window: Window
+
+    @property
+    def output_shape(self) -> Shape:
+        n, h, w, c = self.input_shape
+        return (n, *self.window.output_size(h, w), c)
+
+
+@dataclass(frozen=True)
+class AveragePool2D:
+    """Mean over a window. ``counted_padding`` is the part of the padding that counts in the divisor."""
+
+    input_shape: Shape
+    window: Window
+    counted_padding: tuple[int, int, int, int] = (0, 0, 0, 0)
+
+    @property
+    def output_shape(self) -> Shape:
+        n, h, w, c = self.input_shape
+        return (n, *self.window.output_size(h, w), c)
+
+    @property
+    def divisors(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Elements that count per output row and per output column; their product divides the sum."""
+
+        def counts(size: int, out: int, axis: int) -> tuple[int, ...]:
+            before, counted = self.window.padding[axis], self.counted_padding[axis]
+            end = size + self.counted_padding[axis + 2]
+            step, kernel, dilation = self.window.strides[axis], self.window.kernel[axis], self.window.dilation[axis]
+            return tuple(
+                max(1, sum(-counted <= o * step - before + k * dilation < end for k in range(kernel))) for o in range(out)
+            )
+
+        _, h, w, _ = self.input_shape
+        _, oh, ow, _ = self.output_shape
+        return counts(h, oh, 0), counts(w, ow, 1)
+
+
+@dataclass(frozen=True)
+class Concat:
+    """Joins tensors along ``axis`` (not negative)."""
+
+    input_shapes: tuple[Shape, ...]
+    axis: int
+
+    @property
+    def output_shape(self) -> Shape:
+        first = self.input_shapes[0]
+        return (*first[: self.axis], sum(s[self.axis] for s in self.input_shapes), *first[self.axis + 1 :])
+
+
+@dataclass(frozen=True)
+class Unary:
+    """An elementwise function: clip (parameters lower, upper), leaky_relu (alpha), sigmoid, tanh, gelu, silu,
+    hard_sigmoid (alpha, beta), hard_swish, elu (alpha), exp…"""
+
+    shape: Shape
+    function: str
+    parameters: tuple[float, ...] = ()
+
+    @property
+    def output_shape(self) -> Shape:
+        return self.shape
+
+
+@dataclass(frozen=True)
+class Movement:
+    """Moves values without changing them. ``parameters`` of each function:
+
+    - ``reshape``: none.
+    - ``permute_dims``: the axes, as in ``numpy.transpose``.
+    - ``strided_slice``: (axis, begin, stride) for each sliced axis, one after the other, begin not negative, stride
+      positive; the length follows from the output shape.
+    - ``take``: the axis, then the indices along it.
+    - ``pad``: (before, after) for each axis, one after the other; ``fill`` is the real value put in (constant mode).
+    """
+
+    function: str
+    input_shape: Shape
+    output_shape: Shape
+    parameters: tuple[int, ...] = ()
+    fill: float = 0.0
+
+
+@dataclass(frozen=True)
+class Softmax:
+    """exp(x − max) / Σ exp(x − max) along ``axis`` (not negative)."""
+
+    shape: Shape
+    axis: int
+
+    @property
+    def output_shape(self) -> Shape:
+        return self.shape
+
+
+@dataclass(frozen=True)
+class LocalResponseNormalization:
+    """x / (bias + alpha / size · Σ x²)^beta, the sum over ``size`` neighbouring channels (the last axis).
+
+    Channel c sums over c − ⌊(size−1)/2⌋ … c + ⌈(size−1)/2⌉, as far as those exist, as ONNX has it.
+    """
+
+    shape: Shape
+    size: int
+    alpha: float
+    beta: float
+    bias: float
+
+    @property
+    def output_shape(self) -> Shape:
+        return self.shape
+
+
+@dataclass(frozen=True)
+class Opaque:
+    """Anything else: computed in float32 by TVM's own legalization. ``name`` is the Relax operator."""
+
+    name: str
+    input_shapes: tuple[Shape, ...]
+    output_shape: Shape
+
+
+@dataclass(frozen=True)
+class Convert:
+    """A change of format between two layers: quantize, dequantize, requantize, or a cast between floats."""
+
+    shape: Shape
+
+    @property
+    def output_shape(self) -> Shape:
+        return self.shape
+
+
+Anchor = Conv2D | Dense
+Operator = (
+    Conv2D | Dense | Add | MaxPool2D | AveragePool2D | Concat | Unary | Movement | Softmax
+    | LocalResponseNormalization | Opaque | Convert
+)  # fmt: skip
+
+
+def with_epilogue(operator: Anchor, epilogue: Epilogue) -> Anchor:
+    """The same anchor with another epilogue."""
+    return replace(operator, epilogue=epilogue)

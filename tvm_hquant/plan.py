@@ -1,0 +1,249 @@
+"""The precision plan: what was decided, in a file that a person can read, edit and compare.
+
+``plan.json`` holds the decision for every layer, the scale and zero point of every tensor, and the groups of tensors that
+share them. ``plan.npz`` beside it, named with its SHA-256, holds the weight codes, their scales and the biases. The
+multipliers, offsets and limits of the kernels are derived from these and stand nowhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tvm_hquant.errors import HQuantError, PlanError
+from tvm_hquant.formats import TensorScales
+from tvm_hquant.layers import Layer, LayerGraph
+from tvm_hquant.precision import Arithmetic, Precision, parse_precision
+from tvm_hquant.quantized_weights import QuantizedWeights, quantize_layer_weights
+from tvm_hquant.tensor_format import TensorFormat
+
+PLAN_VERSION = 1
+
+
+@dataclass(frozen=True)
+class LayerDecision:
+    """The precision of one layer and why.
+
+    ``reason`` is one of: within budget, sensitive, no kernel, the spec forbids, cast cost, chosen by the user.
+    ``detail`` says it in a sentence.
+    """
+
+    precision: str
+    reason: str
+    detail: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class PrecisionPlan:
+    """A decision for every layer, and the numbers that quantization needs.
+
+    Attributes:
+        fingerprint: of the model (:attr:`LayerGraph.fingerprint`) that the plan is for.
+        target: name of the target spec that it was made for.
+        layers: a decision per layer.
+        scales: for each tensor its formats in the kinds of codes that were calibrated.
+        groups: names of tensors that share one format.
+        weights: codes per layer with weights, for the precision that ``weight_precisions`` names.
+        weight_precisions: the precision for which the codes of a layer were made.
+    """
+
+    fingerprint: str
+    target: str
+    layers: Mapping[str, LayerDecision]
+    scales: TensorScales
+    groups: tuple[tuple[str, ...], ...] = ()
+    weights: Mapping[str, QuantizedWeights] = field(default_factory=dict)
+    weight_precisions: Mapping[str, str] = field(default_factory=dict)
+
+    def precisions(self) -> dict[str, Precision]:
+        """The precision of every layer."""
+        return {name: parse_precision(decision.precision) for name, decision in self.layers.items()}
+
+    def layer_weights(self, layer: Layer, precision: Precision) -> QuantizedWeights | None:
+        """Weight codes of a layer: the stored ones, or made now where the plan has none for this precision.
+
+        None where the precision stores no codes.
+        """
+        if not layer.is_anchor or precision.arithmetic is Arithmetic.FLOAT:
+            return None
+        if self.weight_precisions.get(layer.name) == precision.name:
+            return self.weights[layer.name]
+        return quantize_layer_weights(layer, precision)
+
+    def with_layers(self, layers: Mapping[str, LayerDecision]) -> PrecisionPlan:
+        """The plan with some decisions replaced."""
+        return replace(self, layers={**self.layers, **layers})
+
+    def check_model(self, graph: LayerGraph) -> None:
+        """Makes sure that the plan is for this model.
+
+        Raises:
+            PlanError: it is for another model, or a layer has no decision.
+        """
+        unknown = [name for name in self.layers if name not in graph.by_name]
+        missing = [layer.name for layer in graph.layers if layer.name not in self.layers]
+        if unknown or missing:
+            parts = []
+            if unknown:
+                parts.append(f"it names layers that the model does not have ({_some(unknown)})")
+            if missing:
+                parts.append(f"it has no decision for layers of the model ({_some(missing)})")
+            raise PlanError(f"the plan is for another model: {' and '.join(parts)}; make one with 'hquant compile'")
+        if self.fingerprint != graph.fingerprint:
+            raise PlanError(
+                "the plan is for another model: the layers have the same names, but shapes or weights differ; "
+                "make one for this model with 'hquant compile'"
+            )
+
+    def to_json(self, weights_sha256: str | None = None) -> str:
+        """The text of ``plan.json``."""
+        document: dict[str, Any] = {
+            "version": PLAN_VERSION,
+            "model": self.fingerprint,
+            "target": self.target,
+            "layers": {
+                name: {"precision": d.precision, "reason": d.reason, "detail": d.detail}
+                for name, d in self.layers.items()
+            },
+            "tensors": {
+                name: {codes: _scale_entry(f) for codes, f in formats.items()} for name, formats in self.scales.items()
+            },
+            "groups": [list(group) for group in self.groups],
+            "weights": {"file": "plan.npz", "sha256": weights_sha256, "precisions": dict(self.weight_precisions)},
+        }
+        return _one_line_per_entry(document)
+
+    def save(self, folder: Path) -> None:
+        """Writes ``plan.json`` and ``plan.npz`` into a folder that exists."""
+        data = _weights_bytes(self.weights)
+        (folder / "plan.npz").write_bytes(data)
+        (folder / "plan.json").write_text(self.to_json(hashlib.sha256(data).hexdigest()), encoding="utf-8")
+
+
+def load_plan(path: Path | str) -> PrecisionPlan:
+    """Reads ``plan.json`` and, where it stands beside it, ``plan.npz``.
+
+    Raises:
+        PlanError: a file cannot be read, a field is missing or wrong, or ``plan.npz`` is not the one that belongs to it.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PlanError(f"cannot read the plan {path}: {getattr(error, 'strerror', None) or error}") from None
+    weights_path = path.with_name("plan.npz")
+    data = weights_path.read_bytes() if weights_path.is_file() else None
+    return plan_from_text(text, f"the plan {path}", data)
+
+
+def plan_from_text(text: str, what: str, weights: bytes | Mapping[str, QuantizedWeights] | None) -> PrecisionPlan:
+    """A plan from the text of ``plan.json`` and its weights: the bytes of ``plan.npz``, or the codes by layer.
+
+    Raises:
+        PlanError: a field is missing or wrong, or the bytes are not the ones that belong to it; ``what`` names the plan.
+    """
+    try:
+        return _from_document(json.loads(text), weights)
+    except json.JSONDecodeError as error:
+        raise PlanError(f"{what} is not JSON: {error}") from None
+    except HQuantError as error:
+        raise PlanError(f"{what}: {error}") from None
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        wrong = f"the field {error} is missing" if isinstance(error, KeyError) else str(error)
+        raise PlanError(f"{what} has the wrong form: {wrong}; see docs/plan.md") from None
+
+
+def _from_document(document: Any, stored: bytes | Mapping[str, QuantizedWeights] | None) -> PrecisionPlan:
+    if not isinstance(document, dict):
+        raise PlanError("expected an object with version, model, target, layers and tensors")
+    if document["version"] != PLAN_VERSION:
+        raise PlanError(f"version {document['version']!r} is not supported, only {PLAN_VERSION}; make the plan again")
+    layers = {
+        name: LayerDecision(parse_precision(d["precision"]).name, str(d.get("reason", "")), str(d.get("detail", "")))
+        for name, d in document["layers"].items()
+    }
+    scales = {
+        name: {codes: _scale_format(name, codes, entry) for codes, entry in formats.items()}
+        for name, formats in document["tensors"].items()
+    }
+    groups = tuple(tuple(group) for group in document.get("groups", []))
+    _check_groups(groups, scales)
+    weights_entry = document.get("weights", {})
+    weights: Mapping[str, QuantizedWeights] = {}
+    if isinstance(stored, bytes):
+        if weights_entry.get("sha256") not in (None, hashlib.sha256(stored).hexdigest()):
+            raise PlanError("plan.npz beside it is not the file that belongs to it (its SHA-256 differs)")
+        weights = _weights_from_bytes(stored)
+    elif stored is not None:
+        weights = stored
+    precisions = {k: v for k, v in weights_entry.get("precisions", {}).items() if k in weights}
+    return PrecisionPlan(document["model"], document["target"], layers, scales, groups, weights, precisions)
+
+
+def _check_groups(groups: tuple[tuple[str, ...], ...], scales: TensorScales) -> None:
+    for group in groups:
+        formats = [scales[name] for name in group if name in scales]
+        if any(f != formats[0] for f in formats):
+            raise PlanError(f"the tensors of the group {_some(list(group))} must have one scale and zero point")
+
+
+def _scale_entry(f: TensorFormat) -> dict[str, Any]:
+    return {"scale": float(str(np.float32(f.scale))), "zero_point": f.zero_point}
+
+
+def _scale_format(tensor: str, codes: str, entry: Mapping[str, Any]) -> TensorFormat:
+    scale, zero_point = float(np.float32(entry["scale"])), entry["zero_point"]
+    if not isinstance(zero_point, int):
+        raise PlanError(f"tensor {tensor}: zero_point {zero_point!r} is not an integer")
+    try:
+        if codes == "int8":
+            return TensorFormat("int8", scale, zero_point, -128, 127)
+        bits = int(codes.removeprefix("uint"))
+        return TensorFormat("uint8" if bits <= 8 else "uint16", scale, zero_point, 0, 2**bits - 1)
+    except ValueError as error:
+        raise PlanError(f"tensor {tensor}, {codes}: {error}") from None
+
+
+def _one_line_per_entry(document: Mapping[str, Any]) -> str:
+    """JSON with one line per layer and per tensor, so that two plans can be compared line by line."""
+    parts = []
+    for key, value in document.items():
+        if isinstance(value, dict) and key in ("layers", "tensors"):
+            entries = ",\n".join(f"    {json.dumps(k)}: {json.dumps(v)}" for k, v in value.items())
+            parts.append(f"  {json.dumps(key)}: {{\n{entries}\n  }}")
+        elif key == "groups":
+            entries = ",\n".join(f"    {json.dumps(v)}" for v in value)
+            parts.append(f"  {json.dumps(key)}: [\n{entries}\n  ]" if value else f"  {json.dumps(key)}: []")
+        else:
+            parts.append(f"  {json.dumps(key)}: {json.dumps(value)}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+def _weights_bytes(weights: Mapping[str, QuantizedWeights]) -> bytes:
+    arrays: dict[str, npt.NDArray[Any]] = {}
+    for name, w in weights.items():
+        arrays[f"{name}/codes"], arrays[f"{name}/scales"], arrays[f"{name}/bias"] = w.codes, w.scales, w.bias
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
+    return buffer.getvalue()
+
+
+def _weights_from_bytes(data: bytes) -> dict[str, QuantizedWeights]:
+    with np.load(io.BytesIO(data), allow_pickle=False) as archive:
+        names = sorted({key.rpartition("/")[0] for key in archive.files})
+        return {
+            name: QuantizedWeights(archive[f"{name}/codes"], archive[f"{name}/scales"], archive[f"{name}/bias"])
+            for name in names
+        }
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

@@ -1,0 +1,58 @@
+"""Makes plans from decisions about the layers with weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from tvm_hquant.errors import PrecisionError
+from tvm_hquant.formats import follow_consumers
+from tvm_hquant.plan import LayerDecision, PrecisionPlan
+from tvm_hquant.precision import A8W8, FLOAT32, INT8, Precision, parse_precision
+from tvm_hquant.session import QuantizationSession
+
+
+def make_plan(session: QuantizationSession, decisions: Mapping[str, LayerDecision]) -> PrecisionPlan:
+    """The plan for these decisions; layers without weights follow the layers that read them.
+
+    It holds the scales of all calibrated tensors in the kinds of codes that it uses, and in uint8 and int8, so that a
+    person can change a layer's precision in the file.
+    """
+    graph = session.graph
+    anchors = {name: parse_precision(d.precision) for name, d in decisions.items()}
+    followed = follow_consumers(graph, anchors, {}, session.output_precision)
+    layers = dict(decisions)
+    for name, f in followed.items():
+        layers[name] = LayerDecision(f.precision.name, f.reason, f.detail)
+    scales = session.scales([A8W8, INT8, *anchors.values(), *(f.precision for f in followed.values())])
+    weights = {layer.name: session.layer_weights(layer, anchors[layer.name]) for layer in graph.anchors}
+    stored = {name: codes for name, codes in weights.items() if codes is not None}
+    return PrecisionPlan(
+        graph.fingerprint,
+        session.spec.name,
+        {layer.name: layers[layer.name] for layer in graph.layers},
+        scales,
+        session.ranges.groups if session.ranges is not None else (),
+        stored,
+        {name: anchors[name].name for name in stored},
+    )
+
+
+def uniform_decisions(session: QuantizationSession, precision: Precision) -> dict[str, LayerDecision]:
+    """One precision for all layers with weights; float32, with the reason, for those that cannot have it.
+
+    Raises:
+        PrecisionError: a layer can have neither.
+    """
+    decisions: dict[str, LayerDecision] = {}
+    for layer in session.graph.anchors:
+        refusal = session.refusal(layer, precision)
+        if refusal is None:
+            decisions[layer.name] = LayerDecision(precision.name, "chosen by the user")
+            continue
+        if session.refusal(layer, FLOAT32) is not None:
+            raise PrecisionError(
+                f"layer {layer.name} cannot be {precision.name} on {session.spec.name}: {refusal.detail}; float32 is not "
+                "offered either"
+            )
+        decisions[layer.name] = LayerDecision("float32", refusal.reason, refusal.detail)
+    return decisions

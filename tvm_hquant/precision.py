@@ -1,0 +1,124 @@
+"""The precisions a layer can have, by the names used everywhere: code, command line, plans, reports.
+
+====================  =========================  ====================================================
+name                  activations                weights
+====================  =========================  ====================================================
+``a8w8`` (``uint8``)  uint8 codes, asymmetric    int8, per output channel
+``int8``              int8 codes, zero point 0   int8, per output channel
+``a8w7`` … ``a8w2``   uint8 codes, asymmetric    narrower codes in the same int8 kernels
+``a16w8``             uint16 codes, two passes   int8
+``a16w16``            uint16 codes, two passes   two 8-bit points (multipoint quantization, Liu et al. 2021)
+``float16``           float16 storage            float16 storage, float32 accumulators
+``bfloat16``          bfloat16 storage           bfloat16 storage, float32 accumulators
+``float32``           float32                    float32
+``w8`` … ``w2``       float32                    integer codes, made float32 again at compile time
+====================  =========================  ====================================================
+
+Any other pair ``a{2…16}w{2…16}`` is simulated with exact integer sums and the same epilogue, but has no kernel.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cache
+
+from tvm_hquant.errors import PrecisionError
+
+
+class Arithmetic(StrEnum):
+    """How a layer computes."""
+
+    INTEGER = "integer"
+    FLOAT = "float"
+    WEIGHT_ONLY = "weight-only"
+
+
+@dataclass(frozen=True, order=True)
+class Precision:
+    """One precision of a layer.
+
+    ``activation_bits`` and ``weight_bits`` count the bits that are stored for a value. ``weight_points`` is the
+    number of 8-bit weight tensors whose scaled sum stands for the weights. ``symmetric`` says that activation codes
+    are int8 with zero point 0.
+    """
+
+    name: str
+    arithmetic: Arithmetic
+    activation_bits: int
+    weight_bits: int
+    symmetric: bool = False
+    weight_points: int = 1
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def is_integer(self) -> bool:
+        """Whether activations are integer codes."""
+        return self.arithmetic is Arithmetic.INTEGER
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether ranges of activations must be known."""
+        return self.is_integer
+
+    @property
+    def is_realized(self) -> bool:
+        """Whether a compiled module can have this precision; otherwise it is only simulated."""
+        return self.name in _REALIZED_NAMES
+
+    @property
+    def bits_per_weight(self) -> int:
+        """Bits that one weight occupies, all its points together."""
+        return self.weight_bits
+
+
+def _integer(name: str, activation_bits: int, weight_bits: int) -> Precision:
+    return Precision(name, Arithmetic.INTEGER, activation_bits, weight_bits)
+
+
+FLOAT32 = Precision("float32", Arithmetic.FLOAT, 32, 32)
+FLOAT16 = Precision("float16", Arithmetic.FLOAT, 16, 16)
+BFLOAT16 = Precision("bfloat16", Arithmetic.FLOAT, 16, 16)
+A8W8 = _integer("a8w8", 8, 8)
+INT8 = Precision("int8", Arithmetic.INTEGER, 8, 8, symmetric=True)
+A16W8 = _integer("a16w8", 16, 8)
+A16W16 = Precision("a16w16", Arithmetic.INTEGER, 16, 16, weight_points=2)
+
+ALIASES = {"uint8": "a8w8", "fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
+
+_NAMED = {p.name: p for p in (FLOAT32, FLOAT16, BFLOAT16, A8W8, INT8, A16W8, A16W16)}
+_REALIZED_NAMES = frozenset(
+    [*_NAMED, *(f"a8w{bits}" for bits in range(2, 9)), *(f"w{bits}" for bits in range(2, 9))]
+)
+REALIZED: tuple[str, ...] = (
+    "a8w8", "int8", *(f"a8w{b}" for b in range(7, 1, -1)), "a16w8", "a16w16",
+    "float16", "bfloat16", "float32", *(f"w{b}" for b in range(8, 1, -1)),
+)  # fmt: skip
+"""Names of all precisions that a compiled module can have, in the order in which lists show them."""
+
+_PAIR = re.compile(r"a(\d{1,2})w(\d{1,2})")
+_WEIGHT_ONLY = re.compile(r"w([2-8])")
+
+
+@cache
+def parse_precision(name: str) -> Precision:
+    """The precision called ``name``.
+
+    Raises:
+        PrecisionError: no precision has that name.
+    """
+    canonical = ALIASES.get(name.lower(), name.lower())
+    if canonical in _NAMED:
+        return _NAMED[canonical]
+    if match := _WEIGHT_ONLY.fullmatch(canonical):
+        return Precision(canonical, Arithmetic.WEIGHT_ONLY, 32, int(match[1]))
+    if match := _PAIR.fullmatch(canonical):
+        activation_bits, weight_bits = int(match[1]), int(match[2])
+        if 2 <= activation_bits <= 16 and 2 <= weight_bits <= 16:
+            return _integer(canonical, activation_bits, weight_bits)
+    raise PrecisionError(
+        f"unknown precision {name!r}: use one of {', '.join(REALIZED)}, or aXwY with 2 to 16 bits each (simulated only)"
+    )

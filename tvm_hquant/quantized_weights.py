@@ -1,0 +1,54 @@
+"""Integer codes of a layer's weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tvm_hquant import numerics
+from tvm_hquant.layers import Layer
+from tvm_hquant.precision import Precision
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedWeights:
+    """Weights as codes; real = Σ over points of codes · scales.
+
+    Attributes:
+        codes: int8 (int16 above 8 bits) [points, out_channels, in_channels / groups, kernel_h, kernel_w].
+        scales: float32 [points, out_channels].
+        bias: float32 [out_channels], real values; a method may have corrected it.
+    """
+
+    codes: Array
+    scales: Array
+    bias: Array
+
+    def real(self) -> Array:
+        """float32 [out_channels, in_channels / groups, kernel_h, kernel_w]: float32(code) · scale, of one point."""
+        return numerics.dequantize_weights(self.codes[0], self.scales[0])
+
+
+def quantize_layer_weights(layer: Layer, precision: Precision, per_channel: bool = True) -> QuantizedWeights:
+    """Codes for the weights of a layer in an integer or weight-only precision.
+
+    ``per_channel=False`` gives all output channels one scale, for targets that have only that.
+    """
+    assert layer.weights is not None
+    assert layer.bias is not None
+    weights = layer.weights
+    if precision.weight_points > 1:
+        codes, scales = numerics.weight_points(weights, precision.weight_points)
+    else:
+        given = None
+        if not per_channel:
+            _, largest = numerics.quantize_weights(weights.reshape(1, *weights.shape), precision.weight_bits)
+            given = np.broadcast_to(largest, weights.shape[:1]).astype(np.float32)
+        one_code, one_scale = numerics.quantize_weights(weights, precision.weight_bits, given)
+        codes, scales = one_code[None], one_scale[None]
+    return QuantizedWeights(codes, scales, layer.bias)

@@ -1,0 +1,263 @@
+"""Loads an artifact and runs it, with TVM's runtime alone.
+
+This module imports nothing of the compiler: it works where only TVM's runtime library is installed
+(``TVM_USE_RUNTIME_LIB=1``), needs neither onnx nor the rest of this package, and may be copied to a board beside
+``errors.py``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tvm_hquant.cpu_features import cpu_features
+from tvm_hquant.errors import ArtifactError, DataError
+
+Array = npt.NDArray[Any]
+
+MANIFEST_VERSION = 1
+LIBRARY_NAME = "model.so"
+
+
+def use_all_cores() -> None:
+    """Gives TVM's thread pool one thread per core that this process may use, unless ``TVM_NUM_THREADS`` is set.
+
+    It has to happen before the first kernel runs.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    os.environ.setdefault("TVM_NUM_THREADS", str(cores))
+
+
+def read_manifest(folder: Path | str) -> dict[str, Any]:
+    """The manifest of an artifact.
+
+    Raises:
+        ArtifactError: the folder or its manifest is missing or cannot be read.
+    """
+    path = Path(folder) / "manifest.json"
+    if not Path(folder).is_dir():
+        raise ArtifactError(f"{folder} is not an artifact: there is no such folder; 'hquant compile … -o {folder}' makes it")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ArtifactError(f"{folder} is not an artifact: cannot read manifest.json ({error.strerror})") from None
+    except ValueError as error:
+        raise ArtifactError(f"{path} is damaged: {error}; compile the model again") from None
+    if not isinstance(manifest, dict) or manifest.get("version") != MANIFEST_VERSION:
+        raise ArtifactError(f"{path} has version {manifest.get('version') if isinstance(manifest, dict) else None!r}, "
+                            f"this release reads {MANIFEST_VERSION}; compile the model again")  # fmt: skip
+    return manifest
+
+
+def check_machine(manifest: Mapping[str, Any]) -> None:
+    """Makes sure that this machine can run an artifact.
+
+    Raises:
+        ArtifactError: it is for another architecture, or for instructions that this CPU does not have.
+    """
+    target = manifest["target"]
+    machine = os.uname().machine
+    if target["machine"] not in ("", machine):
+        raise ArtifactError(
+            f"the artifact is for {target['name']} ({target['machine']}), this machine is {machine}: copy it to the "
+            "target, or compile the model with '--target host'"
+        )
+    missing = sorted(set(target["required_cpu_features"]) - cpu_features())
+    if missing:
+        raise ArtifactError(
+            f"the artifact for {target['name']} needs instructions that this CPU does not have "
+            f"({', '.join(missing)}): run it on its target, or compile the model with '--target host'"
+        )
+
+
+class Artifact:
+    """A compiled model in a folder: ``run({input name: array}) → {output name: array}``.
+
+    The library is loaded at the first run, so that an artifact for another machine can be made, saved and inspected here.
+
+    Attributes:
+        folder: where its files are.
+        manifest: what ``manifest.json`` says.
+    """
+
+    def __init__(self, folder: Path, manifest: Mapping[str, Any]) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self._inputs = {e["name"]: (tuple(e["shape"]), str(e["dtype"])) for e in manifest["inputs"]}
+        self._outputs = [str(e["name"]) for e in manifest["outputs"]]
+
+    @cached_property
+    def library(self) -> Any:
+        """The compiled library, loaded by TVM's runtime.
+
+        Raises:
+            ArtifactError: this machine cannot run it, or the file is missing or damaged.
+        """
+        check_machine(self.manifest)
+        path = self.folder / self.manifest["library"]
+        if not path.is_file():
+            raise ArtifactError(f"{self.folder} is incomplete: {path.name} is missing; compile the model again")
+        use_all_cores()
+        import tvm
+
+        try:
+            return tvm.runtime.load_module(str(path))
+        except (RuntimeError, OSError) as error:
+            raise ArtifactError(f"cannot load {path}: {str(error).strip().splitlines()[-1]}") from None
+
+    @cached_property
+    def device(self) -> Any:
+        """TVM's device on which the artifact runs."""
+        import tvm
+
+        return tvm.cuda() if self.manifest["target"]["device"] == "cuda" else tvm.cpu()
+
+    @cached_property
+    def machine(self) -> Any:
+        """TVM's virtual machine with the library in it."""
+        library = self.library
+        from tvm.runtime.vm import VirtualMachine
+
+        return VirtualMachine(library, self.device)
+
+    @cached_property
+    def _main(self) -> Any:
+        return self.machine["main"]
+
+    def save(self, path: Path | str) -> Artifact:
+        """Writes the artifact to a folder: aside first, then renamed, so that no half-written one is ever there.
+
+        An artifact that stands there already is replaced.
+
+        Raises:
+            ArtifactError: the folder holds something else, or cannot be written.
+        """
+        target = Path(path)
+        check_destination(target)
+        if target.resolve() == self.folder.resolve():
+            return self
+        aside = target.with_name(f".{target.name}.{os.getpid()}.partial")
+        old = target.with_name(f".{target.name}.{os.getpid()}.old")
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copytree(self.folder, aside)
+            if target.exists():
+                target.rename(old)
+            aside.rename(target)
+        except (OSError, shutil.Error) as error:
+            raise ArtifactError(f"cannot write the artifact {target}: {_reason(error)}") from None
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)
+        return Artifact(target, self.manifest)
+
+    def run(self, inputs: Mapping[str, Array] | Array) -> dict[str, Array]:
+        """Outputs for any number of samples.
+
+        ``inputs`` maps the name of each input to an array whose first axis counts samples; a single array serves a model
+        with one input.
+
+        Raises:
+            DataError: a name, shape or dtype does not fit, the numbers of samples differ, or there are none.
+        """
+        arrays = self._checked(inputs)
+        batch = next(iter(self._inputs.values()))[0][0]
+        count = len(next(iter(arrays.values())))
+        if count == batch:
+            return dict(zip(self._outputs, self._call(arrays), strict=True))
+        parts: list[Sequence[Array]] = []
+        for start in range(0, count, batch):
+            chunk = {name: _padded(a[start : start + batch], batch) for name, a in arrays.items()}
+            parts.append([o[: min(batch, count - start)] for o in self._call(chunk)])
+        return {name: np.concatenate(o) for name, o in zip(self._outputs, zip(*parts, strict=True), strict=True)}
+
+    def time(self, inputs: Mapping[str, Array] | Array, repeat: int = 10) -> list[float]:
+        """Seconds of ``repeat`` warm calls on the first samples of ``inputs``, measured on the device by TVM."""
+        arrays = self._checked(inputs)
+        batch = next(iter(self._inputs.values()))[0][0]
+        tensors = [self._tensor(_padded(a[:batch], batch)) for a in arrays.values()]
+        self._main(*tensors)
+        evaluator = self.machine.time_evaluator("main", self.device, number=1, repeat=repeat)
+        return [float(t) for t in evaluator(*tensors).results]
+
+    def _call(self, arrays: Mapping[str, Array]) -> list[Array]:
+        result = self._main(*(self._tensor(arrays[name]) for name in self._inputs))
+        return [result.numpy()] if hasattr(result, "numpy") else [r.numpy() for r in result]
+
+    def _tensor(self, array: Array) -> Any:
+        import tvm
+
+        return tvm.runtime.tensor(np.ascontiguousarray(array), self.device)
+
+    def _checked(self, inputs: Mapping[str, Array] | Array) -> dict[str, Array]:
+        if not isinstance(inputs, Mapping):
+            if len(self._inputs) != 1:
+                raise DataError(f"the model has {len(self._inputs)} inputs ({', '.join(self._inputs)}): give them by name")
+            inputs = {next(iter(self._inputs)): np.asarray(inputs)}
+        unknown = sorted(set(inputs) - set(self._inputs) - {"labels"})
+        missing = sorted(set(self._inputs) - set(inputs))
+        if unknown or missing:
+            raise DataError(
+                f"the model's inputs are {', '.join(self._inputs)}"
+                + (f"; {', '.join(missing)} is missing" if missing else "")
+                + (f"; {', '.join(unknown)} is unknown" if unknown else "")
+            )
+        arrays: dict[str, Array] = {}
+        for name, (shape, dtype) in self._inputs.items():
+            array = np.asarray(inputs[name])
+            if array.shape[1:] != shape[1:] or array.ndim != len(shape):
+                wanted = "×".join(map(str, ("samples", *shape[1:])))
+                raise DataError(f"input {name} has shape {'×'.join(map(str, array.shape))}, expected {wanted}")
+            if array.dtype != dtype and not np.can_cast(array.dtype, dtype, "safe"):
+                raise DataError(f"input {name} is {array.dtype}, expected {dtype}: convert it with .astype({dtype!r})")
+            arrays[name] = np.asarray(array, dtype)
+        counts = {len(a) for a in arrays.values()}
+        if counts == {0}:
+            raise DataError("the inputs hold no samples: give at least one")
+        if len(counts) > 1:
+            raise DataError(f"the inputs hold different numbers of samples: {sorted(counts)}")
+        return arrays
+
+
+def load_artifact(folder: Path | str) -> Artifact:
+    """Loads an artifact for this machine.
+
+    Raises:
+        ArtifactError: it is incomplete or damaged, or this machine cannot run it.
+    """
+    artifact = Artifact(Path(folder), read_manifest(folder))
+    artifact.library  # noqa: B018 - loads it, so that errors show here
+    return artifact
+
+
+def check_destination(target: Path) -> None:
+    """Makes sure that an artifact may be written to a folder.
+
+    Raises:
+        ArtifactError: something else stands there.
+    """
+    if target.exists() and not target.is_dir():
+        raise ArtifactError(f"{target} is a file: give a folder for the artifact")
+    if target.is_dir() and any(target.iterdir()) and not (target / "manifest.json").exists():
+        raise ArtifactError(f"{target} is a folder with other files in it: give a new folder for the artifact")
+
+
+def _reason(error: BaseException) -> str:
+    """The operating system's words for an error, out of the list that copying a tree collects."""
+    if isinstance(error, shutil.Error) and error.args and isinstance(error.args[0], list):
+        return str(error.args[0][0][-1])
+    return str(getattr(error, "strerror", None) or error)
+
+
+def _padded(array: Array, batch: int) -> Array:
+    if len(array) == batch:
+        return array
+    return np.concatenate([array, np.repeat(array[-1:], batch - len(array), axis=0)])

@@ -1,0 +1,200 @@
+"""One model, one target and the data: everything that searches, reports and builds work with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from tvm import IRModule
+
+from tvm_hquant.calibration.observers import MinMaxObserver, make_observer
+from tvm_hquant.calibration.ranges import CalibratedRanges, same_scale_groups
+from tvm_hquant.calibration.samples import DataSource, Signature
+from tvm_hquant.errors import DataError, PrecisionError
+from tvm_hquant.formats import TensorScales, follow_consumers
+from tvm_hquant.kernels.interface import KernelFamily
+from tvm_hquant.layers import Layer, LayerGraph
+from tvm_hquant.precision import FLOAT32, Precision, parse_precision
+from tvm_hquant.quantized_weights import QuantizedWeights, quantize_layer_weights
+from tvm_hquant.simulator.engine import SimulationEngine
+from tvm_hquant.simulator.metrics import Metric, MetricAccumulator, Score
+from tvm_hquant.simulator.program import Program, ProgramBuilder
+from tvm_hquant.target_spec import TargetSpec
+
+FLOAT16_LARGEST = 65504.0
+
+Progress = Callable[[str, Iterable[Any], int | None], Iterator[Any]]
+"""Wraps an iterable: (description, items, how many or None) → the items. A caller may show progress."""
+
+
+def silent_progress(_description: str, items: Iterable[Any], _count: int | None) -> Iterator[Any]:
+    """Shows nothing."""
+    return iter(items)
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a layer cannot have a precision. ``reason`` is ``no kernel`` or ``the spec forbids``; ``detail`` says more."""
+
+    reason: str
+    detail: str
+
+
+class QuantizationSession:
+    """A partitioned model with simulator and calibration.
+
+    Args:
+        mod: the partitioned module.
+        spec: the target.
+        families, host_target: kernels and TVM target of this machine, on which is simulated.
+        observer: name of the observer for activations (:func:`make_observer`).
+        progress: shows progress of long steps.
+    """
+
+    def __init__(
+        self,
+        mod: IRModule,
+        spec: TargetSpec,
+        families: Sequence[KernelFamily],
+        host_target: Any,
+        observer: str = "mean-squared-error",
+        progress: Progress = silent_progress,
+    ) -> None:
+        self.mod = mod
+        self.spec = spec
+        self.engine = SimulationEngine(mod, families, host_target)
+        self.graph: LayerGraph = self.engine.graph
+        self.builder = ProgramBuilder(self.graph, self.layer_weights)
+        self.observer = observer
+        self.progress = progress
+        self.ranges: CalibratedRanges | None = None
+        self._scales: dict[str, dict[str, Any]] = {}
+        self._codes: frozenset[Precision] = frozenset()
+        all_float = {layer.name: FLOAT32 for layer in self.graph.layers}
+        self.float_program: Program = self.builder.program(all_float, {})
+
+    @property
+    def signature(self) -> Signature:
+        """Shapes and dtypes of the graph inputs, batch axis first."""
+        return {name: (t.shape, t.dtype) for name, t in self.graph.inputs.items()}
+
+    def layer_weights(self, layer: Layer, precision: Precision) -> QuantizedWeights | None:
+        """Weight codes of a layer in a precision; None for float precisions."""
+        if not layer.is_anchor or not (precision.is_integer or precision.name.startswith("w")):
+            return None
+        return quantize_layer_weights(layer, precision, self.spec.rules.weight_scales == "per-channel")
+
+    def calibrate(self, source: DataSource, limit: int | None = None) -> CalibratedRanges:
+        """Observes all tensors of the float model in one pass over the samples (at most ``limit``).
+
+        Raises:
+            DataError: an activation is NaN or infinite; the message names the tensor and the sample.
+        """
+        observers: dict[str, MinMaxObserver] = {}
+        self.engine.compile([self.float_program])
+        samples = 0
+        for sample in self.progress("calibrating", islice(source, limit), _count(source, limit)):
+            for name, values in self.engine.tensors(sample.inputs, self.float_program).items():
+                if name not in observers:
+                    made = make_observer(self.observer, name)
+                    assert isinstance(made, MinMaxObserver)
+                    observers[name] = made
+                try:
+                    observers[name].observe(values)
+                except DataError as error:
+                    raise DataError(f"calibration sample {samples} of {source.name}: {error}") from None
+            samples += 1
+        self.ranges = CalibratedRanges(observers, same_scale_groups(self.graph, observers), samples)
+        self._codes = frozenset()
+        return self.ranges
+
+    def scales(self, precisions: Iterable[Precision]) -> TensorScales:
+        """Formats of all tensors for (at least) these precisions; nothing without calibration."""
+        wanted = frozenset(p for p in precisions if p.is_integer)
+        if self.ranges is not None and not wanted <= self._codes:
+            self._codes |= wanted
+            self._scales = self.ranges.scales(sorted(self._codes))
+        return self._scales
+
+    def all_precisions(
+        self, anchors: Mapping[str, Precision], fixed: Mapping[str, Precision] | None = None
+    ) -> dict[str, Precision]:
+        """Precisions of all layers when those with weights have the given ones."""
+        followed = follow_consumers(self.graph, anchors, fixed or {}, self.output_precision)
+        return {**{name: f.precision for name, f in followed.items()}, **anchors}
+
+    @property
+    def output_precision(self) -> Precision:
+        """In what layers that make graph outputs are computed: float32, or the widest that the target has."""
+        if self.spec.reason_against("float32", "average_pool2d") is None:
+            return FLOAT32
+        offered = [parse_precision(p) for p in self.spec.offered_precisions("average_pool2d")]
+        return max(offered, key=lambda p: p.activation_bits, default=FLOAT32)
+
+    def program(self, anchors: Mapping[str, Precision]) -> Program:
+        """The program in which layers with weights have the given precisions."""
+        precisions = self.all_precisions(anchors)
+        return self.builder.program(precisions, self.scales(precisions.values()))
+
+    def uniform(self, precision: Precision) -> dict[str, Precision]:
+        """One precision for all layers with weights; float32 for those that cannot have it at all."""
+        return {
+            layer.name: precision if self.impossible(layer, precision) is None else FLOAT32
+            for layer in self.graph.anchors
+        }
+
+    def impossible(self, layer: Layer, precision: Precision) -> str | None:
+        """Why a layer cannot even be simulated in a precision, or None."""
+        if precision.name == "float16" and self.ranges is not None:
+            for tensor in (*layer.inputs, layer.name):
+                if (largest := self.ranges.largest_magnitude(tensor)) > FLOAT16_LARGEST:
+                    return f"tensor {tensor} reaches {largest:.3g}, float16 ends at {FLOAT16_LARGEST:g}"
+        if self.ranges is None and precision.needs_calibration:
+            return "it needs calibration data"
+        try:
+            anchors = {other.name: FLOAT32 for other in self.graph.anchors}
+            self.program({**anchors, layer.name: precision})
+        except PrecisionError as error:
+            return str(error)
+        return None
+
+    def refusal(self, layer: Layer, precision: Precision) -> Refusal | None:
+        """Why a layer cannot be deployed in a precision, or None."""
+        against = self.spec.reason_against(precision.name, layer.operator_kind, layer.name)
+        if against is not None:
+            return Refusal("the spec forbids", against)
+        if not precision.is_realized:
+            return Refusal("no kernel", f"{precision.name} is simulated only")
+        impossible = self.impossible(layer, precision)
+        return Refusal("no kernel", impossible) if impossible is not None else None
+
+    def evaluate(
+        self, programs: Sequence[Program], source: DataSource, metric: Metric, description: str
+    ) -> list[MetricAccumulator]:
+        """Every program against the float model, on every sample."""
+        return [scores[0] for scores in self.evaluate_metrics(programs, source, [metric], description)]
+
+    def evaluate_metrics(
+        self, programs: Sequence[Program], source: DataSource, metrics: Sequence[Metric], description: str
+    ) -> list[list[MetricAccumulator]]:
+        """For every program its scores in every metric."""
+        every = [self.float_program, *programs]
+        self.engine.compile(every)
+        scores: list[list[list[Score]]] = [[[] for _ in metrics] for _ in programs]
+        for sample in self.progress(description, source, _count(source, None)):
+            reference, *results = self.engine.run(sample.inputs, every)
+            for collected, outputs in zip(scores, results, strict=True):
+                for of_metric, metric in zip(collected, metrics, strict=True):
+                    of_metric.append(metric.score(reference, outputs, sample.label))
+        return [
+            [MetricAccumulator(m).with_scores(s) for m, s in zip(metrics, collected, strict=True)]
+            for collected in scores
+        ]
+
+
+def _count(source: DataSource, limit: int | None) -> int | None:
+    if source.count is None:
+        return limit
+    return source.count if limit is None else min(limit, source.count)

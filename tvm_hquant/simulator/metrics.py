@@ -1,0 +1,310 @@
+"""How much worse a quantized model is than the float model, sample by sample.
+
+Every metric compares the outputs of both models for one sample and gives a :class:`Score`. From the scores of many
+samples come a *value*, as one would report it, and a *loss*, which is 0 for the float model itself and larger for a
+worse model; a search keeps the loss within a budget.
+
+=============  ==========================================  =====================================================
+name           value                                       loss
+=============  ==========================================  =====================================================
+``top1``       share of samples whose class is the label   that share of the float model, less the value (below 0
+                                                           where quantization happens to help)
+``agreement``  share of samples with the float model's     1 − value
+               class
+``kl``         mean divergence KL(float ‖ quantized) of    the value
+               the class probabilities, in nats
+``mse``        mean squared difference of the outputs      the value
+``sqnr``       10·log10(Σ float² / Σ difference²), dB,     150 − min(value, 150): dB lost of the 150 dB taken for
+               sums over all samples                       "equal"; float32 itself resolves about 150 dB
+=============  ==========================================  =====================================================
+
+``top1``, ``agreement`` and ``kl`` look at the first output, all its elements being classes; a single element z is a
+binary logit, class 1 being z > 0. ``mse`` and ``sqnr`` look at all outputs, joined. An output with NaN has no class,
+and an infinite loss in the other metrics.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from tvm_hquant.errors import DataError
+from tvm_hquant.statistics import Interval, bootstrap_interval, paired_difference_interval, wilson_interval
+
+Array = npt.NDArray[Any]
+Floats = npt.NDArray[np.float64]
+Outputs = Sequence[Array]
+"""All outputs of a model for one sample, batch axes of 1 included or not."""
+
+EQUAL_SQNR = 150.0
+"""Signal to noise ratio in dB from which outputs count as equal: 24 bits of float32 resolve 6.02·24 + 1.76 = 146."""
+
+_SMALLEST_PROBABILITY = 2.0**-24
+
+
+class Score(NamedTuple):
+    """What one sample adds to a metric: for the float model, and for the quantized one."""
+
+    reference: float
+    value: float
+
+
+class Metric(ABC):
+    """One way to compare two models; see the table of the module."""
+
+    name: str
+    needs_labels: bool = False
+
+    @abstractmethod
+    def score(self, float_outputs: Outputs, outputs: Outputs, label: int | None = None) -> Score:
+        """The score of one sample.
+
+        Raises:
+            DataError: the float model's output holds NaN or infinity, or a label is missing or not among its classes.
+            ValueError: the outputs differ in shape.
+        """
+
+    @abstractmethod
+    def value(self, scores: Floats) -> float:
+        """What is reported; ``scores`` is float64 [samples, 2], columns as in :class:`Score`."""
+
+    @abstractmethod
+    def loss(self, scores: Floats) -> float:
+        """What a search keeps small; 0 for the float model itself."""
+
+    def loss_interval(self, scores: Floats, level: float = 0.95, seed: int = 0) -> Interval:
+        """The loss with its confidence interval; by the bootstrap unless a metric knows better."""
+        return bootstrap_interval(scores, self.loss, level, seed)
+
+
+class Top1(Metric):
+    """Share of samples whose class is the label."""
+
+    name = "top1"
+    needs_labels = True
+
+    def score(self, float_outputs: Outputs, outputs: Outputs, label: int | None = None) -> Score:
+        reference, output = _first_outputs(float_outputs, outputs)
+        if label is None:
+            raise DataError("top1 needs labels, but the data has none: add labels, or use agreement, kl, mse or sqnr")
+        classes = max(2, reference.size)
+        if not 0 <= label < classes:
+            raise DataError(
+                f"label {label} is none of the {classes} classes of the model's output: labels count from 0"
+            )
+        return Score(float(_class(reference) == label), float(_class(output) == label))
+
+    def value(self, scores: Floats) -> float:
+        return float(np.mean(scores[:, 1]))
+
+    def loss(self, scores: Floats) -> float:
+        # One difference of exact integers: the same samples right give exactly 0.
+        return float(np.sum(scores[:, 0] - scores[:, 1])) / len(scores)
+
+    def loss_interval(self, scores: Floats, level: float = 0.95, seed: int = 0) -> Interval:
+        """By Newcombe's method for paired proportions."""
+        return paired_difference_interval(scores[:, 0], scores[:, 1], level)
+
+
+class Agreement(Metric):
+    """Share of samples with the float model's class."""
+
+    name = "agreement"
+
+    def score(self, float_outputs: Outputs, outputs: Outputs, label: int | None = None) -> Score:
+        reference, output = _first_outputs(float_outputs, outputs)
+        return Score(1.0, float(_class(reference) == _class(output)))
+
+    def value(self, scores: Floats) -> float:
+        return float(np.mean(scores[:, 1]))
+
+    def loss(self, scores: Floats) -> float:
+        return float(np.sum(1.0 - scores[:, 1])) / len(scores)
+
+    def loss_interval(self, scores: Floats, level: float = 0.95, seed: int = 0) -> Interval:
+        """By Wilson's method for a proportion."""
+        return wilson_interval(int(np.sum(1.0 - scores[:, 1])), len(scores), level)
+
+
+class Divergence(Metric):
+    """Mean Kullback–Leibler divergence of class probabilities from the float model's, in nats.
+
+    Outputs that the float model gives as probabilities (none negative, sum 1) are taken as such, others as logits.
+    """
+
+    name = "kl"
+
+    def score(self, float_outputs: Outputs, outputs: Outputs, label: int | None = None) -> Score:
+        reference, output = _first_outputs(float_outputs, outputs)
+        if not np.isfinite(output).all():
+            return Score(0.0, math.inf)
+        if reference.size > 1 and reference.min() >= 0 and abs(float(reference.sum()) - 1.0) < 1e-3:
+            expected, actual = _log_of_probabilities(reference), _log_of_probabilities(output)
+        else:
+            expected, actual = _log_softmax(reference), _log_softmax(output)
+        # Rounding can leave the sum for equal outputs a little below zero.
+        return Score(0.0, max(0.0, float(np.sum(np.exp(expected) * (expected - actual)))))
+
+    def value(self, scores: Floats) -> float:
+        return _mean(scores[:, 1])
+
+    def loss(self, scores: Floats) -> float:
+        return self.value(scores)
+
+
+class MeanSquaredError(Metric):
+    """Mean squared difference of all outputs."""
+
+    name = "mse"
+
+    def score(self, float_outputs: Outputs, outputs: Outputs, label: int | None = None) -> Score:
+        reference, output = _joined_outputs(float_outputs, outputs)
+        return Score(0.0, _noise(reference, output) / reference.size)
+
+    def value(self, scores: Floats) -> float:
+        return _mean(scores[:, 1])
+
+    def loss(self, scores: Floats) -> float:
+        return self.value(scores)
+
+
+class SignalToQuantizationNoise(Metric):
+    """Energy of the float model's outputs over the energy of the difference, in dB. Scores hold the two energies."""
+
+    name = "sqnr"
+
+    def score(self, float_outputs: Outputs, outputs: Outputs, label: int | None = None) -> Score:
+        reference, output = _joined_outputs(float_outputs, outputs)
+        return Score(float(np.sum(reference**2)), _noise(reference, output))
+
+    def value(self, scores: Floats) -> float:
+        signal, noise = math.fsum(scores[:, 0]), math.fsum(scores[:, 1])
+        if noise == 0.0:
+            return math.inf
+        if signal == 0.0 or math.isinf(noise):
+            return -math.inf
+        return 10.0 * math.log10(signal / noise)
+
+    def loss(self, scores: Floats) -> float:
+        return EQUAL_SQNR - min(self.value(scores), EQUAL_SQNR)
+
+
+METRICS: dict[str, Metric] = {
+    metric.name: metric
+    for metric in (Top1(), Agreement(), Divergence(), MeanSquaredError(), SignalToQuantizationNoise())
+}
+"""All metrics by name."""
+
+
+def make_metric(name: str | None = None, has_labels: bool = True) -> Metric:
+    """The metric called ``name``; without a name ``top1`` for data with labels and ``kl`` for data without.
+
+    Raises:
+        DataError: no metric has that name, or it needs labels that the data does not have.
+    """
+    metric = METRICS.get(name or ("top1" if has_labels else "kl"))
+    if metric is None:
+        raise DataError(f"unknown metric {name!r}: use one of {', '.join(METRICS)}")
+    if metric.needs_labels and not has_labels:
+        usable = ", ".join(other.name for other in METRICS.values() if not other.needs_labels)
+        raise DataError(f"metric {name} needs labels, but the data has none: add labels, or use one of {usable}")
+    return metric
+
+
+@dataclass(frozen=True)
+class MetricAccumulator:
+    """A metric over samples. Keeps the two numbers of each sample's score, for confidence intervals."""
+
+    metric: Metric
+    scores: tuple[Score, ...] = ()
+
+    def with_sample(self, float_outputs: Outputs, outputs: Outputs, label: int | None = None) -> MetricAccumulator:
+        """With one more sample. See :meth:`Metric.score` for what it raises."""
+        return self.with_scores([self.metric.score(float_outputs, outputs, label)])
+
+    def with_scores(self, scores: Iterable[Score]) -> MetricAccumulator:
+        """With more samples whose scores are known."""
+        return MetricAccumulator(self.metric, (*self.scores, *scores))
+
+    def merge(self, other: MetricAccumulator) -> MetricAccumulator:
+        """With the samples of another accumulator of the same metric."""
+        if type(self.metric) is not type(other.metric):
+            raise ValueError(f"{self.metric.name} and {other.metric.name} cannot be merged")
+        return self.with_scores(other.scores)
+
+    @property
+    def count(self) -> int:
+        """How many samples there are."""
+        return len(self.scores)
+
+    @property
+    def value(self) -> float:
+        """The metric as one would report it. Raises DataError without samples."""
+        return self.metric.value(self._table())
+
+    @property
+    def loss(self) -> float:
+        """How much worse than the float model. Raises DataError without samples."""
+        return self.metric.loss(self._table())
+
+    def loss_interval(self, level: float = 0.95, seed: int = 0) -> Interval:
+        """The loss with its confidence interval. Raises DataError without samples."""
+        return self.metric.loss_interval(self._table(), level, seed)
+
+    def _table(self) -> Floats:
+        if not self.scores:
+            raise DataError(f"{self.metric.name} of no samples: evaluate at least one")
+        return np.array(self.scores, np.float64)
+
+
+def _first_outputs(float_outputs: Outputs, outputs: Outputs) -> tuple[Floats, Floats]:
+    return _checked(np.ravel(float_outputs[0]).astype(np.float64), np.ravel(outputs[0]).astype(np.float64))
+
+
+def _joined_outputs(float_outputs: Outputs, outputs: Outputs) -> tuple[Floats, Floats]:
+    joined = [np.concatenate([np.ravel(o).astype(np.float64) for o in every]) for every in (float_outputs, outputs)]
+    return _checked(joined[0], joined[1])
+
+
+def _checked(reference: Floats, output: Floats) -> tuple[Floats, Floats]:
+    if reference.shape != output.shape or reference.size == 0:
+        raise ValueError(f"outputs have {output.size} elements, the float model's {reference.size}")
+    if not np.isfinite(reference).all():
+        raise DataError("the float model's output holds NaN or infinity: check the model and the data's preprocessing")
+    return reference, output
+
+
+def _class(output: Floats) -> int:
+    """The class of an output; −1, which is none, for NaN."""
+    if np.isnan(output).any():
+        return -1
+    return int(output[0] > 0) if output.size == 1 else int(np.argmax(output))
+
+
+def _log_softmax(logits: Floats) -> Floats:
+    if logits.size == 1:
+        logits = np.array([0.0, logits[0]])
+    shifted = logits - logits.max()
+    return np.asarray(shifted - np.log(np.sum(np.exp(shifted))), np.float64)
+
+
+def _log_of_probabilities(probabilities: Floats) -> Floats:
+    """A quantized probability can be 0; it counts as the smallest that float32 resolves next to 1."""
+    floored = np.maximum(probabilities, _SMALLEST_PROBABILITY)
+    return np.asarray(np.log(floored / floored.sum()), np.float64)
+
+
+def _noise(reference: Floats, output: Floats) -> float:
+    noise = float(np.sum((output - reference) ** 2)) if np.isfinite(output).all() else math.inf
+    return math.inf if math.isnan(noise) else noise
+
+
+def _mean(values: Floats) -> float:
+    """Rounded once, so that the order of the samples does not matter."""
+    return math.fsum(values) / len(values)

@@ -1,0 +1,130 @@
+"""A plan as a list of steps: every layer and conversion with its kernel request and constants."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from tvm_hquant.formats import Conversion, GraphFormats, TensorScales, assign_formats
+from tvm_hquant.kernels.interface import KernelRequest, LayerConstants
+from tvm_hquant.layers import Layer, LayerGraph
+from tvm_hquant.operators import Opaque
+from tvm_hquant.precision import Precision
+from tvm_hquant.quantized_weights import QuantizedWeights
+from tvm_hquant.realization import realize_conversion, realize_layer
+from tvm_hquant.tensor_format import FLOAT32_FORMAT, TensorFormat
+
+WeightSource = Callable[[Layer, Precision], QuantizedWeights | None]
+"""Gives the weight codes of a layer in a precision; None where it stores none."""
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One call.
+
+    Attributes:
+        layer: the layer, or None for a conversion.
+        tensor: name of the tensor that comes out (for a conversion, the one that is converted).
+        request, constants: what the kernel computes; None for operators that TVM legalizes.
+        inputs: keys of the values that go in.
+        key: of the value that comes out. Two steps of any two programs have one key if and only if they surely compute
+            the same value for the same sample.
+        format: of the value that comes out.
+    """
+
+    layer: Layer | None
+    tensor: str
+    request: KernelRequest | None
+    constants: LayerConstants | None
+    inputs: tuple[int, ...]
+    key: int
+    format: TensorFormat
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """Steps in execution order; ``outputs`` are the keys of the graph's outputs."""
+
+    steps: tuple[Step, ...]
+    outputs: tuple[int, ...]
+    formats: GraphFormats
+    conversions: tuple[Conversion, ...]
+
+
+class ProgramBuilder:
+    """Makes programs of one model, giving equal values equal keys and realizing each layer once per precision and formats.
+
+    ``weights`` gives weight codes; they are asked for once per layer and precision.
+    """
+
+    def __init__(self, graph: LayerGraph, weights: WeightSource) -> None:
+        self.graph = graph
+        self._weights = weights
+        self._keys: dict[object, int] = {}
+        self._codes: dict[tuple[str, str], QuantizedWeights | None] = {}
+        self._realized: dict[object, tuple[KernelRequest, LayerConstants]] = {}
+
+    def program(self, precisions: Mapping[str, Precision], scales: TensorScales) -> Program:
+        """The steps under a precision for every layer.
+
+        Raises:
+            PrecisionError: a precision is impossible for a layer, or a scale is missing.
+        """
+        formats = assign_formats(self.graph, precisions, scales)
+        steps: list[Step] = []
+        keys: dict[tuple[str, TensorFormat], int] = {}
+        for name in self.graph.inputs:
+            keys[name, FLOAT32_FORMAT] = self._key(("input", name))
+
+        def read(tensor: str, wanted: TensorFormat) -> int:
+            if (tensor, wanted) not in keys:
+                steps.append(self._conversion(tensor, formats.produced[tensor], wanted, keys))
+                keys[tensor, wanted] = steps[-1].key
+            return keys[tensor, wanted]
+
+        for layer in self.graph.layers:
+            required = tuple(formats.required[layer.name, i] for i in range(len(layer.inputs)))
+            inputs = tuple(read(t, f) for t, f in zip(layer.inputs, required, strict=True))
+            produced = formats.produced[layer.name]
+            steps.append(self._layer(layer, precisions[layer.name], required, produced, inputs))
+            keys[layer.name, produced] = steps[-1].key
+        outputs = tuple(read(tensor, FLOAT32_FORMAT) for tensor in self.graph.outputs)
+        return Program(tuple(steps), outputs, formats, formats.conversions(self.graph))
+
+    def _key(self, identity: object) -> int:
+        return self._keys.setdefault(identity, len(self._keys))
+
+    def _conversion(
+        self, tensor: str, source: TensorFormat, target: TensorFormat, keys: Mapping[tuple[str, TensorFormat], int]
+    ) -> Step:
+        identity = ("conversion", tensor, source, target)
+        if identity not in self._realized:
+            self._realized[identity] = realize_conversion(self.graph.tensor_shape(tensor), source, target)
+        request, constants = self._realized[identity]
+        inputs = (keys[tensor, source],)
+        return Step(None, tensor, request, constants, inputs, self._key((identity, inputs)), target)
+
+    def _layer(
+        self,
+        layer: Layer,
+        precision: Precision,
+        required: tuple[TensorFormat, ...],
+        produced: TensorFormat,
+        inputs: tuple[int, ...],
+    ) -> Step:
+        # Without weights the precision's name says nothing that the formats do not say.
+        identity = (layer.name, precision.name if layer.is_anchor else "", required, produced)
+        key = self._key((identity, inputs))
+        if isinstance(layer.operator, Opaque):
+            return Step(layer, layer.name, None, None, inputs, key, produced)
+        if identity not in self._realized:
+            codes = self._layer_codes(layer, precision)
+            self._realized[identity] = realize_layer(layer, precision, required, produced, codes)
+        request, constants = self._realized[identity]
+        return Step(layer, layer.name, request, constants, inputs, key, produced)
+
+    def _layer_codes(self, layer: Layer, precision: Precision) -> QuantizedWeights | None:
+        identity = (layer.name, precision.name)
+        if identity not in self._codes:
+            self._codes[identity] = self._weights(layer, precision)
+        return self._codes[identity]

@@ -1,0 +1,157 @@
+"""Describes the machine this runs on: by its CPU's flags, never by its name, and a measurement of less than a second.
+
+The rates per cycle come from the shipped spec of the best instruction set that the CPU has; cores, clock, caches and
+memory bandwidth are this machine's own.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import time
+from collections.abc import Set
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tvm_hquant.cpu_features import cpu_features, cpuinfo_entries
+from tvm_hquant.errors import TargetSpecError
+from tvm_hquant.target_spec.load import load_target_spec, spec_from
+from tvm_hquant.target_spec.spec import TargetSpec
+from tvm_hquant.target_spec.vocabulary import INSTRUCTION_SETS
+
+_BASES = {
+    "x86_64": (("avx512_vnni", "x86-64-avx512-vnni"), ("avx2", "x86-64-avx2")),
+    "aarch64": (("arm_dotprod", "cortex-a76"), ("arm_neon", "cortex-a72")),
+}
+"""For each architecture, instruction sets with the shipped spec whose rates are taken, best first."""
+_FALLBACK = "portable-cpu"
+
+_BANDWIDTH_BUFFER_BYTES = 64 * 2**20
+_BANDWIDTH_SECONDS = 0.3
+
+
+def detect_host() -> TargetSpec:
+    """A spec of this machine, called ``host``. Takes less than a second, writes nothing.
+
+    Raises:
+        TargetSpecError: the CPU's features cannot be read (not Linux).
+    """
+    features = cpu_features()
+    machine = _architecture()
+    base = load_target_spec(base_spec_name(machine, features))
+    content: dict[str, Any] = base.model_dump(mode="json", by_alias=True, exclude_none=True)
+    cores = usable_cores()
+    clock = clock_ghz()
+    content["name"] = "host"
+    content["description"] = (
+        f"This machine ({machine}, {cores} cores), detected from its CPU's flags. Memory bandwidth and sizes are its "
+        f"own; the rates per cycle are those of {base.name}."
+    )
+    content["target"] = _target(machine, base.instruction_sets, cores)
+    for unit in content["units"]:
+        unit["count"] = cores
+        if clock is not None:
+            unit["clock_ghz"] = clock
+    content["memory"] = {
+        "bandwidth_gb_per_s": round(copy_bandwidth_gb_per_s(), 1),
+        **cache_sizes_kib(),
+        "ram_mib": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2**20,
+    }
+    return spec_from(content, "the detected spec of this machine")
+
+
+def base_spec_name(machine: str, features: Set[str]) -> str:
+    """The shipped spec whose rates stand for a CPU of architecture ``machine`` with ``features``."""
+    for instruction_set, name in _BASES.get(machine, ()):
+        if features >= INSTRUCTION_SETS[instruction_set] and not load_target_spec(name).missing_features(features):
+            return name
+    return _FALLBACK
+
+
+def usable_cores() -> int:
+    """Physical cores that this process may use: its affinity, hyperthreads counted once, within a container's quota."""
+    allowed = os.sched_getaffinity(0)
+    entries = cpuinfo_entries()
+    cores: set[tuple[str, str]] = set()
+    processor, package = "", ""
+    for key, value in entries:
+        if key == "processor":
+            processor, package = value, ""
+        elif key == "physical id":
+            package = value
+        elif key == "core id" and processor.isdigit() and int(processor) in allowed:
+            cores.add((package, value))
+    count = len(cores) or len(allowed)  # ARM's list has no core ids, and no hyperthreads
+    quota = _container_quota()
+    return count if quota is None else max(1, min(count, int(quota)))
+
+
+def _container_quota(cpu_max: Path = Path("/sys/fs/cgroup/cpu.max")) -> float | None:
+    """Processors that control groups (version 2) allow this container; None without a limit."""
+    if not cpu_max.is_file():
+        return None
+    quota, period = cpu_max.read_text().split()
+    return None if quota == "max" else int(quota) / int(period)
+
+
+def clock_ghz() -> float | None:
+    """Highest clock of the first core, GHz to one decimal, as the driver says, else /proc/cpuinfo; or None."""
+    driver = Path("/sys/devices/system/cpu/cpu0/cpufreq/cpuinfo_max_freq")
+    if driver.is_file():
+        return round(int(driver.read_text()) / 1e6, 1)
+    megahertz = [float(value) for key, value in cpuinfo_entries() if key == "cpu MHz"]
+    return round(max(megahertz) / 1e3, 1) if megahertz else None
+
+
+def cache_sizes_kib(caches: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> dict[str, int]:
+    """``l1_data_kib``, ``l2_kib`` and ``l3_kib`` of the first core, KiB, as far as the kernel tells."""
+    fields = {"1": "l1_data_kib", "2": "l2_kib", "3": "l3_kib"}
+    sizes: dict[str, int] = {}
+    for index in sorted(caches.glob("index*")):
+        kind, level, size = ((index / name) for name in ("type", "level", "size"))
+        if not (kind.is_file() and level.is_file() and size.is_file()) or kind.read_text().strip() == "Instruction":
+            continue
+        number = re.match(r"(\d+)([KM]?)", size.read_text().strip())
+        field = fields.get(level.read_text().strip())
+        if number and field:
+            sizes[field] = int(number[1]) * (1024 if number[2] == "M" else 1)
+    return sizes
+
+
+def copy_bandwidth_gb_per_s() -> float:
+    """Bytes read and written per second by NumPy copies of 64 MiB on one core, GB/s: the best of 0.3 s of copies."""
+    source = np.ones(_BANDWIDTH_BUFFER_BYTES, np.uint8)
+    destination = np.zeros_like(source)
+    best = float("inf")
+    end = time.perf_counter() + _BANDWIDTH_SECONDS
+    while (start := time.perf_counter()) < end:
+        np.copyto(destination, source)
+        best = min(best, time.perf_counter() - start)
+    return 2 * _BANDWIDTH_BUFFER_BYTES / best / 1e9
+
+
+def _architecture() -> str:
+    machine = platform.machine().lower()
+    return {"amd64": "x86_64", "arm64": "aarch64"}.get(machine, machine)
+
+
+def _target(machine: str, instruction_sets: tuple[str, ...], cores: int) -> dict[str, Any]:
+    """A TVM target that names what the flags prove, not the CPU."""
+    best = instruction_sets[0]
+    target: dict[str, Any] = {"kind": "llvm", "mtriple": f"{machine}-linux-gnu", "num-cores": cores}
+    if machine == "x86_64":
+        levels = {"avx512_vnni": "x86-64-v4", "avx2": "x86-64-v3"}
+        target["mcpu"] = levels.get(best, "x86-64")
+        if best == "avx512_vnni":
+            target["mattr"] = ["+avx512vnni"]
+    elif machine == "aarch64":
+        target["mcpu"] = "generic"
+        target["mattr"] = ["+neon", "+dotprod"] if best == "arm_dotprod" else ["+neon"]
+    elif platform.system() != "Linux":
+        raise TargetSpecError(f"detection knows Linux only, this is {platform.system()}; write a spec by hand")
+    else:
+        del target["mtriple"]  # LLVM's own default fits a machine that nothing is known of
+    return target
