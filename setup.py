@@ -2,7 +2,9 @@
 
 from setuptools import find_packages, setup
 
-library = find_packages(include=["tvm_hquant", "tvm_hquant.*"], exclude=["tvm_hquant.passes*", "tvm_hquant.target_specs*"])
+library = find_packages(
+    include=["tvm_hquant", "tvm_hquant.*"], exclude=["tvm_hquant.passes*", "tvm_hquant.target_specs*"]
+)
 
 setup(
     packages=[*library, "tvm_hquant.passes", "tvm_hquant.target_specs"],

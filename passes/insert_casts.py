@@ -65,7 +65,9 @@ def insert_casts(scales: TensorScales) -> Any:
             for layer in graph.layers
         }
         formats = assign_formats(graph, precisions, scales)
-        return rebuild_main(relax.BlockBuilder(), mod, graph, _functions(mod, graph, formats), _plan_calls(graph, formats))
+        return rebuild_main(
+            relax.BlockBuilder(), mod, graph, _functions(mod, graph, formats), _plan_calls(graph, formats)
+        )
 
     return tvm.transform.module_pass(transform, opt_level=0, name="hquant.insert_casts")
 

@@ -117,9 +117,7 @@ def quantize(
     return QuantizationResult(session.mod, made, quantizer.report(made, name, found), session.spec)
 
 
-def compile(
-    result: QuantizationResult, *, name: str | None = None, observe: StageObserver | None = None
-) -> Artifact:
+def compile(result: QuantizationResult, *, name: str | None = None, observe: StageObserver | None = None) -> Artifact:
     """Compiles a quantized model for its target.
 
     Raises:
@@ -177,9 +175,7 @@ def _with_plan(
         return QuantizationResult(session.mod, plan, None, session.spec)
     roles = assign_roles(calibration if calibration is not None else evaluation, evaluation, session.signature, 0)
     session.calibrate(roles.calibration)
-    return QuantizationResult(
-        session.mod, plan, Quantizer(session, roles, options).report(plan, name), session.spec
-    )
+    return QuantizationResult(session.mod, plan, Quantizer(session, roles, options).report(plan, name), session.spec)
 
 
 def _without_data(session: QuantizationSession, precision: str | None) -> QuantizationResult:
@@ -188,6 +184,8 @@ def _without_data(session: QuantizationSession, precision: str | None) -> Quanti
         raise DataError("no calibration data: give --calibration, or a precision that needs none (w8 … w2, float32)")
     wanted = parse_precision(precision)
     if wanted.needs_calibration:
-        raise DataError(f"{wanted.name} needs calibration data: give --calibration, or use w8 … w2 or a float precision")
+        raise DataError(
+            f"{wanted.name} needs calibration data: give --calibration, or use w8 … w2 or a float precision"
+        )
     plan = make_plan(session, uniform_decisions(session, wanted))
     return QuantizationResult(session.mod, plan, None, session.spec)

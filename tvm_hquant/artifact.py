@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 import tvm
-from tvm import IRModule, relax
+from tvm import IRModule
 
-from tvm_hquant.compilation import StageObserver, build_pipeline, lower
+from tvm_hquant.compilation import StageObserver, build_module, lower
 from tvm_hquant.errors import ArtifactError, ToolchainError
 from tvm_hquant.formats import assign_formats
 from tvm_hquant.kernel_calls import KERNEL_ATTRIBUTE
@@ -50,7 +50,7 @@ def compile_artifact(
     """
     families = families_for_target(spec.instruction_sets)
     lowered = lower(module, plan, spec, families, observe)
-    executable = _build(lowered, spec)
+    executable = build_module(lowered, spec.tvm_target(), spec.name)
     folder = Path(tempfile.mkdtemp(prefix="tvm_hquant_"))
     try:
         _export(executable, folder / LIBRARY_NAME, spec)
@@ -69,16 +69,6 @@ def compile_artifact(
     artifact = Artifact(folder, manifest)
     weakref.finalize(artifact, shutil.rmtree, folder, ignore_errors=True)
     return artifact
-
-
-def _build(lowered: IRModule, spec: TargetSpec) -> Any:
-    target = spec.tvm_target()
-    try:
-        with tvm.transform.PassContext(opt_level=3):
-            return relax.build(lowered, target=target, relax_pipeline=build_pipeline())
-    except (tvm.error.TVMError, RuntimeError, ValueError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise ToolchainError(f"TVM cannot generate code for {spec.name}: {lines[-1]}") from error
 
 
 def _export(executable: Any, path: Path, spec: TargetSpec) -> None:

@@ -22,32 +22,48 @@ StageObserver = Callable[[str, IRModule], None]
 
 
 def build_pipeline() -> Any:
-    """TVM's default build pipeline over modules whose layers are lowered.
+    """The build passes for modules whose layers are lowered.
 
-    Private layer functions are inlined first, so that memory is planned over the whole graph. Nothing is fused: every
-    operator that TVM legalizes compiles by itself, as in the simulator.
+    These are those of TVM's default build pipeline (tvm/relax/pipeline.py), with three differences. Private layer
+    functions are inlined first, so that memory is planned over the whole graph. Reshapes stay reshapes, which the runtime
+    does without copying: TVM's own way there, ``RewriteDataflowReshape``, only looks into functions made of blocks.
+    Nothing is fused: every operator that TVM legalizes compiles by itself, as in the simulator.
     """
+    transform = relax.transform
     return tvm.transform.Sequential(
         [
-            relax.transform.InlinePrivateFunctions(),
-            relax.transform.DeadCodeElimination(),
-            relax.pipeline.default_build_pipeline(),
+            transform.InlinePrivateFunctions(),
+            transform.DeadCodeElimination(),
+            relax.backend.DispatchSampling(),
+            relax.backend.DispatchSortScan(),
+            transform.LegalizeOps(skip_ops=["relax.reshape"]),
+            transform.ToNonDataflow(),
+            transform.RemovePurityChecking(),
+            transform.CallTIRRewrite(),
+            transform.StaticPlanBlockMemory(),
+            transform.LowerAllocTensor(),
+            transform.KillAfterLastUse(),
+            transform.LowerRuntimeBuiltin(),
+            transform.ComputePrimValue(),
+            transform.VMShapeLower(),
+            transform.AttachGlobalSymbol(),
         ],
         name="hquant.build",
     )
 
 
-def build_module(mod: IRModule, target: Any) -> Any:
-    """An executable of a module whose TIR functions are finished.
+def build_module(mod: IRModule, target: Any, target_name: str) -> Any:
+    """An executable of a module whose layers are lowered.
 
     Raises:
-        ToolchainError: TVM's code generator refuses the target.
+        ToolchainError: TVM cannot generate code for the target.
     """
     try:
         with tvm.transform.PassContext(opt_level=3):
-            return relax.build(mod, target=target, relax_pipeline=relax.pipeline.default_build_pipeline())
-    except tvm.error.TVMError as error:  # pragma: no cover - depends on TVM's build
-        raise ToolchainError(f"TVM cannot generate code for {target}: {_last_line(error)}") from error
+            return relax.build(mod, target=target, relax_pipeline=build_pipeline())
+    except (RuntimeError, ValueError, TypeError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise ToolchainError(f"TVM cannot generate code for {target_name}: {lines[-1]}") from error
 
 
 def quantization_passes(
@@ -76,7 +92,3 @@ def lower(
             observe(name, mod)
     return mod
 
-
-def _last_line(error: Exception) -> str:
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__

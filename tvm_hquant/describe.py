@@ -274,4 +274,3 @@ _DESCRIPTIONS = {
     "relax.nn.leakyrelu": _leaky_relu,
     "relax.nn.softmax": _softmax,
 }
-

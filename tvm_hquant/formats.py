@@ -12,7 +12,16 @@ from dataclasses import dataclass
 
 from tvm_hquant.errors import PrecisionError
 from tvm_hquant.layers import Layer, LayerGraph
-from tvm_hquant.operators import AveragePool2D, Concat, LocalResponseNormalization, MaxPool2D, Movement, Opaque, Softmax, Unary
+from tvm_hquant.operators import (
+    AveragePool2D,
+    Concat,
+    LocalResponseNormalization,
+    MaxPool2D,
+    Movement,
+    Opaque,
+    Softmax,
+    Unary,
+)
 from tvm_hquant.precision import FLOAT32, Arithmetic, Precision
 from tvm_hquant.tensor_format import FLOAT32_FORMAT, TensorFormat, float_format
 
@@ -166,7 +175,7 @@ def assign_formats(graph: LayerGraph, precisions: Mapping[str, Precision], scale
     Raises:
         PrecisionError: a layer reads codes of a tensor whose range is not known.
     """
-    produced: dict[str, TensorFormat] = {name: FLOAT32_FORMAT for name in graph.inputs}
+    produced: dict[str, TensorFormat] = dict.fromkeys(graph.inputs, FLOAT32_FORMAT)
     required: dict[tuple[str, int], TensorFormat] = {}
     # Readers come after their producers, so required formats of transparent layers are known when walking backwards.
     for layer in reversed(graph.layers):

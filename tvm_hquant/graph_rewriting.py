@@ -178,5 +178,3 @@ def _without_dead(bindings: Sequence[tuple[Any, Any]], output: Any) -> tuple[tup
     main = MainFunction((), {}, tuple(bindings), output, {})
     uses = _count_uses(main)
     return tuple((var, value) for var, value in bindings if uses[var])
-
-

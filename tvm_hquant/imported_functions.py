@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import tvm
 from tvm import tirx
+from tvm.ir.expr import Call, TensorLoad
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,10 @@ def recognize(function: Any) -> ElementwiseLimit | ConstantPad | None:
     """What a TIR function computes, None where it is something else."""
     if not isinstance(function, tirx.PrimFunc):
         return None
-    blocks: list[Any] = []
-    tirx.stmt_functor.post_order_visit(
-        function.body, lambda node: blocks.append(node) if isinstance(node, tvm.s_tir.SBlock) else None
-    )
-    stores = [b for b in blocks if isinstance(b.body, tirx.BufferStore)]
-    if len(stores) != 1 or len(blocks) > 2 or stores[0].init is not None:
+    block = _innermost_block(function.body)
+    if block is None or block.init is not None or not isinstance(block.body, tirx.BufferStore):
         return None
-    block, store = stores[0], stores[0].body
+    store = block.body
     variables = [v.var for v in block.iter_vars]
     if not _is_identity(store.indices, variables):
         return None
@@ -50,67 +46,88 @@ def recognize(function: Any) -> ElementwiseLimit | ConstantPad | None:
     return _pad(store, variables, function)
 
 
+def _innermost_block(statement: Any) -> Any | None:
+    """The block of a plain loop nest, None where loops or blocks do not simply nest."""
+    block = None
+    while True:
+        if hasattr(statement, "block"):
+            block = statement.block
+            statement = block.body
+        elif isinstance(statement, tirx.For):
+            statement = statement.body
+        else:
+            return block
+
+
 def _limit(value: Any, variables: list[Any], function: Any) -> ElementwiseLimit | None:
     name: Literal["maximum", "minimum"] = "maximum" if isinstance(value, tirx.Max) else "minimum"
-    buffers = [function.buffer_map[p] for p in function.params]
-    if not (isinstance(value.a, tirx.BufferLoad) and value.a.buffer.same_as(buffers[0])):
+    buffers = list(function.params)
+    if not (isinstance(value.a, TensorLoad) and value.a.source.same_as(buffers[0])):
         return None
     if not _is_identity(value.a.indices, variables):
         return None
     if isinstance(value.b, (tirx.FloatImm, tirx.IntImm)) and len(buffers) == 2:
         return ElementwiseLimit(name, float(value.b.value))
-    if isinstance(value.b, tirx.BufferLoad) and len(buffers) == 3 and value.b.buffer.same_as(buffers[1]):
+    if isinstance(value.b, TensorLoad) and len(buffers) == 3 and value.b.source.same_as(buffers[1]):
         return ElementwiseLimit(name, None) if all(int(d) == 1 for d in buffers[1].shape) else None
     return None
 
 
 def _pad(store: Any, variables: list[Any], function: Any) -> ConstantPad | None:
     value = store.value
-    if not (isinstance(value, tirx.Call) and getattr(value.op, "name", "") == "tirx.if_then_else"):
+    if not (isinstance(value, Call) and getattr(value.op, "name", "") == "prim.if_then_else"):
         return None
     condition, inside, outside = value.args
-    buffers = [function.buffer_map[p] for p in function.params]
+    buffers = list(function.params)
     if len(buffers) != 2 or not isinstance(outside, (tirx.FloatImm, tirx.IntImm)):
         return None
-    if not (isinstance(inside, tirx.BufferLoad) and inside.buffer.same_as(buffers[0])):
+    if not (isinstance(inside, TensorLoad) and inside.source.same_as(buffers[0])):
         return None
-    analyzer = tvm.arith.Analyzer()
-    offsets = [analyzer.simplify(v - i) for v, i in zip(variables, inside.indices, strict=True)]
-    if not all(isinstance(o, tirx.IntImm) for o in offsets):
+    offsets = [_offset(i, v) for v, i in zip(variables, inside.indices, strict=True)]
+    if any(o is None for o in offsets):
         return None
-    before = tuple(int(o) for o in offsets)
+    before = tuple(o for o in offsets if o is not None)
     sizes = [int(d) for d in buffers[0].shape]
     after = tuple(int(o) - s - b for o, s, b in zip(buffers[1].shape, sizes, before, strict=True))
-    expected = [
-        test
-        for v, b, a, size in zip(variables, before, after, sizes, strict=True)
-        for test in (tirx.all(b <= v), tirx.all(v < b + size))
-    ]
-    if not _same_condition(condition, expected, analyzer, variables, buffers[1].shape):
+    bounds = [_inner_range(v, extent, condition) for v, extent in zip(variables, buffers[1].shape, strict=True)]
+    if bounds != [(b, b + size) for b, size in zip(before, sizes, strict=True)] or min(*before, *after) < 0:
+        return None
+    if len(_conjuncts(condition)) != sum(_limits_one_of(c, variables) for c in _conjuncts(condition)):
         return None
     return ConstantPad(before, after, float(outside.value))
 
 
-def _same_condition(condition: Any, tests: list[Any], analyzer: Any, variables: list[Any], extents: Any) -> bool:
-    """Whether a condition is true exactly where all the tests are, for variables that run over the output."""
-    for variable, extent in zip(variables, extents, strict=True):
-        analyzer.bind(variable, tvm.ir.Range(0, extent))
-    given = [analyzer.simplify(c) for c in _conjuncts(condition)]
-    wanted = [analyzer.simplify(t) for t in tests]
-    given, wanted = [[c for c in side if not _is_true(c)] for side in (given, wanted)]
-    return all(any(tvm.ir.structural_equal(g, w) for w in wanted) for g in given) and all(
-        any(tvm.ir.structural_equal(g, w) for g in given) for w in wanted
-    )
+def _offset(index: Any, variable: Any) -> int | None:
+    """b of an index ``variable - b``."""
+    if index.same_as(variable):
+        return 0
+    if isinstance(index, tirx.Sub) and index.a.same_as(variable) and isinstance(index.b, tirx.IntImm):
+        return int(index.b.value)
+    return None
+
+
+def _inner_range(variable: Any, extent: Any, condition: Any) -> tuple[int, int]:
+    """Where a variable that runs over [0, extent) may be under a condition made of ``a <= v`` and ``v < b``."""
+    lower, upper = 0, int(extent)
+    for test in _conjuncts(condition):
+        if isinstance(test, tirx.LE) and test.b.same_as(variable) and isinstance(test.a, tirx.IntImm):
+            lower = max(lower, int(test.a.value))
+        if isinstance(test, tirx.LT) and test.a.same_as(variable) and isinstance(test.b, tirx.IntImm):
+            upper = min(upper, int(test.b.value))
+    return lower, upper
+
+
+def _limits_one_of(test: Any, variables: list[Any]) -> bool:
+    """Whether a test is one that :func:`_inner_range` understands."""
+    if isinstance(test, tirx.LE):
+        return isinstance(test.a, tirx.IntImm) and any(test.b.same_as(v) for v in variables)
+    return isinstance(test, tirx.LT) and isinstance(test.b, tirx.IntImm) and any(test.a.same_as(v) for v in variables)
 
 
 def _conjuncts(condition: Any) -> list[Any]:
     if isinstance(condition, tirx.And):
         return _conjuncts(condition.a) + _conjuncts(condition.b)
     return [condition]
-
-
-def _is_true(condition: Any) -> bool:
-    return isinstance(condition, tirx.IntImm) and bool(condition.value)
 
 
 def _is_identity(indices: Any, variables: list[Any]) -> bool:

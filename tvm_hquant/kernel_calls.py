@@ -15,7 +15,7 @@ from tvm_hquant.kernels.interface import Array, Kernel, KernelFamily, KernelRequ
 from tvm_hquant.kernels.registry import select_kernel
 from tvm_hquant.layers import LayerGraph, constant_array, is_constant
 from tvm_hquant.operator_codec import decode, encode
-from tvm_hquant.operators import Movement
+from tvm_hquant.operators import Dense, Movement
 from tvm_hquant.relax_functions import function_identifier, rebuild_main
 from tvm_hquant.tensor_format import STORAGE_DTYPE
 
@@ -73,7 +73,11 @@ def read_realized(function: Any) -> tuple[KernelRequest, LayerConstants] | None:
     if REQUEST_ATTRIBUTE not in function.attrs:
         return None
     request: KernelRequest = decode(str(function.attrs[REQUEST_ATTRIBUTE]))
-    return request, from_arrays(str(function.attrs[CONSTANTS_ATTRIBUTE]), call_constants(function))
+    arrays = call_constants(function)
+    if isinstance(request.operator, Dense):
+        # Reference kernels keep the matrix of a dense layer without the axes of a window.
+        arrays[0] = arrays[0][..., None, None]
+    return request, from_arrays(str(function.attrs[CONSTANTS_ATTRIBUTE]), arrays)
 
 
 def call_constants(function: Any) -> list[Array]:

@@ -49,8 +49,6 @@ def graph_from_record(record: Mapping[str, Any], weights: Mapping[str, Array]) -
     for entry in record["layers"]:
         operator = from_jsonable(entry["operator"])
         values, bias = weights.get(f"{entry['name']}/weights"), weights.get(f"{entry['name']}/bias")
-        layers.append(
-            Layer(entry["name"], entry["function"], operator, tuple(entry["inputs"]), values, bias)
-        )
+        layers.append(Layer(entry["name"], entry["function"], operator, tuple(entry["inputs"]), values, bias))
     inputs = {e["name"]: GraphTensor(tuple(e["shape"]), e["dtype"]) for e in record["inputs"]}
     return LayerGraph(inputs, tuple(layers), tuple(record["outputs"]), tuple(record["output_names"]))

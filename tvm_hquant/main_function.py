@@ -89,9 +89,11 @@ def write_main(mod: IRModule, main: MainFunction) -> IRModule:
     known: dict[Any, Any] = dict(renamed)
     with builder.function("main", parameters):
         with builder.dataflow():
-            for var, value in live:
+            # A lone output is what the last live binding computes: it is bound once, not once more under another name.
+            last = live[-1][1] if live and live[-1][0].same_as(main.output) else main.output
+            for var, value in live[:-1] if last is not main.output else live:
                 known[var] = builder.emit(substitute(value, known), name_hint=var.name)
-            result = builder.emit_output(substitute(main.output, known))
+            result = builder.emit_output(substitute(last, known))
         builder.emit_func_output(result)
     attributes = {**main.attributes, INPUT_COUNT_ATTRIBUTE: len(main.inputs)}
     if used:

@@ -157,7 +157,8 @@ class AveragePool2D:
             end = size + self.counted_padding[axis + 2]
             step, kernel, dilation = self.window.strides[axis], self.window.kernel[axis], self.window.dilation[axis]
             return tuple(
-                max(1, sum(-counted <= o * step - before + k * dilation < end for k in range(kernel))) for o in range(out)
+                max(1, sum(-counted <= o * step - before + k * dilation < end for k in range(kernel)))
+                for o in range(out)
             )
 
         _, h, w, _ = self.input_shape

@@ -90,9 +90,7 @@ A16W16 = Precision("a16w16", Arithmetic.INTEGER, 16, 16, weight_points=2)
 ALIASES = {"uint8": "a8w8", "fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 
 _NAMED = {p.name: p for p in (FLOAT32, FLOAT16, BFLOAT16, A8W8, INT8, A16W8, A16W16)}
-_REALIZED_NAMES = frozenset(
-    [*_NAMED, *(f"a8w{bits}" for bits in range(2, 9)), *(f"w{bits}" for bits in range(2, 9))]
-)
+_REALIZED_NAMES = frozenset([*_NAMED, *(f"a8w{bits}" for bits in range(2, 9)), *(f"w{bits}" for bits in range(2, 9))])
 REALIZED: tuple[str, ...] = (
     "a8w8", "int8", *(f"a8w{b}" for b in range(7, 1, -1)), "a16w8", "a16w16",
     "float16", "bfloat16", "float32", *(f"w{b}" for b in range(8, 1, -1)),

@@ -8,8 +8,8 @@ from itertools import islice
 from typing import Any
 
 from tvm_hquant.calibration.data import open_data
-from tvm_hquant.calibration.split import first_samples
 from tvm_hquant.calibration.samples import count_samples
+from tvm_hquant.calibration.split import first_samples
 from tvm_hquant.cost.predicted import weight_bytes
 from tvm_hquant.precision import FLOAT32, parse_precision
 from tvm_hquant.sensitivity.measured import measure_sensitivities

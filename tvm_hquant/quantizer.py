@@ -144,11 +144,11 @@ class Quantizer:
         """
         strategy = strategy or HierarchicalStrategy()
         candidates = {layer.name: self.candidates(layer) for layer in self.session.graph.anchors}
-        if isinstance(strategy, UniformStrategy):
-            table = SensitivityTable({}, "kl", 0)
-        else:
-            table = self.sensitivities(candidates)
-        problem = SearchProblem(candidates, table.losses, self._costs(candidates), self._joint_loss, self.options.max_drop)
+        is_uniform = isinstance(strategy, UniformStrategy)
+        table = SensitivityTable({}, "kl", 0) if is_uniform else self.sensitivities(candidates)
+        problem = SearchProblem(
+            candidates, table.losses, self._costs(candidates), self._joint_loss, self.options.max_drop
+        )
         result = strategy.search(problem)
         fixed = {
             layer.name: LayerDecision(result.decisions[layer.name].precision, "chosen by the user")
@@ -201,17 +201,16 @@ class Quantizer:
     def report(self, plan: PrecisionPlan, model: str, result: SearchResult | None = None) -> QuantizationReport:
         """Measures the plan, the float model and the uniform quantizations on the held-out samples."""
         session = self.session
+        uniform = BASELINES if self.options.baselines else ()
         named: list[tuple[str, Program, str]] = [("float32", session.float_program, "")]
-        for precision in BASELINES if self.options.baselines else ():
-            named.append((f"uniform {precision.name}", *self._uniform(precision)))
+        named += [(f"uniform {precision.name}", *self._uniform(precision)) for precision in uniform]
         program = session.builder.program(plan.precisions(), plan.scales)
         named.append(("plan", program, ""))
         programs = [p for _, p, _ in named]
         metrics: list[Metric] = [self.metric, METRICS["agreement"]]
         scores = session.evaluate_metrics(programs, self.roles.held_out, metrics, "measuring")
         rows = tuple(
-            self._row(name, p, remark, own[0], own[1])
-            for (name, p, remark), own in zip(named, scores, strict=True)
+            self._row(name, p, remark, own[0], own[1]) for (name, p, remark), own in zip(named, scores, strict=True)
         )
         kinds: dict[str, int] = {}
         for conversion in program.conversions:
@@ -248,9 +247,7 @@ class Quantizer:
         low = sum(layer.macs for layer in anchors if is_low_bit(precisions[layer.name]))
         size = sum(weight_bytes(layer, precisions[layer.name]) for layer in anchors)
         loss = score.loss_interval() if name != "float32" else Interval(0.0, 0.0, 0.0)
-        return ModelRow(
-            name, score.value, loss, agreement.value, low / total, size, len(program.conversions), remark
-        )
+        return ModelRow(name, score.value, loss, agreement.value, low / total, size, len(program.conversions), remark)
 
     def _layer_report(self, plan: PrecisionPlan, layer: Layer) -> LayerReport:
         decision = plan.layers[layer.name]
@@ -281,5 +278,3 @@ class QuantizationResult:
     plan: PrecisionPlan
     report: QuantizationReport | None
     spec: TargetSpec
-
-

@@ -153,5 +153,3 @@ def _stored_fill(value: float, output: TensorFormat) -> float:
         return value
     code = numerics.quantize(np.float32(value), output.scale, output.zero_point, output.q_min, output.q_max)
     return float(int(code) + output.storage_offset)
-
-

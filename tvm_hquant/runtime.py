@@ -44,7 +44,9 @@ def read_manifest(folder: Path | str) -> dict[str, Any]:
     """
     path = Path(folder) / "manifest.json"
     if not Path(folder).is_dir():
-        raise ArtifactError(f"{folder} is not an artifact: there is no such folder; 'hquant compile … -o {folder}' makes it")
+        raise ArtifactError(
+            f"{folder} is not an artifact: there is no such folder; 'hquant compile … -o {folder}' makes it"
+        )
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -200,7 +202,9 @@ class Artifact:
     def _checked(self, inputs: Mapping[str, Array] | Array) -> dict[str, Array]:
         if not isinstance(inputs, Mapping):
             if len(self._inputs) != 1:
-                raise DataError(f"the model has {len(self._inputs)} inputs ({', '.join(self._inputs)}): give them by name")
+                raise DataError(
+                    f"the model has {len(self._inputs)} inputs ({', '.join(self._inputs)}): give them by name"
+                )
             inputs = {next(iter(self._inputs)): np.asarray(inputs)}
         unknown = sorted(set(inputs) - set(self._inputs) - {"labels"})
         missing = sorted(set(self._inputs) - set(inputs))

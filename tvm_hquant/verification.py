@@ -159,7 +159,7 @@ def _check_sample(
     sample: Mapping[str, Array],
     tallies: dict[int, list[float]],
 ) -> dict[int, Array]:
-    values: dict[int, Array] = {key: array for key, array in enumerate(sample.values())}
+    values: dict[int, Array] = dict(enumerate(sample.values()))
     for number, step in enumerate(program.steps):
         tally = tallies.setdefault(number, [0, 0, 0.0])
         inputs = [values[key] for key in step.inputs]
@@ -242,6 +242,8 @@ def _random_inputs(manifest: Mapping[str, Any], plan: PrecisionPlan) -> list[dic
                 f = formats["uint8"]
                 lower, upper = (f.q_min - f.zero_point) * f.scale, (f.q_max - f.zero_point) * f.scale
             spread = 0.1 * (upper - lower)
-            sample[entry["name"]] = random.uniform(lower - spread, upper + spread, entry["shape"]).astype(entry["dtype"])
+            sample[entry["name"]] = random.uniform(lower - spread, upper + spread, entry["shape"]).astype(
+                entry["dtype"]
+            )
         samples.append(sample)
     return samples

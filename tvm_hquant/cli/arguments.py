@@ -16,7 +16,9 @@ Model = Annotated[Path, typer.Argument(help="The float model: an ONNX file.", sh
 Target = Annotated[str, typer.Option("--target", help="Name of a target spec, a TOML file, or 'host'.")]
 InputShapes = Annotated[
     str | None,
-    typer.Option("--input-shapes", help='Fixes dynamic dimensions: "input:[1,3,224,224]", several with spaces between.'),
+    typer.Option(
+        "--input-shapes", help='Fixes dynamic dimensions: "input:[1,3,224,224]", several with spaces between.'
+    ),
 ]
 Calibration = Annotated[
     Path | None,
@@ -27,9 +29,7 @@ Calibration = Annotated[
     ),
 ]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of the splits of the data.")]
-Observer = Annotated[
-    str, typer.Option("--observer", help="min-max, percentile, mean-squared-error or power-of-two.")
-]
+Observer = Annotated[str, typer.Option("--observer", help="min-max, percentile, mean-squared-error or power-of-two.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show every layer, not only the summary.")]
 
 _SHAPE = re.compile(r"\s*([^\s:]+(?:::[^\s:]+)*)\s*:\s*\[([\d,\s]*)\]")
@@ -66,7 +66,9 @@ def read_inputs(path: Path, names: list[str]) -> dict[str, npt.NDArray[Any]]:
         raise DataError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
     if isinstance(loaded, np.ndarray):
         if len(names) != 1:
-            raise DataError(f"{path} holds one array, but the model has the inputs {', '.join(names)}: give a .npz file")
+            raise DataError(
+                f"{path} holds one array, but the model has the inputs {', '.join(names)}: give a .npz file"
+            )
         return {names[0]: loaded}
     with loaded:
         return {key: loaded[key] for key in loaded.files if key != "labels" or key in names}

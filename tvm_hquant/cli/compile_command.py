@@ -33,7 +33,9 @@ def compile_command(
     calibration: Calibration = None,
     evaluation: Annotated[
         Path | None,
-        typer.Option("--evaluation", help="Data to search and measure with; a part of the calibration data if not given."),
+        typer.Option(
+            "--evaluation", help="Data to search and measure with; a part of the calibration data if not given."
+        ),
     ] = None,
     metric: Annotated[
         str | None,
@@ -47,7 +49,9 @@ def compile_command(
     plan: Annotated[Path | None, typer.Option("--plan", help="Use exactly this plan.json; no search.")] = None,
     precision: Annotated[
         str | None,
-        typer.Option("--precision", help="One precision for all layers where the target allows it, such as a8w8; no search."),
+        typer.Option(
+            "--precision", help="One precision for all layers where the target allows it, such as a8w8; no search."
+        ),
     ] = None,
     observer: Observer = "mean-squared-error",
     input_shapes: InputShapes = None,
@@ -94,26 +98,27 @@ def compile_command(
 def quickstart_command() -> None:
     """Do the whole job on an embedded model and data: handwritten digits, in under a minute."""
     from tvm_hquant import api
-    from tvm_hquant.quickstart import data_path, model_path
+    from tvm_hquant.cli.arguments import read_inputs
+    from tvm_hquant.quickstart import calibration_path, evaluation_path, model_path
 
-    typer.echo("quantizing a small residual network for handwritten digits for this machine")
-    import numpy as np
-
-    with np.load(data_path()) as data:
-        calibration = {"input": data["calibration_input"], "labels": data["calibration_labels"]}
-        evaluation = {"input": data["evaluation_input"], "labels": data["evaluation_labels"]}
+    typer.echo("quantizing a small residual network for handwritten digits, for this machine")
     result = api.quantize(
-        str(model_path()), "host", calibration, evaluation, progress=terminal_progress(Console(stderr=True))
+        str(model_path()),
+        "host",
+        calibration_path(),
+        evaluation_path(),
+        progress=terminal_progress(Console(stderr=True)),
     )
-    compiled = api.compile(result, name="digits.onnx")
-    folder = Path(tempfile.mkdtemp(prefix="hquant_quickstart_")) / "digits"
-    artifact = compiled.save(folder)
-    outputs = artifact.run({"input": evaluation["input"]})
-    right = (next(iter(outputs.values())).argmax(axis=1) == evaluation["labels"]).mean()
     assert result.report is not None
     print_report(result.report, verbose=True)
-    typer.echo(f"the compiled module has {right:.1%} of {len(evaluation['labels'])} digits right")
-    typer.echo(f"the artifact is in {folder}: plan.json there can be read, edited and given to 'hquant compile --plan'")
+    folder = Path(tempfile.mkdtemp(prefix="hquant_quickstart_")) / "digits"
+    artifact = api.compile(result).save(folder)
+    digits = read_inputs(evaluation_path(), ["input", "labels"])
+    logits = artifact.run({"input": digits["input"]})["logits"]
+    right = float((logits.argmax(axis=1) == digits["labels"]).mean())
+    typer.echo(f"\nthe compiled module has {right:.2%} of all {len(logits)} evaluation digits right")
+    typer.echo(f"its artifact is {folder}")
+    typer.echo(f"next: 'hquant verify {folder}', or read and edit {folder / 'plan.json'}")
 
 
 def _check_options(plan: Path | None, precision: str | None) -> None:

@@ -46,20 +46,19 @@ def profile_command(
     )
     names = tuple(p.strip() for p in precisions.split(",") if p.strip())
     profiled = profile_layers(session, calibration, names, samples)
-    rows = []
-    for layer in profiled:
-        for entry in layer.entries:
-            rows.append(
-                (
-                    layer.name,
-                    layer.operator,
-                    entry.precision,
-                    "" if entry.loss is None else f"{entry.loss:.3g}",
-                    f"{entry.weight_bytes / 1e3:.1f}",
-                    "" if entry.microseconds is None else f"{entry.microseconds:.1f}",
-                    entry.remark,
-                )
-            )
+    rows = [
+        (
+            layer.name,
+            layer.operator,
+            entry.precision,
+            "" if entry.loss is None else f"{entry.loss:.3g}",
+            f"{entry.weight_bytes / 1e3:.1f}",
+            "" if entry.microseconds is None else f"{entry.microseconds:.1f}",
+            entry.remark,
+        )
+        for layer in profiled
+        for entry in layer.entries
+    ]
     columns = ("layer", "operator", "precision", "loss (kl)", "weights, kB", "time here, µs", "")
     print_table(columns, rows, f"{model.name} on {target}: each layer alone in each precision")
     typer.echo("times are medians of this machine's kernels, conversions not included")

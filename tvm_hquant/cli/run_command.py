@@ -19,7 +19,9 @@ def run_command(
     inputs: Annotated[
         Path, typer.Option("--inputs", "-i", help=".npz with one array per input, samples first; .npy for one input.")
     ],
-    outputs: Annotated[Path | None, typer.Option("--outputs", "-o", help=".npz to write, one array per output.")] = None,
+    outputs: Annotated[
+        Path | None, typer.Option("--outputs", "-o", help=".npz to write, one array per output.")
+    ] = None,
     print_time: Annotated[bool, typer.Option("--print-time", help="Print the time of one warm call.")] = False,
     repeat: Annotated[int, typer.Option("--repeat", min=1, help="Calls for --print-time.")] = 20,
 ) -> None:

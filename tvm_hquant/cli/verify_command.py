@@ -19,7 +19,8 @@ def verify_command(
         Path | None, typer.Option("--inputs", "-i", help="Samples to verify with; two random ones if not given.")
     ] = None,
     rpc: Annotated[
-        str | None, typer.Option("--rpc", help="HOST:PORT of a TVM RPC server on the target; this machine if not given.")
+        str | None,
+        typer.Option("--rpc", help="HOST:PORT of a TVM RPC server on the target; this machine if not given."),
     ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show equal tensors too.")] = False,
 ) -> None:
@@ -41,7 +42,15 @@ def verify_command(
     report = verify_artifact(loaded, samples, rpc, terminal_progress(Console(stderr=True)))
     shown = [c for c in report.checks if verbose or c.different]
     rows = [
-        (c.tensor, c.layer, c.kernel, str(c.elements), str(c.different), f"{c.largest:g}" if c.different else "", c.note)
+        (
+            c.tensor,
+            c.layer,
+            c.kernel,
+            str(c.elements),
+            str(c.different),
+            f"{c.largest:g}" if c.different else "",
+            c.note,
+        )
         for c in shown
     ]
     if rows:

@@ -2,101 +2,123 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from tvm.tirx.script import builder as T
 
 from tvm_hquant.kernels.kernel_function import Buffer
-from tvm_hquant.kernels.primitives import Expression, broadcast, convert, widen
+from tvm_hquant.kernels.primitives import Expression, broadcast, convert, lanes_of, widen
 from tvm_hquant.kernels.vector_loops import fitting_lanes, flat_loop, load, store, vector_loop
 from tvm_hquant.operators import Conv2D
 
 _COPY_LANES = 32
 
 
-def emit_activation_copy(
-    conv: Conv2D,
-    padded_inputs: int,
-    operand_dtype: str,
-    storage: str,
-    source: Buffer,
-    target: Buffer,
-    fills: list[Expression],
-) -> None:
-    """Copies ``source`` (flat, ``storage``) to ``target`` (flat: planes, batch, rows, columns, groups, channels).
+@dataclass(frozen=True)
+class ActivationCopy:
+    """Copies flat activations to a flat buffer ordered plane, image, row, column, group, channel.
 
-    ``fills`` has the value of padding for every plane, in the operand's dtype; there are two planes, low bytes first, where
-    the storage is uint16.
+    Attributes:
+        conv: whose window says the padding.
+        padded_inputs: channels of a group in the copy.
+        operand_dtype: of the copy.
+        storage: of the source; two planes, low bytes first, are made of uint16 where there are two fills.
+        source, target: flat buffers.
+        fills: the value of padding for every plane, in ``operand_dtype``.
     """
-    n, height, width, channels = conv.input_shape
-    top, left, bottom, right = conv.window.padding
-    group_inputs = channels // conv.groups
-    rows, columns = height + top + bottom, width + left + right
-    row_elements = columns * conv.groups * padded_inputs
-    plane_elements = n * rows * row_elements
-    planes = len(fills)
 
-    def converted(value: Expression, plane: int) -> Expression:
-        if storage in ("float16", "bfloat16"):
-            return widen(value, storage)
-        if planes > 1:
-            byte = value >> broadcast(T.uint16(8), _lanes(value)) if plane else value & broadcast(T.uint16(255), _lanes(value))
-            return convert(byte, operand_dtype)
-        return convert(value, operand_dtype) if str(source.dtype) != operand_dtype else value
+    conv: Conv2D
+    padded_inputs: int
+    operand_dtype: str
+    storage: str
+    source: Buffer
+    target: Buffer
+    fills: tuple[Expression, ...]
 
-    def copy_run(start_source: Expression, start_target: Expression, length: int) -> None:
+    @property
+    def _pixel(self) -> int:
+        """Elements of a pixel in the copy."""
+        return self.conv.groups * self.padded_inputs
+
+    @property
+    def _group_inputs(self) -> int:
+        return self.conv.in_channels // self.conv.groups
+
+    @property
+    def _padded_rows(self) -> int:
+        top, _, bottom, _ = self.conv.window.padding
+        return self.conv.input_shape[1] + top + bottom
+
+    @property
+    def _row_elements(self) -> int:
+        _, left, _, right = self.conv.window.padding
+        return (self.conv.input_shape[2] + left + right) * self._pixel
+
+    @property
+    def _plane_elements(self) -> int:
+        return self.conv.input_shape[0] * self._padded_rows * self._row_elements
+
+    def emit(self) -> None:
+        """Writes the loops."""
+        n, height, width, channels = self.conv.input_shape
+        top, _, bottom, _ = self.conv.window.padding
+        if self.padded_inputs == self._group_inputs and not any(self.conv.window.padding):
+            length = n * height * width * channels
+            lanes = fitting_lanes(length, _COPY_LANES)
+            with flat_loop(length, lanes) as position:
+                self._copy_vector(position, position, lanes)
+            return
+        rows = self._padded_rows
+        with T.parallel(n * rows) as row:
+            image, y = row // rows, row % rows
+            start = T.bind(row * self._row_elements)
+            if not (top or bottom):
+                self._copy_row(image, y, start)
+                return
+            with T.If(T.And(y >= top, y < top + height)):
+                with T.Then():
+                    self._copy_row(image, y - top, start)
+                with T.Else():
+                    self._fill(start, self._row_elements)
+
+    def _copy_row(self, image: Expression, y: Expression, start: Expression) -> None:
+        """One row of the source with the padding beside it."""
+        _, height, width, channels = self.conv.input_shape
+        _, left, _, right = self.conv.window.padding
+        source = T.bind((image * height + y) * (width * channels))
+        self._fill(start, left * self._pixel)
+        if self.padded_inputs == self._group_inputs:
+            self._copy(source, start + left * self._pixel, width * channels)
+        else:
+            with T.serial(width) as x, T.serial(self.conv.groups) as group:
+                run = T.bind(start + (left + x) * self._pixel + group * self.padded_inputs)
+                self._copy(source + x * channels + group * self._group_inputs, run, self._group_inputs)
+                self._fill(run + self._group_inputs, self.padded_inputs - self._group_inputs)
+        self._fill(start + (left + width) * self._pixel, right * self._pixel)
+
+    def _copy(self, source: Expression, target: Expression, length: int) -> None:
         lanes = fitting_lanes(length, _COPY_LANES)
         with vector_loop(length, lanes) as offset:
-            for plane in range(planes):
-                value = converted(load(source, start_source + offset, lanes), plane)
-                store(target, start_target + plane * plane_elements + offset, value, lanes)
+            self._copy_vector(source + offset, target + offset, lanes)
 
-    def fill_run(start: Expression, length: int) -> None:
+    def _copy_vector(self, source: Expression, target: Expression, lanes: int) -> None:
+        for plane in range(len(self.fills)):
+            value = self._converted(load(self.source, source, lanes), plane)
+            store(self.target, target + plane * self._plane_elements, value, lanes)
+
+    def _fill(self, start: Expression, length: int) -> None:
         if length == 0:
             return
         lanes = fitting_lanes(length, _COPY_LANES)
         with vector_loop(length, lanes) as offset:
-            for plane, value in enumerate(fills):
-                store(target, start + plane * plane_elements + offset, broadcast(value, lanes), lanes)
+            for plane, value in enumerate(self.fills):
+                place = start + plane * self._plane_elements + offset
+                store(self.target, place, broadcast(value, lanes), lanes)
 
-    whole_channels = padded_inputs == group_inputs
-    if whole_channels and not any(conv.window.padding):
-        length = n * height * width * channels
-        lanes = fitting_lanes(length, _COPY_LANES)
-        with flat_loop(length, lanes) as position:
-            for plane in range(planes):
-                value = converted(load(source, position, lanes), plane)
-                store(target, position + plane * plane_elements, value, lanes)
-        return
-
-    with T.parallel(n * rows) as row:
-        image, y = row // rows, row % rows
-        start = T.bind(row * row_elements)
-        if top or bottom:
-            with T.If(T.And(y >= top, y < top + height)):
-                with T.Then():
-                    _copy_row(conv, padded_inputs, image, y, start, copy_run, fill_run)
-                with T.Else():
-                    fill_run(start, row_elements)
-        else:
-            _copy_row(conv, padded_inputs, image, y, start, copy_run, fill_run)
-
-
-def _copy_row(conv, padded_inputs, image, y, start, copy_run, fill_run) -> None:  # type: ignore[no-untyped-def]
-    _, height, width, channels = conv.input_shape
-    top, left, _, right = conv.window.padding
-    pixel = conv.groups * padded_inputs
-    group_inputs = channels // conv.groups
-    source = T.bind((image * height + (y - top)) * (width * channels))
-    fill_run(start, left * pixel)
-    if padded_inputs == group_inputs:
-        copy_run(source, start + left * pixel, width * channels)
-    else:
-        with T.serial(width) as x:
-            with T.serial(conv.groups) as group:
-                run = T.bind(start + (left + x) * pixel + group * padded_inputs)
-                copy_run(source + x * channels + group * group_inputs, run, group_inputs)
-                fill_run(run + group_inputs, padded_inputs - group_inputs)
-    fill_run(start + (left + width) * pixel, right * pixel)
-
-
-def _lanes(value: Expression) -> int:
-    return int(value.ty.dtype.lanes)
+    def _converted(self, value: Expression, plane: int) -> Expression:
+        if self.storage in ("float16", "bfloat16"):
+            return widen(value, self.storage)
+        if len(self.fills) > 1:
+            number = broadcast(T.uint16(8 if plane else 255), lanes_of(value))
+            return convert(value >> number if plane else value & number, self.operand_dtype)
+        return convert(value, self.operand_dtype) if str(self.source.dtype) != self.operand_dtype else value

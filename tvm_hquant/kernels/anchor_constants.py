@@ -17,8 +17,10 @@ Array = npt.NDArray[Any]
 class ChannelPacking(Protocol):
     """How a template orders weights and values per output channel."""
 
-    planes: int
-    points: int
+    @property
+    def planes(self) -> int: ...
+    @property
+    def points(self) -> int: ...
 
     def pack_channels(self, values: Array, fill: float = 0) -> Array:
         """[..., out_channels] to [..., lanes]."""
@@ -27,7 +29,9 @@ class ChannelPacking(Protocol):
         """[points, out, in / groups, kh, kw] to a flat array."""
 
 
-def integer_array_types(weight_count: int, weight_dtype: str, lanes: int, passes: int, planes: int, accumulator: str) -> list[ArrayType]:
+def integer_array_types(
+    weight_count: int, weight_dtype: str, lanes: int, passes: int, planes: int, accumulator: str
+) -> list[ArrayType]:
     """Weights, starts, multipliers, offsets, limits, and zero points [output, residual, planes…]."""
     return [
         ((weight_count,), weight_dtype),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from tvm_hquant.kernels.conv2d_template import conv2d_kernel
 from tvm_hquant.kernels.depthwise_template import depthwise_kernel
-from tvm_hquant.kernels.dot_product import DotProduct, FloatDot, WideningDot
+from tvm_hquant.kernels.dot_product import DotProduct
 from tvm_hquant.kernels.interface import Kernel, KernelRequest
 from tvm_hquant.operators import Conv2D, Dense
 
@@ -18,14 +18,13 @@ class AnchorFamily:
 
     Attributes:
         name: as target specs call it.
-        dot: the dot product for a request with dense channels.
-        depthwise_integer, depthwise_float: multiply-adds channel by channel.
+        dot: the dot product for a request.
+        lanes: 32-bit lanes of a vector.
     """
 
     name: str
     dot: Callable[[KernelRequest], DotProduct]
-    depthwise_integer: WideningDot
-    depthwise_float: FloatDot
+    lanes: int
 
     def kernel(self, request: KernelRequest) -> Kernel | None:
         """The kernel for a convolution or dense layer; None for other operators."""
@@ -33,6 +32,5 @@ class AnchorFamily:
         if not isinstance(operator, (Conv2D, Dense)):
             return None
         if isinstance(operator, Conv2D) and operator.is_depthwise and request.weights != "int16":
-            lanes = self.depthwise_integer.lanes
-            return depthwise_kernel(request, lanes, self.depthwise_integer.registers, self.name)
+            return depthwise_kernel(request, self.lanes, self.name)
         return conv2d_kernel(request, self.dot(request), self.name)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from tvm.tirx.script import builder as T
 
 from tvm_hquant.kernels.anchor_family import AnchorFamily
-from tvm_hquant.kernels.dot_product import DotProduct, FloatDot, WideDot, WideningDot, repeated_word
+from tvm_hquant.kernels.dot_product import DotProduct, FloatDot, WideDot, repeated_word
 from tvm_hquant.kernels.interface import KernelRequest
 from tvm_hquant.kernels.kernel_function import Buffer
 from tvm_hquant.kernels.primitives import Expression
@@ -54,5 +54,5 @@ def _dot(request: KernelRequest) -> DotProduct:
     return FloatDot(_LANES, _REGISTERS, request.weights)
 
 
-FAMILY = AnchorFamily("arm_dotprod", _dot, WideningDot(_LANES, _REGISTERS), FloatDot(_LANES, _REGISTERS))
+FAMILY = AnchorFamily("arm_dotprod", _dot, _LANES)
 """The kernel family of this instruction set."""

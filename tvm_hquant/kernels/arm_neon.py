@@ -18,5 +18,5 @@ def _dot(request: KernelRequest) -> DotProduct:
     return FloatDot(_LANES, _REGISTERS, request.weights)
 
 
-FAMILY = AnchorFamily("arm_neon", _dot, WideningDot(_LANES, _REGISTERS), FloatDot(_LANES, _REGISTERS))
+FAMILY = AnchorFamily("arm_neon", _dot, _LANES)
 """The kernel family of this instruction set."""

@@ -16,11 +16,11 @@ class CommonFamily:
     """Add, pools, Concat, Movement, Unary, Softmax, LocalResponseNormalization and Convert.
 
     Attributes:
-        vector_bytes: of a vector register: 64 with AVX-512, 32 with AVX2, 16 with NEON. Any LLVM target computes the same
-            with any width; the wrong one is only slower.
+        lanes: float32 values in a vector register: 16 with AVX-512, 8 with AVX2, 4 with NEON. Any LLVM target computes the
+            same with any power of two; the wrong one is only slower.
     """
 
-    vector_bytes: int = 32
+    lanes: int = 8
 
     @property
     def name(self) -> str:
@@ -29,10 +29,10 @@ class CommonFamily:
     def kernel(self, request: KernelRequest) -> Kernel | None:
         """The kernel for a request; None for convolutions, dense and opaque layers, and combinations of storages that no
         precision makes (such as a max-pool that changes its storage)."""
-        lanes = self.vector_bytes // 4
+        vector_bytes = 4 * self.lanes
         return (
-            elementwise_kernel(request, lanes)
-            or pool_kernel(request, self.vector_bytes)
-            or movement_kernel(request, self.vector_bytes)
-            or normalization_kernel(request, lanes)
+            elementwise_kernel(request, self.lanes)
+            or pool_kernel(request, vector_bytes)
+            or movement_kernel(request, vector_bytes)
+            or normalization_kernel(request, self.lanes)
         )

@@ -11,10 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
-
 from tvm.tirx.script import builder as T
 
-from tvm_hquant.kernels.activation_copy import emit_activation_copy
+from tvm_hquant.kernels.activation_copy import ActivationCopy
 from tvm_hquant.kernels.anchor_constants import float_array_types, integer_array_types, pack_float, pack_integer
 from tvm_hquant.kernels.anchor_geometry import AnchorGeometry, as_conv2d
 from tvm_hquant.kernels.dot_product import DotProduct
@@ -95,26 +94,29 @@ class _Emitter:
         if geometry.needs_copy(STORAGE_DTYPE[self.request.inputs[0]]):
             size = geometry.plane_elements * geometry.planes
             self.source = T.alloc_buffer((size,), self.dot.operand_dtype)
-            emit_activation_copy(
+            ActivationCopy(
                 geometry.conv,
                 geometry.padded_inputs,
                 self.dot.operand_dtype,
                 self.request.inputs[0],
                 self.inputs[0],
                 self.source,
-                [self._fill(plane) for plane in range(geometry.planes)],
-            )
-        rows, groups, blocks = geometry.conv.input_shape[0] * geometry.output_size[0], geometry.conv.groups, geometry.blocks
+                tuple(self._fill(plane) for plane in range(geometry.planes)),
+            ).emit()
+        rows, channel_blocks = (
+            geometry.conv.input_shape[0] * geometry.output_size[0],
+            geometry.conv.groups * geometry.blocks,
+        )
         per_item = min(_TILES_PER_ITEM, geometry.tiles)
         chunks = -(-geometry.tiles // per_item)
-        items = rows * groups * blocks * chunks
+        items = rows * channel_blocks * chunks
         loop = T.parallel if geometry.conv.macs > _PARALLEL_MACS and items > 1 else T.serial
         with loop(items) as item:
             if geometry.weights_stay_outside:
                 channel_block, rest = T.bind(item // (rows * chunks)), T.bind(item % (rows * chunks))
                 row, chunk = T.bind(rest // chunks), T.bind(rest % chunks)
             else:
-                place, channel_block = T.bind(item // (groups * blocks)), T.bind(item % (groups * blocks))
+                place, channel_block = T.bind(item // channel_blocks), T.bind(item % channel_blocks)
                 row, chunk = T.bind(place // chunks), T.bind(place % chunks)
             if per_item == 1:
                 self._tile(row, chunk, channel_block)
@@ -131,7 +133,7 @@ class _Emitter:
         """One tile: all passes and the epilogue."""
         geometry, dot = self.geometry, self.dot
         pixels, vectors = geometry.tile
-        height, width = geometry.output_size
+        _, width = geometry.output_size
         x = T.bind(tile * pixels if width % pixels == 0 else T.min(tile * pixels, width - pixels))
         group = T.bind(channel_block // geometry.blocks)
         start = channel_block % geometry.blocks * geometry.block
@@ -168,9 +170,7 @@ class _Emitter:
 
             def scale(i: int, j: int, at: int) -> None:
                 multiplier = load(self.multipliers, base + j * dot.lanes, dot.lanes)
-                scaled = scale_accumulator(
-                    load(accumulators, at, dot.lanes), multiplier, load(values, at, dot.lanes)
-                )
+                scaled = scale_accumulator(load(accumulators, at, dot.lanes), multiplier, load(values, at, dot.lanes))
                 store(values, at, scaled, dot.lanes)
 
             each(scale)
@@ -235,5 +235,3 @@ class _Emitter:
                     position = (i * vectors + j) * dot.lanes
                     value = dot.accumulate(load(accumulators, position, dot.lanes), operands, weights[j])
                     store(accumulators, position, value, dot.lanes)
-
-

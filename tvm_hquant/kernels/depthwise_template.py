@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from tvm.tirx.script import builder as T
 
-from tvm_hquant.kernels.activation_copy import emit_activation_copy
+from tvm_hquant.kernels.activation_copy import ActivationCopy
 from tvm_hquant.kernels.anchor_constants import float_array_types, integer_array_types, pack_float, pack_integer
 from tvm_hquant.kernels.epilogue import Epilogue, scale_accumulator
 from tvm_hquant.kernels.interface import Array, Kernel, KernelRequest, LayerConstants
@@ -89,7 +89,7 @@ class DepthwiseGeometry:
         return np.ascontiguousarray(ordered.astype(np.int16) if ordered.dtype == np.int8 else ordered)
 
 
-def depthwise_kernel(request: KernelRequest, lanes: int, registers: int, family: str) -> Kernel:
+def depthwise_kernel(request: KernelRequest, lanes: int, family: str) -> Kernel:
     """The kernel of a depthwise convolution with vectors of up to ``lanes`` channels."""
     conv = request.operator
     assert isinstance(conv, Conv2D)
@@ -101,7 +101,8 @@ def depthwise_kernel(request: KernelRequest, lanes: int, registers: int, family:
     if is_integer:
         types = integer_array_types(count, "int16", geometry.packed_lanes, geometry.passes, planes, "int32")
     else:
-        types = float_array_types(count, "uint16" if request.weights == "bfloat16" else request.weights, geometry.packed_lanes)
+        weight_dtype = "uint16" if request.weights == "bfloat16" else request.weights
+        types = float_array_types(count, weight_dtype, geometry.packed_lanes)
 
     def pack(constants: LayerConstants) -> tuple[Array, ...]:
         return pack_integer(constants, geometry, 0, "int32") if is_integer else pack_float(constants, geometry)
@@ -146,15 +147,15 @@ class _Emitter:
         if any(conv.window.padding) or geometry.planes > 1 or is_narrow_float:
             self.operand_dtype = "uint8" if self.is_integer else "float32"
             self.source = T.alloc_buffer((geometry.plane_elements * geometry.planes,), self.operand_dtype)
-            emit_activation_copy(
+            ActivationCopy(
                 Conv2D(conv.input_shape, conv.in_channels, conv.window),
                 conv.in_channels,
                 self.operand_dtype,
                 self.request.inputs[0],
                 self.inputs[0],
                 self.source,
-                [self._fill(plane) for plane in range(geometry.planes)],
-            )
+                tuple(self._fill(plane) for plane in range(geometry.planes)),
+            ).emit()
         rows = conv.input_shape[0] * geometry.output_size[0]
         width = geometry.output_size[1]
         loop = T.parallel if conv.macs > _PARALLEL_MACS and rows > 1 else T.serial

@@ -58,9 +58,7 @@ class Epilogue:
             else:
                 value = value + widen(stored, self.request.inputs[-1])
         if self.zero_points is not None and self.request.output in ("uint8", "uint16"):
-            result = requantize(
-                p, value, self.limits[0], self.limits[1], self.zero_points[0], self.request.output
-            )
+            result = requantize(p, value, self.limits[0], self.limits[1], self.zero_points[0], self.request.output)
         else:
             result = narrow(p, clamp(p, value, self.limits[0], self.limits[1]), self.request.output)
         self._store(result, index)
@@ -96,5 +94,3 @@ def limits_of(constants: IntegerAnchorConstants | FloatAnchorConstants) -> Seque
 def scale_accumulator(accumulator: Expression, multiplier: Expression, value: Expression) -> Expression:
     """fma(float32(accumulator), multiplier, value)."""
     return LlvmPrimitives().fma(convert(accumulator, "float32"), multiplier, value)
-
-

@@ -181,5 +181,3 @@ class KernelFamily(Protocol):
 
     def kernel(self, request: KernelRequest) -> Kernel | None:
         """The kernel for a request, or None where the family leaves it to the next one of the target's list."""
-
-

@@ -68,11 +68,10 @@ def argument_types(request: KernelRequest) -> tuple[list[ArrayType], ArrayType]:
 def kernel_function(request: KernelRequest, constants: Sequence[ArrayType], emit: Emit) -> Any:
     """The TIR function of a request: arguments (inputs…, constants…, output), body written by ``emit``."""
     input_types, output_type = argument_types(request)
-    with IRBuilder() as builder:
-        with T.prim_func(s_tir=True):
-            inputs = [T.arg(f"input_{i}", T.buffer(shape, dtype)) for i, (shape, dtype) in enumerate(input_types)]
-            arrays = [T.arg(f"constant_{i}", T.buffer(shape, dtype)) for i, (shape, dtype) in enumerate(constants)]
-            output = T.arg("output", T.buffer(*output_type))
-            T.func_attr({"tirx.noalias": True})
-            emit(inputs, arrays, output)
+    with IRBuilder() as builder, T.prim_func(s_tir=True):
+        inputs = [T.arg(f"input_{i}", T.buffer(shape, dtype)) for i, (shape, dtype) in enumerate(input_types)]
+        arrays = [T.arg(f"constant_{i}", T.buffer(shape, dtype)) for i, (shape, dtype) in enumerate(constants)]
+        output = T.arg("output", T.buffer(*output_type))
+        T.func_attr({"tirx.noalias": True})
+        emit(inputs, arrays, output)
     return builder.get()

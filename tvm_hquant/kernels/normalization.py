@@ -77,18 +77,14 @@ def _softmax(request: KernelRequest, operator: Softmax, lanes: int) -> Kernel:
     return Kernel(request, f"common.softmax[{width}]", function, pack_only(request, NoConstants))
 
 
-def normalized(
-    p: Primitives, operator: LocalResponseNormalization, x: Expression, squares: Expression
-) -> Expression:
+def normalized(p: Primitives, operator: LocalResponseNormalization, x: Expression, squares: Expression) -> Expression:
     """x · power(fma(s, float32(alpha / size), bias), −beta) for the sum s of squares."""
     scale, bias = float(np.float32(operator.alpha / operator.size)), float(np.float32(operator.bias))
     base = p.fma(squares, float_like(scale, x), float_like(bias, x))
     return p.multiply(x, power(p, base, float(np.float32(-operator.beta))))
 
 
-def _local_response_normalization(
-    request: KernelRequest, operator: LocalResponseNormalization, lanes: int
-) -> Kernel:
+def _local_response_normalization(request: KernelRequest, operator: LocalResponseNormalization, lanes: int) -> Kernel:
     """Each pixel is widened into a row with zeros at both ends: a square of 0 changes no sum."""
     p, source_storage = LlvmPrimitives(), request.inputs[0]
     channels, rows = operator.shape[-1], elements(operator.shape[:-1])

@@ -87,7 +87,7 @@ class Primitives(Protocol):
         """The nearest integer, ties to even, as int32. ``a`` lies within int32."""
 
     def bind(self, value: Expression) -> Expression:
-        """A name for a value that is used more than once, where the surroundings allow one; else the value itself."""
+        """A value that is used more than once, kept so that it is computed once. Emits statements at this place."""
 
 
 def _llvm(name: str, dtype: str, *arguments: Expression) -> Expression:
@@ -97,13 +97,9 @@ def _llvm(name: str, dtype: str, *arguments: Expression) -> Expression:
 
 @dataclass(frozen=True)
 class LlvmPrimitives:
-    """For LLVM on any processor.
+    """For LLVM on any processor. ``in_blocks`` says that expressions are made inside schedulable blocks."""
 
-    ``binds`` says that expressions are made inside a statement builder, which can hold intermediate values. Expressions
-    of ``tvm.te`` cannot.
-    """
-
-    binds: bool = True
+    in_blocks: bool = False
 
     def fma(self, a: Expression, b: Expression, c: Expression) -> Expression:
         return _llvm("llvm.fma", "float32", a, b, c)
@@ -127,15 +123,26 @@ class LlvmPrimitives:
         return _llvm("llvm.lrint", "int32", a)
 
     def bind(self, value: Expression) -> Expression:
-        if not self.binds:
-            return value
-        # A one-element buffer, not a variable: TVM's simplifier puts a variable's value back wherever it is used, so that
-        # chains of them grow exponentially. LLVM keeps such a buffer in a register.
-        lanes = lanes_of(value)
-        element = str(value.ty.dtype).partition("x")[0] if lanes > 1 else str(value.ty.dtype)
-        cell = T.alloc_buffer((lanes,), element, scope="local")
-        T.buffer_store(cell, value, [0 if lanes == 1 else T.ramp(0, 1, lanes)])
-        return cell[0] if lanes == 1 else cell.vload([0], vector_type(element, lanes))
+        return _cell(value, STACK)
+
+
+STACK = "global"
+"""The storage scope in which TVM puts small buffers of a CPU function on the stack, where LLVM makes registers of them.
+A ``local`` buffer is fetched from the workspace allocator instead, at run time (``lower_tvm_builtin.cc``)."""
+
+
+def _cell(value: Expression, scope: str) -> Expression:
+    """The value in a buffer of its own, which compilers keep in a register.
+
+    Not a variable: TVM's simplifier puts a variable's value back wherever it is used, so that chains of them grow
+    exponentially.
+    """
+    lanes = lanes_of(value)
+    element = str(value.ty.dtype).partition("x")[0] if lanes > 1 else str(value.ty.dtype)
+    allocate = T.sblock_alloc_buffer if in_block else T.alloc_buffer
+    cell = allocate((lanes,), element, scope=scope)
+    T.buffer_store(cell, value, [0 if lanes == 1 else T.ramp(0, 1, lanes)])
+    return cell[0] if lanes == 1 else cell.vload([0], vector_type(element, lanes))
 
 
 def _device_function(dtype: str, name: str, *arguments: Expression) -> Expression:
@@ -173,7 +180,7 @@ class CudaPrimitives:
         return _device_function("int32", "__float2int_rn", a)
 
     def bind(self, value: Expression) -> Expression:
-        return value
+        return _cell(value, "local")
 
 
 def clamp(p: Primitives, value: Expression, lower: Expression, upper: Expression) -> Expression:

@@ -29,7 +29,7 @@ def families_for_target(instruction_sets: tuple[str, ...]) -> tuple[KernelFamily
     for name in instruction_sets:
         if name in _ANCHOR_FAMILIES:
             family = _ANCHOR_FAMILIES[name]
-            families += [family, CommonFamily(family.depthwise_float.lanes)]
+            families += [family, CommonFamily(family.lanes)]
         elif name == "reference":
             families.append(ReferenceFamily())
         elif name == "cuda":

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from tvm.tirx.script import builder as T
 
 from tvm_hquant.kernels.anchor_family import AnchorFamily
-from tvm_hquant.kernels.dot_product import DotProduct, FloatDot, WideDot, WideningDot, repeated_word
+from tvm_hquant.kernels.dot_product import DotProduct, FloatDot, WideDot, repeated_word
 from tvm_hquant.kernels.interface import KernelRequest
 from tvm_hquant.kernels.kernel_function import Buffer
 from tvm_hquant.kernels.primitives import Expression
@@ -40,9 +40,7 @@ class VnniDot:
     def accumulate(
         self, accumulator: Expression, operands: Sequence[Expression], weights: Sequence[Expression]
     ) -> Expression:
-        return T.call_llvm_pure_intrin(
-            "int32x16", "llvm.x86.avx512.vpdpbusd.512", accumulator, operands[0], weights[0]
-        )
+        return T.call_llvm_pure_intrin("int32x16", "llvm.x86.avx512.vpdpbusd.512", accumulator, operands[0], weights[0])
 
 
 def _dot(request: KernelRequest) -> DotProduct:
@@ -53,5 +51,5 @@ def _dot(request: KernelRequest) -> DotProduct:
     return FloatDot(_LANES, _REGISTERS, request.weights)
 
 
-FAMILY = AnchorFamily("avx512_vnni", _dot, WideningDot(_LANES, _REGISTERS), FloatDot(_LANES, _REGISTERS))
+FAMILY = AnchorFamily("avx512_vnni", _dot, _LANES)
 """The kernel family of this instruction set."""

@@ -66,7 +66,7 @@ class SimulationEngine:
         if not new and not needs_machine:
             return 0
         module = simulate_quantization(list(new.values()))(self._mod)
-        executable = build_module(module, self._target)
+        executable = build_module(module, self._target, "this machine")
         if self._machine is None:
             self._machine = relax.VirtualMachine(executable, self._device)
         for symbol in new:

@@ -1,0 +1,273 @@
+"""Random layers without weights, and what runs a kernel: shared by the tests of the common and the reference family."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import tvm
+from hypothesis import strategies as st
+
+from tvm_hquant import numerics
+from tvm_hquant.kernels.interface import (
+    Array,
+    DequantizeConstants,
+    FillConstants,
+    FloatElementwiseConstants,
+    IntegerElementwiseConstants,
+    Kernel,
+    KernelRequest,
+    LayerConstants,
+    NoConstants,
+    QuantizeConstants,
+    Requantization,
+    TableConstants,
+)
+from tvm_hquant.kernels.kernel_function import input_shapes
+from tvm_hquant.operators import (
+    Add,
+    AveragePool2D,
+    Concat,
+    Convert,
+    LocalResponseNormalization,
+    MaxPool2D,
+    Movement,
+    Softmax,
+    Unary,
+    Window,
+)
+from tvm_hquant.tensor_format import STORAGE_DTYPE
+
+CODES = ("uint8", "uint16")
+FLOATS = ("float32", "float16", "bfloat16")
+STORAGES = CODES + FLOATS
+
+
+@dataclass(frozen=True)
+class Case:
+    """A request with constants and a seed for the inputs."""
+
+    request: KernelRequest
+    constants: LayerConstants
+    seed: int
+
+    def inputs(self) -> list[Array]:
+        rng = np.random.default_rng(self.seed)
+        shapes = input_shapes(self.request.operator)
+        return [stored_values(rng, s, kind) for s, kind in zip(shapes, self.request.inputs, strict=True)]
+
+
+def stored_values(rng: np.random.Generator, shape: tuple[int, ...], storage: str) -> Array:
+    """Random stored values; floats of many magnitudes, a few of them infinite, NaN, denormal or −0."""
+    if storage in CODES:
+        return rng.integers(0, np.iinfo(storage).max, shape, endpoint=True).astype(storage)
+    values = (rng.normal(size=shape) * 10.0 ** rng.uniform(-3, 1.5, shape)).astype(np.float32)
+    special = np.array([np.inf, -np.inf, np.nan, 1e-41, -1e-41, -0.0, 88.6, -103.5, 3.4e38], np.float32)
+    where = rng.random(shape) < 0.02
+    return numerics.narrow(np.where(where, rng.choice(special, shape), values).astype(np.float32), storage)
+
+
+def run_kernel(kernel: Kernel, case: Case, target: dict[str, str]) -> Array:
+    """Compiles a kernel and calls it once."""
+    module = tvm.IRModule({"kernel": kernel.function.with_attr("global_symbol", "kernel")})
+    library = tvm.compile(module, target=tvm.target.Target(target))
+    request = case.request
+    # What the kernel leaves unwritten shows.
+    output = tvm.runtime.tensor(np.full(request.operator.output_shape, 77, STORAGE_DTYPE[request.output]))
+    arguments = [tvm.runtime.tensor(np.ascontiguousarray(a)) for a in (*case.inputs(), *kernel.pack(case.constants))]
+    library["kernel"](*arguments, output)
+    return output.numpy()
+
+
+def assert_matches_contract(kernel: Kernel | None, case: Case, target: dict[str, str]) -> None:
+    """The kernel gives the bits of ``numerics.evaluate``; a NaN may be any NaN."""
+    assert kernel is not None
+    got, want = run_kernel(kernel, case, target), numerics.evaluate(case.request, case.constants, case.inputs())
+    assert got.dtype == want.dtype
+    if case.request.output in FLOATS:
+        got, want = (numerics.widen(a, case.request.output) for a in (got, want))
+        nan = np.isnan(want)
+        np.testing.assert_array_equal(np.isnan(got), nan)
+        got, want = (np.where(nan, np.float32(0), a).view(np.uint32) for a in (got, want))
+    np.testing.assert_array_equal(got, want)
+
+
+shapes = st.lists(st.integers(1, 9), min_size=1, max_size=3).flatmap(
+    lambda outer: st.integers(1, 70).map(lambda channels: (*outer, channels))
+)
+seeds = st.integers(0, 2**32 - 1)
+
+
+def _requantization(storage: str, rng: np.random.Generator) -> Requantization:
+    """Bounds that cut some values off, with codes on both sides of the zero point."""
+    if storage not in CODES:
+        return Requantization(-float(np.float32(rng.uniform(1, 50))), float(np.float32(rng.uniform(50, 1e6))), 0)
+    top = int(np.iinfo(storage).max)
+    zero_point = int(rng.integers(0, top, endpoint=True))
+    lower, upper = sorted(int(v) for v in rng.integers(-zero_point, top - zero_point, 2, endpoint=True))
+    return Requantization(float(lower), float(upper), zero_point)
+
+
+def _elementwise(request: KernelRequest, rng: np.random.Generator) -> IntegerElementwiseConstants:
+    out = {"uint8": 200.0, "uint16": 50000.0}.get(request.output, 300.0)
+    return IntegerElementwiseConstants(
+        tuple(int(rng.integers(0, np.iinfo(storage).max)) for storage in request.inputs),
+        tuple(np.float32(rng.uniform(0.2, 1) * out / np.iinfo(storage).max) for storage in request.inputs),
+        _requantization(request.output, rng),
+    )
+
+
+@st.composite
+def additions(draw: st.DrawFn) -> Case:
+    shape, seed = draw(shapes), draw(seeds)
+    rng = np.random.default_rng(seed)
+    if draw(st.booleans()):
+        inputs = draw(st.tuples(st.sampled_from(CODES), st.sampled_from(CODES)))
+        request = KernelRequest(Add(shape), inputs, draw(st.sampled_from(STORAGES)))
+        return Case(request, _elementwise(request, rng), seed)
+    bounds = (-1.0, 6.0)
+    request = KernelRequest(
+        Add(shape, *bounds), draw(st.tuples(*[st.sampled_from(FLOATS)] * 2)), draw(st.sampled_from(FLOATS))
+    )
+    return Case(request, FloatElementwiseConstants(bounds), seed)
+
+
+@st.composite
+def conversions(draw: st.DrawFn) -> Case:
+    shape, seed = draw(shapes), draw(seeds)
+    rng = np.random.default_rng(seed)
+    request = KernelRequest(Convert(shape), (draw(st.sampled_from(STORAGES)),), draw(st.sampled_from(STORAGES)))
+    source, output = request.inputs[0], request.output
+    constants: LayerConstants
+    if source in CODES and output in CODES:
+        constants = _elementwise(request, rng)
+    elif source in CODES:
+        constants = DequantizeConstants(float(np.float32(rng.uniform(0.001, 0.1))), int(rng.integers(0, 256)))
+    elif output in CODES:
+        constants = QuantizeConstants(float(np.float32(rng.uniform(0.001, 0.1))), _requantization(output, rng))
+    else:
+        constants = NoConstants()
+    return Case(request, constants, seed)
+
+
+def unary_case(function: str, shape: tuple[int, ...], source: str, output: str, seed: int) -> Case:
+    rng = np.random.default_rng(seed)
+    count = numerics.PARAMETER_COUNTS[function]
+    parameters = tuple(float(np.float32(v)) for v in sorted(rng.uniform(-0.5, 1.5, count)))
+    request = KernelRequest(Unary(shape, function, parameters), (source,), output)  # type: ignore[arg-type]
+    if source == "uint8":
+        return Case(request, TableConstants(stored_values(rng, (256,), output)), seed)
+    if source == "uint16":
+        return Case(request, _elementwise(request, rng), seed)
+    return Case(request, FloatElementwiseConstants(parameters), seed)
+
+
+@st.composite
+def code_unaries(draw: st.DrawFn) -> Case:
+    source, output = draw(st.sampled_from(CODES)), draw(st.sampled_from(STORAGES))
+    return unary_case("clip" if source == "uint16" else "silu", draw(shapes), source, output, draw(seeds))
+
+
+@st.composite
+def windows(draw: st.DrawFn, height: int, width: int) -> Window:
+    def axis(size: int) -> tuple[int, int, int, int, int]:
+        dilation = draw(st.integers(1, 2))
+        kernel = draw(st.integers(1, min(4, (size - 1) // dilation + 1)))
+        margin = st.integers(0, (kernel - 1) * dilation)
+        return kernel, draw(st.integers(1, 3)), draw(margin), draw(margin), dilation
+
+    rows, columns = axis(height), axis(width)
+    kernel, strides, before, after, dilation = zip(rows, columns, strict=True)
+    return Window(kernel, strides, (*before, *after), dilation)
+
+
+@st.composite
+def pools(draw: st.DrawFn) -> Case:
+    shape = draw(st.tuples(st.integers(1, 2), st.integers(1, 11), st.integers(1, 11), st.integers(1, 70)))
+    window, seed, storage = draw(windows(shape[1], shape[2])), draw(seeds), draw(st.sampled_from(STORAGES))
+    rng = np.random.default_rng(seed)
+    if draw(st.booleans()):
+        return Case(KernelRequest(MaxPool2D(shape, window), (storage,), storage), NoConstants(), seed)
+    counted = draw(st.sampled_from([(0, 0, 0, 0), window.padding]))
+    operator = AveragePool2D(shape, window, counted)
+    if storage in FLOATS:
+        return Case(KernelRequest(operator, (storage,), draw(st.sampled_from(FLOATS))), NoConstants(), seed)
+    request = KernelRequest(operator, (storage,), draw(st.sampled_from(STORAGES)))
+    base = _elementwise(request, rng)
+    multiplier = (base.multipliers[0] / np.multiply.outer(*map(np.array, operator.divisors))).astype(np.float32)
+    constants = IntegerElementwiseConstants(base.input_zero_points, (multiplier,), base.requantization)
+    return Case(request, constants, seed)
+
+
+@st.composite
+def concats(draw: st.DrawFn) -> Case:
+    shape, storage = draw(shapes), draw(st.sampled_from(STORAGES))
+    axis = draw(st.integers(0, len(shape) - 1))
+    sizes = draw(st.lists(st.integers(1, 40), min_size=2, max_size=4))
+    parts = tuple((*shape[:axis], size, *shape[axis + 1 :]) for size in sizes)
+    return Case(KernelRequest(Concat(parts, axis), (storage,) * len(sizes), storage), NoConstants(), draw(seeds))
+
+
+@st.composite
+def _movement_operators(draw: st.DrawFn) -> Movement:
+    shape = draw(shapes)
+    rank = len(shape)
+    name = draw(st.sampled_from(["reshape", "permute_dims", "strided_slice", "take", "shuffle", "pad"]))
+    if name == "reshape":
+        return Movement(name, shape, (math.prod(shape[:-1]), 1, shape[-1]))
+    if name == "permute_dims":
+        axes = tuple(draw(st.permutations(range(rank))))
+        return Movement(name, shape, tuple(shape[axis] for axis in axes), axes)
+    if name == "strided_slice":
+        output, parameters = list(shape), []
+        for axis in draw(st.sets(st.integers(0, rank - 1), min_size=1)):
+            begin, stride = draw(st.integers(0, shape[axis] - 1)), draw(st.integers(1, 3))
+            output[axis] = draw(st.integers(1, (shape[axis] - 1 - begin) // stride + 1))
+            parameters += [axis, begin, stride]
+        return Movement(name, shape, tuple(output), tuple(parameters))
+    if name == "pad":
+        widths = draw(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=rank, max_size=rank))
+        output = [size + sum(width) for size, width in zip(shape, widths, strict=True)]
+        return Movement(name, shape, tuple(output), tuple(n for width in widths for n in width), fill=7.0)
+    if name == "shuffle":
+        groups, length = draw(st.integers(2, 5)), draw(st.integers(1, 20))
+        indices = [g * length + i for i in range(length) for g in range(groups)]
+        axis, shape = rank - 1, (*shape[:-1], groups * length)
+    else:
+        axis = draw(st.integers(0, rank - 1))
+        indices = draw(st.lists(st.integers(0, shape[axis] - 1), min_size=1, max_size=12))
+    output = [*shape[:axis], len(indices), *shape[axis + 1 :]]
+    return Movement("take", shape, tuple(output), (axis, *indices))
+
+
+@st.composite
+def movements(draw: st.DrawFn) -> Case:
+    operator, storage = draw(_movement_operators()), draw(st.sampled_from(STORAGES))
+    constants: LayerConstants = NoConstants()
+    if operator.function == "pad":
+        constants = FillConstants(draw(st.sampled_from([0.0, 3.0, 255.0])) if storage in CODES else -1.37)
+    return Case(KernelRequest(operator, (storage,), storage), constants, draw(seeds))
+
+
+@st.composite
+def normalizations(draw: st.DrawFn) -> Case:
+    shape, source, output = draw(shapes), draw(st.sampled_from(FLOATS)), draw(st.sampled_from(FLOATS))
+    operator: Softmax | LocalResponseNormalization
+    if draw(st.booleans()):
+        operator = Softmax(shape, draw(st.integers(0, len(shape) - 1)))
+    else:
+        operator = LocalResponseNormalization(shape, draw(st.integers(1, 7)), 0.02, 0.75, draw(st.sampled_from([1.0, 2.0])))
+    return Case(KernelRequest(operator, (source,), output), NoConstants(), draw(seeds))
+
+
+ALL_KINDS = {
+    "additions": additions(),
+    "conversions": conversions(),
+    "unary functions of codes": code_unaries(),
+    "pools": pools(),
+    "concats": concats(),
+    "movements": movements(),
+    "normalizations": normalizations(),
+}
+"""Random layers of every kind without weights."""

@@ -1,0 +1,191 @@
+"""Kernels without weights against the arithmetic contract, bit for bit, in vectors of several widths.
+
+Protects that what is simulated is what runs: odd sizes, tails below and above one vector, every combination of storages
+that a plan can make, and the special values of float arithmetic.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from kernel_cases import ALL_KINDS, FLOATS, Case, assert_matches_contract, run_kernel, seeds, shapes, unary_case
+
+from tvm_hquant import numerics
+from tvm_hquant.errors import KernelError
+from tvm_hquant.kernels.common import CommonFamily
+from tvm_hquant.kernels.interface import (
+    FloatElementwiseConstants,
+    IntegerElementwiseConstants,
+    KernelRequest,
+    NoConstants,
+    QuantizeConstants,
+    Requantization,
+)
+from tvm_hquant.kernels.movement import interleaved_groups
+from tvm_hquant.kernels.registry import host_instruction_sets
+from tvm_hquant.operators import Add, AveragePool2D, Conv2D, Convert, MaxPool2D, Movement, Opaque, Unary, Window
+
+LANES = {"avx512_vnni": 16, "avx2": 8}
+TARGETS = {
+    "avx512_vnni": {"kind": "llvm", "mcpu": "cascadelake"},
+    "avx2": {"kind": "llvm", "mcpu": "x86-64-v3"},
+}
+HOST = host_instruction_sets()
+INSTRUCTION_SETS = [
+    pytest.param(name, marks=[] if name in HOST else pytest.mark.skip(reason=f"this CPU has no {name}")) for name in TARGETS
+]
+few = settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+def check(case: Case, instruction_set: str) -> None:
+    kernel = CommonFamily(LANES[instruction_set]).kernel(case.request)
+    assert_matches_contract(kernel, case, TARGETS[instruction_set])
+
+
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+@pytest.mark.parametrize("kind", ALL_KINDS)
+@few
+@given(data=st.data())
+def test_random_layers_match_the_contract(kind: str, instruction_set: str, data: st.DataObject) -> None:
+    """Any layer, shape and storage gives the oracle's bits."""
+    check(data.draw(ALL_KINDS[kind]), instruction_set)
+
+
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+@pytest.mark.parametrize("function", numerics.PARAMETER_COUNTS)
+@settings(max_examples=2, deadline=None)
+@given(shape=shapes, storage=st.sampled_from(FLOATS), seed=seeds)
+def test_float_unary_functions_match_the_contract(
+    function: str, instruction_set: str, shape: tuple[int, ...], storage: str, seed: int
+) -> None:
+    """Every polynomial repeats the oracle's steps, with no step merged by the compiler."""
+    check(unary_case(function, shape, storage, storage, seed), instruction_set)
+
+
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+@pytest.mark.parametrize("shape", [(1, 23, 29, 64), (1, 40, 40, 13)])
+def test_parallel_loops_cover_large_tensors(shape: tuple[int, ...], instruction_set: str) -> None:
+    """Tensors that are shared out to threads have no gap and no seam, even if their size fits neither vector nor chunk."""
+    none = NoConstants()
+    for case in (
+        Case(KernelRequest(Convert(shape), ("float32",), "bfloat16"), none, 1),
+        Case(KernelRequest(MaxPool2D(shape, Window((3, 3), (1, 1), (1, 1, 1, 1))), ("uint8",), "uint8"), none, 2),
+        Case(KernelRequest(Movement("permute_dims", shape, (1, *shape[:0:-1]), (0, 3, 2, 1)), ("uint8",), "uint8"), none, 3),
+        unary_case("tanh", shape, "float32", "float32", 4),
+    ):
+        check(case, instruction_set)
+
+
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+def test_add_fuses_in_the_order_of_the_inputs(instruction_set: str) -> None:
+    """Every pair of codes with multipliers for which a wrong order, or an unfused product, gives other values."""
+    codes = np.arange(256, dtype=np.uint8)
+    a, b = (np.ascontiguousarray(g) for g in np.meshgrid(codes, codes))
+    m = np.float32(0.7310585), np.float32(0.26894143)
+    constants = IntegerElementwiseConstants((3, 250), m, Requantization(-1e9, 1e9, 0))
+    request = KernelRequest(Add((256, 256)), ("uint8", "uint8"), "float32")
+
+    class Pairs(Case):
+        def inputs(self) -> list[np.ndarray]:
+            return [a, b]
+
+    got = run_kernel(CommonFamily(LANES[instruction_set]).kernel(request), Pairs(request, constants, 0), TARGETS[instruction_set])
+    x, y = (g.astype(np.float32) - np.float32(zp) for g, zp in ((a, 3), (b, 250)))
+    np.testing.assert_array_equal(got, numerics.fma(y, m[1], x * m[0]))
+    assert (got != numerics.fma(x, m[0], y * m[1])).any()
+    assert (got != x * m[0] + y * m[1]).any()
+
+
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+def test_quantize_divides_and_clamps_before_converting(instruction_set: str) -> None:
+    """x / s is a true division: multiplying by 1 / s would give other codes at ties. Infinities and NaN give the bounds."""
+    scale = float(np.float32(0.049))
+    x = (np.float32(scale) * (np.arange(-2000, 2000) + np.float32(0.5))).astype(np.float32)
+    x = np.concatenate([x, np.array([np.inf, -np.inf, np.nan, 1e30, -1e30], np.float32)])
+    request = KernelRequest(Convert(x.shape), ("float32",), "uint16")
+    constants = QuantizeConstants(scale, Requantization(-1500.0, 60000.0, 2000))
+
+    class Ties(Case):
+        def inputs(self) -> list[np.ndarray]:
+            return [x]
+
+    case = Ties(request, constants, 0)
+    got = run_kernel(CommonFamily(LANES[instruction_set]).kernel(request), case, TARGETS[instruction_set])
+    np.testing.assert_array_equal(got, numerics.evaluate(request, constants, [x]))
+    assert got[-5:].tolist() == [62000, 500, 500, 62000, 500]
+    with np.errstate(over="ignore", invalid="ignore"):
+        wrong = np.rint(x[:-5] * np.float32(1 / scale)).clip(-1500, 60000) + 2000
+    assert (got[:-5] != wrong).any()
+
+
+def test_a_table_is_made_of_elementwise_constants() -> None:
+    """A clip of 8-bit codes may be given as a requantize; its table holds what that would compute."""
+    request = KernelRequest(Unary((5,), "clip", (0.0, 6.0)), ("uint8",), "uint8")
+    constants = IntegerElementwiseConstants((9,), (np.float32(0.7),), Requantization(-4.0, 90.0, 30))
+    kernel = CommonFamily().kernel(request)
+    assert kernel is not None
+    (table,) = kernel.pack(constants)
+    codes = np.arange(256, dtype=np.uint8)
+    want = numerics.evaluate(KernelRequest(Convert((256,)), ("uint8",), "uint8"), constants, [codes])
+    np.testing.assert_array_equal(table, want)
+
+
+def test_wrong_constants_are_refused() -> None:
+    """Constants of another class name the operator, what it takes and what it got."""
+    kernel = CommonFamily().kernel(KernelRequest(Convert((8,)), ("float32",), "uint8"))
+    assert kernel is not None
+    with pytest.raises(KernelError, match="takes QuantizeConstants, but NoConstants were given"):
+        kernel.pack(NoConstants())
+    kernel = CommonFamily().kernel(KernelRequest(Unary((8,), "elu", (1.0,)), ("float32",), "float32"))
+    assert kernel is not None
+    with pytest.raises(KernelError, match="has 1 parameters, but 2 were given"):
+        kernel.pack(FloatElementwiseConstants((1.0, 2.0)))
+
+
+def test_parameters_default_to_those_of_the_operator() -> None:
+    """A float layer needs no constants besides its operator."""
+    kernel = CommonFamily().kernel(KernelRequest(Add((8,), 0.0, math.inf), ("float32", "float32"), "float32"))
+    assert kernel is not None
+    np.testing.assert_array_equal(kernel.pack(NoConstants())[0], np.array([0, np.inf], np.float32))
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        KernelRequest(Opaque("relax.sort", ((4,),), (4,)), ("float32",), "float32"),
+        KernelRequest(Conv2D((1, 4, 4, 4), 4, Window((1, 1))), ("uint8",), "uint8", "int8"),
+        KernelRequest(Unary((4,), "sigmoid"), ("uint16",), "uint16"),
+        KernelRequest(AveragePool2D((1, 4, 4, 4), Window((2, 2))), ("float32",), "uint8"),
+        KernelRequest(MaxPool2D((1, 4, 4, 4), Window((2, 2))), ("uint8",), "float32"),
+        KernelRequest(Add((4,)), ("uint8", "float32"), "float32"),
+    ],
+    ids=lambda r: f"{type(r.operator).__name__}-{'-'.join(r.inputs)}-{r.output}",
+)
+def test_other_requests_are_left_to_the_next_family(request_: KernelRequest) -> None:
+    """What no precision makes, or other families serve, gets None and not a wrong kernel."""
+    assert CommonFamily().kernel(request_) is None
+
+
+def test_unknown_movements_and_missing_storages_are_refused() -> None:
+    """Requests that contradict themselves are errors that say what is allowed."""
+    with pytest.raises(KernelError, match="use reshape, permute_dims"):
+        CommonFamily().kernel(KernelRequest(Movement("rotate", (4,), (4,)), ("uint8",), "uint8"))
+    with pytest.raises(KernelError, match="reads 2 tensors, but the request names 1 storages"):
+        CommonFamily().kernel(KernelRequest(Add((4,)), ("uint8",), "uint8"))
+
+
+@given(groups=st.integers(2, 6), length=st.integers(2, 9), seed=seeds)
+@settings(max_examples=30, deadline=None)
+def test_channel_shuffles_are_recognized(groups: int, length: int, seed: int) -> None:
+    """Only the indices of a shuffle are taken for one."""
+    shuffle = [g * length + i for i in range(length) for g in range(groups)]
+    assert interleaved_groups(shuffle) == groups
+    changed = list(shuffle)
+    first, second = np.random.default_rng(seed).choice(len(shuffle), 2, replace=False)
+    changed[first], changed[second] = changed[second], changed[first]
+    assert interleaved_groups(changed) == 0
+    assert interleaved_groups(sorted(shuffle)) == 0
