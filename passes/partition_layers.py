@@ -100,6 +100,7 @@ class _Partitioner:
         for output in _operands(self.main.body.body) or [self.main.body.body]:
             self.users.setdefault(output, []).append(len(self.bindings))
         self.definition = {b.var: b.value for b in self.bindings}
+        self.grouped: set[int] = set()
         self.taken_names: set[str] = set()
         self.counters: dict[str, int] = {}
 
@@ -129,16 +130,15 @@ class _Partitioner:
         return replaced.get(expression, expression)
 
     def _groups(self) -> list[_Group]:
-        grouped: set[int] = set()
         ends: dict[int, _Group] = {}
         for index, binding in enumerate(self.bindings):
-            if index in grouped:
+            if index in self.grouped:
                 continue
             value = binding.value
             if isinstance(value, relax.Tuple) or isinstance(binding.var.ty, relax.TupleType):
                 continue
             indices, group = self._group_at(index)
-            grouped.update(indices)
+            self.grouped.update(indices)
             ends[indices[-1]] = group
         return [ends[i] for i in sorted(ends)]
 
@@ -224,7 +224,8 @@ class _Partitioner:
 
     def _only_user(self, index: int) -> int | None:
         users = self.users.get(self.bindings[index].var, [])
-        return users[0] if len(users) == 1 and users[0] < len(self.bindings) else None
+        is_free = len(users) == 1 and users[0] < len(self.bindings) and users[0] not in self.grouped
+        return users[0] if is_free else None
 
     def _is_bias(self, index: int, channels: int) -> bool:
         call = self.bindings[index].value

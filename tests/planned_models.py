@@ -8,12 +8,14 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import tvm
 from tvm import IRModule
 from tvm.script import ir as I
 from tvm.script import relax as R
 
 from tests.small_models import residual_module, with_weights
 from tvm_hquant.calibration.data import open_data
+from tvm_hquant.compilation import build_module, lower
 from tvm_hquant.kernels.registry import families_for_target, host_instruction_sets
 from tvm_hquant.passes.partition_layers import partition_layers
 from tvm_hquant.plan import LayerDecision, PrecisionPlan
@@ -121,3 +123,49 @@ def mixed_plan(session: QuantizationSession, precisions: Mapping[str, str]) -> P
             for layer in session.graph.anchors
         },
     )
+
+
+MIXED = {
+    "residual": {"conv1": "a8w8", "conv2": "a16w8", "head": "bfloat16"},
+    "branches": {"stem": "a16w8", "left": "int8", "right": "a8w8", "merge": "float16"},
+}
+"""For each model a plan in which as many kinds of precision meet as it has layers with weights."""
+
+
+def named_plan(model: str, name: str) -> PrecisionPlan:
+    """A uniform plan of the shared session, or its plan ``mixed``."""
+    session = shared_session(model)
+    return mixed_plan(session, MIXED[model]) if name == "mixed" else uniform_plan(session, name)
+
+
+@cache
+def stages(model: str, name: str) -> Mapping[str, IRModule]:
+    """The module after every quantization pass, by the name of the pass, with this machine's kernels."""
+    session = shared_session(model)
+    modules: dict[str, IRModule] = {}
+    families = families_for_target(session.spec.instruction_sets)
+    lower(session.mod, named_plan(model, name), session.spec, families, modules.__setitem__)
+    return modules
+
+
+@cache
+def simulated(model: str, name: str) -> tuple[Array, ...]:
+    """What the simulator gives for :func:`one_sample`."""
+    session = shared_session(model)
+    plan = named_plan(model, name)
+    program = session.builder.program(plan.precisions(), plan.scales)
+    session.engine.compile([program])
+    return session.engine.run(one_sample(session), [program])[0]
+
+
+def built_outputs(mod: IRModule, *inputs: Array) -> list[Array]:
+    """Outputs of a module whose layers are lowered, built as artifacts are."""
+    spec = host_spec()
+    machine = tvm.relax.VirtualMachine(build_module(mod, spec.tvm_target(), spec.name), tvm.cpu())
+    result = machine["main"](*(tvm.runtime.tensor(a) for a in inputs))
+    return [r.numpy() for r in ([result] if hasattr(result, "numpy") else result)]
+
+
+def through_text(mod: IRModule) -> IRModule:
+    """The module printed as TVMScript and parsed again. It must hold no tensor constants: their text is elided."""
+    return tvm.script.from_source(mod.script())

@@ -7,6 +7,7 @@ from typing import Any
 
 import tvm
 from tvm import IRModule, relax
+from tvm.s_tir import dlight
 
 from tvm_hquant.errors import ToolchainError
 from tvm_hquant.kernels.interface import KernelFamily
@@ -21,15 +22,17 @@ StageObserver = Callable[[str, IRModule], None]
 """Called with the name of a stage and the module after it."""
 
 
-def build_pipeline() -> Any:
+def build_pipeline(target: Any) -> Any:
     """The build passes for modules whose layers are lowered.
 
     These are those of TVM's default build pipeline (tvm/relax/pipeline.py), with three differences. Private layer
     functions are inlined first, so that memory is planned over the whole graph. Reshapes stay reshapes, which the runtime
     does without copying: TVM's own way there, ``RewriteDataflowReshape``, only looks into functions made of blocks.
-    Nothing is fused: every operator that TVM legalizes compiles by itself, as in the simulator.
+    Nothing is fused: every operator that TVM legalizes compiles by itself, as in the simulator. For a GPU, functions get
+    their threads from TVM's dlight.
     """
     transform = relax.transform
+    is_gpu = target.kind.name == "cuda"
     return tvm.transform.Sequential(
         [
             transform.InlinePrivateFunctions(),
@@ -37,6 +40,7 @@ def build_pipeline() -> Any:
             relax.backend.DispatchSampling(),
             relax.backend.DispatchSortScan(),
             transform.LegalizeOps(skip_ops=["relax.reshape"]),
+            *([dlight.ApplyDefaultSchedule(dlight.gpu.Fallback())] if is_gpu else []),
             transform.ToNonDataflow(),
             transform.RemovePurityChecking(),
             transform.CallTIRRewrite(),
@@ -59,8 +63,8 @@ def build_module(mod: IRModule, target: Any, target_name: str) -> Any:
         ToolchainError: TVM cannot generate code for the target.
     """
     try:
-        with tvm.transform.PassContext(opt_level=3):
-            return relax.build(mod, target=target, relax_pipeline=build_pipeline())
+        with tvm.transform.PassContext(opt_level=3), target:
+            return relax.build(mod, target=target, relax_pipeline=build_pipeline(target))
     except (RuntimeError, ValueError, TypeError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ToolchainError(f"TVM cannot generate code for {target_name}: {lines[-1]}") from error

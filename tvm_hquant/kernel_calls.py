@@ -11,11 +11,18 @@ from tvm import IRModule, relax
 from tvm.runtime import tensor as runtime_tensor
 
 from tvm_hquant.kernels.constant_arrays import from_arrays
-from tvm_hquant.kernels.interface import Array, Kernel, KernelFamily, KernelRequest, LayerConstants
+from tvm_hquant.kernels.interface import (
+    Array,
+    FloatElementwiseConstants,
+    Kernel,
+    KernelFamily,
+    KernelRequest,
+    LayerConstants,
+)
 from tvm_hquant.kernels.registry import select_kernel
 from tvm_hquant.layers import LayerGraph, constant_array, is_constant
 from tvm_hquant.operator_codec import decode, encode
-from tvm_hquant.operators import Dense, Movement
+from tvm_hquant.operators import Dense, Movement, Unary
 from tvm_hquant.relax_functions import function_identifier, rebuild_main
 from tvm_hquant.tensor_format import STORAGE_DTYPE
 
@@ -77,7 +84,11 @@ def read_realized(function: Any) -> tuple[KernelRequest, LayerConstants] | None:
     if isinstance(request.operator, Dense):
         # Reference kernels keep the matrix of a dense layer without the axes of a window.
         arrays[0] = arrays[0][..., None, None]
-    return request, from_arrays(str(function.attrs[CONSTANTS_ATTRIBUTE]), arrays)
+    constants = from_arrays(str(function.attrs[CONSTANTS_ATTRIBUTE]), arrays)
+    if isinstance(constants, FloatElementwiseConstants) and isinstance(request.operator, Unary):
+        # A function without parameters is stored with one zero, for there are no empty constants.
+        constants = FloatElementwiseConstants(constants.parameters[: len(request.operator.parameters)])
+    return request, constants
 
 
 def call_constants(function: Any) -> list[Array]:

@@ -8,8 +8,7 @@ from itertools import islice
 from typing import Any
 
 from tvm_hquant.calibration.data import open_data
-from tvm_hquant.calibration.samples import count_samples
-from tvm_hquant.calibration.split import first_samples
+from tvm_hquant.calibration.split import random_samples
 from tvm_hquant.cost.predicted import weight_bytes
 from tvm_hquant.precision import FLOAT32, parse_precision
 from tvm_hquant.sensitivity.measured import measure_sensitivities
@@ -62,7 +61,7 @@ def profile_layers(
         layer.name: tuple(p.name for p in wanted if (layer.name, p.name) not in impossible)
         for layer in session.graph.anchors
     }
-    measured = first_samples(source, min(samples, count_samples(source)))
+    measured = random_samples(source, samples)
     table = measure_sensitivities(session, candidates, measured)
     sample = next(islice(iter(source), 1))
     everything_float = {layer.name: FLOAT32 for layer in session.graph.anchors}

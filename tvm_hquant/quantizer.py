@@ -15,7 +15,7 @@ from tvm import IRModule
 
 from tvm_hquant.calibration.data import open_data
 from tvm_hquant.calibration.samples import DataSource, count_samples
-from tvm_hquant.calibration.split import count_shared_samples, first_samples, split_calibration, two_fold
+from tvm_hquant.calibration.split import count_shared_samples, random_samples, split_calibration, two_fold
 from tvm_hquant.cost.predicted import predicted_cycles, weight_bytes
 from tvm_hquant.errors import PrecisionError
 from tvm_hquant.layers import Layer
@@ -159,9 +159,9 @@ class Quantizer:
 
     def sensitivities(self, candidates: Mapping[str, Sequence[str]]) -> SensitivityTable:
         """Loss of the network with one layer alone in a precision, for all candidates, on calibration samples."""
-        count = min(SENSITIVITY_SAMPLES, count_samples(self.roles.calibration))
-        samples = first_samples(self.roles.calibration, count)
-        self.table = measure_sensitivities(self.session, candidates, samples)
+        if self.table is None:
+            samples = random_samples(self.roles.calibration, SENSITIVITY_SAMPLES, self.options.seed)
+            self.table = measure_sensitivities(self.session, candidates, samples)
         return self.table
 
     def unused_rules(self) -> tuple[str, ...]:

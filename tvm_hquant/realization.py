@@ -115,16 +115,18 @@ def _float_anchor(
     output: TensorFormat,
     weights: QuantizedWeights | None,
 ) -> Realized:
-    assert layer.weights is not None
-    assert layer.bias is not None
-    values, bias, storage = layer.weights, layer.bias, "float32"
+    storage = "float32"
     if precision.arithmetic is Arithmetic.WEIGHT_ONLY:
         assert weights is not None
         values, bias = weights.real(), weights.bias
-    elif precision.name == "float16":
-        values, storage = _to_float16(layer), "float16"
-    elif precision.name == "bfloat16":
-        values, storage = values.astype(ml_dtypes.bfloat16).view(np.uint16), "bfloat16"
+    else:
+        assert layer.weights is not None
+        assert layer.bias is not None
+        values, bias = layer.weights, layer.bias
+        if precision.name == "float16":
+            values, storage = _to_float16(layer), "float16"
+        elif precision.name == "bfloat16":
+            values, storage = values.astype(ml_dtypes.bfloat16).view(np.uint16), "bfloat16"
     epilogue = operator.epilogue
     request = KernelRequest(operator, tuple(f.storage for f in inputs), output.storage, storage)
     return request, FloatAnchorConstants(values, bias, epilogue.lower, epilogue.upper)

@@ -61,7 +61,7 @@ def hquant_pipeline() -> Any:
             bare = preparation_pipeline()(bare)
         for _, stage in quantization_passes(plan, spec, families_for_target(spec.instruction_sets)):
             bare = stage(bare)
-        return build_pipeline()(bare)
+        return build_pipeline(spec.tvm_target())(bare)
 
     return tvm.transform.module_pass(transform, opt_level=0, name="hquant.pipeline")
 

@@ -44,7 +44,11 @@ PLATFORMS = ("manylinux_2_28_aarch64", "manylinux_2_27_aarch64", "manylinux2014_
 SAME_VERSION_AS_HERE = ("apache-tvm", "apache-tvm-ffi")
 PYTHON_PACKAGES = ("numpy>=2,<3", "ml_dtypes", "typing_extensions", "psutil", "tornado", "cloudpickle")
 
-READ_CAPABILITIES = (
+READ_CAPABILITIES = "import ctypes; print(*map(ctypes.CDLL(None).getauxval, (16, 26)))"
+"""AT_HWCAP and AT_HWCAP2 (linux/auxvec.h): which optional instructions the CPU has."""
+
+# Bit numbers and names: arch/arm64/include/uapi/asm/hwcap.h and arch/arm64/kernel/cpuinfo.c of Linux.
+CAPABILITIES = (
     "fp asimd evtstrm aes pmull sha1 sha2 crc32 atomics fphp asimdhp cpuid asimdrdm jscvt fcma lrcpc dcpop sha3 sm3 "
     "sm4 asimddp sha512 sve asimdfhm dit uscat ilrcpc flagm ssbs sb paca pacg"
 )
@@ -73,12 +77,12 @@ def build_board(folder: Path) -> None:
         for name in ("root", "packages", "cpus"):
             (new / name).mkdir(parents=True)
         print("downloading Debian's arm64 packages", flush=True)
-        for package in download_system(Path(temporary) / "apt"):
-            run(["dpkg-deb", "-x", str(package), str(new / "root")])
+        for archive in download_system(Path(temporary) / "apt"):
+            run(["dpkg-deb", "-x", str(archive), str(new / "root")])
         print("downloading aarch64 wheels", flush=True)
         for wheel in download_wheels(Path(temporary) / "wheels"):
-            with zipfile.ZipFile(wheel) as archive:
-                archive.extractall(new / "packages")
+            with zipfile.ZipFile(wheel) as content:
+                content.extractall(new / "packages")
         for cpu in TARGET_FEATURES:
             make_cpu_root(new, cpu)
         Marker.wanted().write(new)

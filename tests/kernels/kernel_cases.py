@@ -80,17 +80,22 @@ def run_kernel(kernel: Kernel, case: Case, target: dict[str, str]) -> Array:
     return output.numpy()
 
 
-def assert_matches_contract(kernel: Kernel | None, case: Case, target: dict[str, str]) -> None:
-    """The kernel gives the bits of ``numerics.evaluate``; a NaN may be any NaN."""
-    assert kernel is not None
-    got, want = run_kernel(kernel, case, target), numerics.evaluate(case.request, case.constants, case.inputs())
+def assert_same_bits(got: Array, want: Array, case: Case) -> None:
+    """Equality of every bit; a NaN may be any NaN."""
     assert got.dtype == want.dtype
     if case.request.output in FLOATS:
         got, want = (numerics.widen(a, case.request.output) for a in (got, want))
         nan = np.isnan(want)
-        np.testing.assert_array_equal(np.isnan(got), nan)
+        np.testing.assert_array_equal(np.isnan(got), nan, str(case.request))
         got, want = (np.where(nan, np.float32(0), a).view(np.uint32) for a in (got, want))
-    np.testing.assert_array_equal(got, want)
+    np.testing.assert_array_equal(got, want, str(case.request))
+
+
+def assert_matches_contract(kernel: Kernel | None, case: Case, target: dict[str, str]) -> None:
+    """The kernel gives the bits of ``numerics.evaluate``."""
+    assert kernel is not None
+    want = numerics.evaluate(case.request, case.constants, case.inputs())
+    assert_same_bits(run_kernel(kernel, case, target), want, case)
 
 
 shapes = st.lists(st.integers(1, 9), min_size=1, max_size=3).flatmap(
@@ -257,7 +262,9 @@ def normalizations(draw: st.DrawFn) -> Case:
     if draw(st.booleans()):
         operator = Softmax(shape, draw(st.integers(0, len(shape) - 1)))
     else:
-        operator = LocalResponseNormalization(shape, draw(st.integers(1, 7)), 0.02, 0.75, draw(st.sampled_from([1.0, 2.0])))
+        operator = LocalResponseNormalization(
+            shape, draw(st.integers(1, 7)), 0.02, 0.75, draw(st.sampled_from([1.0, 2.0]))
+        )
     return Case(KernelRequest(operator, (source,), output), NoConstants(), draw(seeds))
 
 

@@ -36,7 +36,8 @@ TARGETS = {
 }
 HOST = host_instruction_sets()
 INSTRUCTION_SETS = [
-    pytest.param(name, marks=[] if name in HOST else pytest.mark.skip(reason=f"this CPU has no {name}")) for name in TARGETS
+    pytest.param(name, marks=[] if name in HOST else pytest.mark.skip(reason=f"this CPU has no {name}"))
+    for name in TARGETS
 ]
 few = settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
 
@@ -74,7 +75,11 @@ def test_parallel_loops_cover_large_tensors(shape: tuple[int, ...], instruction_
     for case in (
         Case(KernelRequest(Convert(shape), ("float32",), "bfloat16"), none, 1),
         Case(KernelRequest(MaxPool2D(shape, Window((3, 3), (1, 1), (1, 1, 1, 1))), ("uint8",), "uint8"), none, 2),
-        Case(KernelRequest(Movement("permute_dims", shape, (1, *shape[:0:-1]), (0, 3, 2, 1)), ("uint8",), "uint8"), none, 3),
+        Case(
+            KernelRequest(Movement("permute_dims", shape, (1, *shape[:0:-1]), (0, 3, 2, 1)), ("uint8",), "uint8"),
+            none,
+            3,
+        ),
         unary_case("tanh", shape, "float32", "float32", 4),
     ):
         check(case, instruction_set)
@@ -93,7 +98,9 @@ def test_add_fuses_in_the_order_of_the_inputs(instruction_set: str) -> None:
         def inputs(self) -> list[np.ndarray]:
             return [a, b]
 
-    got = run_kernel(CommonFamily(LANES[instruction_set]).kernel(request), Pairs(request, constants, 0), TARGETS[instruction_set])
+    got = run_kernel(
+        CommonFamily(LANES[instruction_set]).kernel(request), Pairs(request, constants, 0), TARGETS[instruction_set]
+    )
     x, y = (g.astype(np.float32) - np.float32(zp) for g, zp in ((a, 3), (b, 250)))
     np.testing.assert_array_equal(got, numerics.fma(y, m[1], x * m[0]))
     assert (got != numerics.fma(x, m[0], y * m[1])).any()
@@ -113,8 +120,9 @@ def test_quantize_divides_and_clamps_before_converting(instruction_set: str) -> 
         def inputs(self) -> list[np.ndarray]:
             return [x]
 
-    case = Ties(request, constants, 0)
-    got = run_kernel(CommonFamily(LANES[instruction_set]).kernel(request), case, TARGETS[instruction_set])
+    kernel = CommonFamily(LANES[instruction_set]).kernel(request)
+    assert kernel is not None
+    got = run_kernel(kernel, Ties(request, constants, 0), TARGETS[instruction_set])
     np.testing.assert_array_equal(got, numerics.evaluate(request, constants, [x]))
     assert got[-5:].tolist() == [62000, 500, 500, 62000, 500]
     with np.errstate(over="ignore", invalid="ignore"):

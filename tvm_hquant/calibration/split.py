@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tvm_hquant.calibration.samples import DataSource, Sample
+from tvm_hquant.calibration.samples import DataSource, Sample, count_samples
 from tvm_hquant.errors import DataError
 
 
@@ -113,6 +113,19 @@ def first_samples(source: DataSource, count: int) -> SubsetSource:
     if available < count:
         raise DataError(f"{source.name}: {count} samples were asked for, but there are only {available}")
     return SubsetSource(source, tuple(range(count)), f"{source.name} (first {count})")
+
+
+def random_samples(source: DataSource, count: int, seed: int = 0) -> SubsetSource:
+    """At most ``count`` samples of a source, drawn at random: files are often sorted by class.
+
+    Raises:
+        DataError: ``count`` is not positive.
+    """
+    if count < 1:
+        raise DataError(f"{source.name}: {count} samples were asked for; at least one is needed")
+    available = count_samples(source)
+    chosen = np.random.default_rng(seed).permutation(available)[:count]
+    return SubsetSource(source, tuple(sorted(int(i) for i in chosen)), f"{source.name} ({len(chosen)} at random)")
 
 
 def count_shared_samples(calibration: DataSource, evaluation: DataSource) -> int:

@@ -67,7 +67,7 @@ def spell_channel_shuffle(call: Any, graph: Graph) -> Any | None:
     if not keeps_the_rest or (grouped[0], *grouped[last:]) != (shape[0], *shape[2:]) or math.prod(groups) != shape[1]:
         return None
     indices = np.arange(shape[1]).reshape(groups).transpose([a - 1 for a in axes[1:last]]).reshape(-1)
-    return relax.op.take(split.args[0], relax.const(indices, "int64"), axis=1)
+    return relax.op.take(split.args[0], relax.const(indices, "int64"), axis=1, mode="clip")
 
 
 def merge_slices(call: Any, graph: Graph) -> Any | None:

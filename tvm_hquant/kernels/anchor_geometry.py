@@ -16,6 +16,10 @@ Array = npt.NDArray[Any]
 
 _LATENCY = 10
 """Accumulators that hide the latency of a multiply-add on the processors at hand."""
+_EPILOGUE = 8
+"""Instructions that finish a vector of sums."""
+_TILE = 20
+"""Instructions around a tile."""
 _WEIGHTS_IN_CACHE = 512 * 1024
 """Weights larger than this are walked through once, in the outer loop."""
 
@@ -79,19 +83,23 @@ class AnchorGeometry:
         """Pixels and vectors of a register tile: the cheapest by a count of instructions.
 
         A step of a tile of p pixels and v vectors takes p·v multiply-adds (at least as many as hide their latency), and
-        loads of p operands and v weights that run beside them at about half the price.
+        loads p operands and v weights that run beside them. Long chains keep as many weights in registers as they have
+        steps, so they take one vector. Every tile pays for its epilogue, so tiles that overlap cost twice.
         """
         _, width = self.output_size
-        most_vectors = 1 if self.is_narrow else self.group_outputs // self.dot.lanes
-        best, cost = (1, 1), float("inf")
+        kernel_height, kernel_width = self.conv.window.kernel
+        steps = kernel_height * kernel_width * self.steps
+        most_vectors = 1 if self.is_narrow or self.chain > 1 else self.group_outputs // self.dot.lanes
         extra = 1 if self.dot.chain > 1 or self.dot.products > 1 else 0
+        best, cost = (1, 1), float("inf")
         for pixels in range(1, min(width, 16) + 1):
             for vectors in range(1, min(most_vectors, 8) + 1):
-                if pixels * vectors + vectors + 1 + extra > self.dot.registers:
+                sums = pixels * vectors
+                if sums + vectors + 1 + extra > self.dot.registers:
                     continue
-                blocks = -(-self.group_outputs // (vectors * self.dot.lanes))
-                tiles = -(-width // pixels)
-                estimate = tiles * blocks * (max(pixels * vectors, _LATENCY) + 0.5 * (pixels + vectors) + 0.5)
+                tiles = -(-width // pixels) * -(-self.group_outputs // (vectors * self.dot.lanes))
+                step = max(sums, _LATENCY) + 0.5 * pixels + vectors
+                estimate = tiles * (steps * step + _EPILOGUE * sums + _TILE)
                 if estimate < cost:
                     best, cost = (pixels, vectors), estimate
         return best

@@ -8,7 +8,7 @@ several points take several passes over the same tile, whose scaled sums meet in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 
 from tvm.tirx.script import builder as T
@@ -20,7 +20,7 @@ from tvm_hquant.kernels.dot_product import DotProduct
 from tvm_hquant.kernels.epilogue import Epilogue, scale_accumulator
 from tvm_hquant.kernels.interface import Array, Kernel, KernelRequest, LayerConstants
 from tvm_hquant.kernels.kernel_function import Buffer, kernel_function
-from tvm_hquant.kernels.primitives import Expression, vector_type
+from tvm_hquant.kernels.primitives import STACK, Expression, vector_type
 from tvm_hquant.kernels.vector_loops import flat, load, store
 from tvm_hquant.operators import Conv2D, Dense
 from tvm_hquant.tensor_format import STORAGE_DTYPE
@@ -28,7 +28,7 @@ from tvm_hquant.tensor_format import STORAGE_DTYPE
 _PARALLEL_MACS = 100_000
 """Layers with less work stay on one thread."""
 _TILES_PER_ITEM = 8
-"""Tiles of one row that a thread takes at a time."""
+"""Tiles of one row that a thread takes at a time, at most."""
 
 
 def conv2d_kernel(request: KernelRequest, dot: DotProduct, family: str) -> Kernel:
@@ -107,8 +107,8 @@ class _Emitter:
             geometry.conv.input_shape[0] * geometry.output_size[0],
             geometry.conv.groups * geometry.blocks,
         )
-        per_item = min(_TILES_PER_ITEM, geometry.tiles)
-        chunks = -(-geometry.tiles // per_item)
+        chunks = -(-geometry.tiles // _TILES_PER_ITEM)
+        per_item = -(-geometry.tiles // chunks)
         items = rows * channel_blocks * chunks
         loop = T.parallel if geometry.conv.macs > _PARALLEL_MACS and items > 1 else T.serial
         with loop(items) as item:
@@ -141,44 +141,42 @@ class _Emitter:
             start = T.min(start, geometry.group_outputs - geometry.block)
         channel = T.bind(group * geometry.group_outputs + start)
         constants = T.bind(channel_block * geometry.block)
-        accumulators = T.alloc_buffer((pixels * vectors * dot.lanes,), dot.accumulator_dtype, scope="local")
-
-        def each(action: Callable[[int, int, int], None]) -> None:
-            for i in range(pixels):
-                for j in range(vectors):
-                    action(i, j, (i * vectors + j) * dot.lanes)
+        places = [(i, j) for i in range(pixels) for j in range(vectors)]
+        accumulators = {place: self._register(dot.accumulator_dtype) for place in places}
 
         def output_index(i: int, j: int) -> Expression:
             return (row * width + x + i) * geometry.conv.out_channels + channel + j * dot.lanes
 
         if geometry.passes == 1:
             self._accumulate(accumulators, row, x, group, channel_block, None)
-            for i in range(pixels):
-                for j in range(vectors):
-                    value = load(accumulators, (i * vectors + j) * dot.lanes, dot.lanes)
-                    if self.is_integer:
-                        at = constants + j * dot.lanes
-                        multiplier, offset = load(self.multipliers, at, dot.lanes), load(self.offsets, at, dot.lanes)
-                        value = scale_accumulator(value, multiplier, offset)
-                    self.epilogue.finish(T.bind(value), output_index(i, j))
+            for i, j in places:
+                value = load(accumulators[i, j], 0, dot.lanes)
+                if self.is_integer:
+                    at = constants + j * dot.lanes
+                    multiplier, offset = load(self.multipliers, at, dot.lanes), load(self.offsets, at, dot.lanes)
+                    value = scale_accumulator(value, multiplier, offset)
+                self.epilogue.finish(value, output_index(i, j))
             return
-        values = T.alloc_buffer((pixels * vectors * dot.lanes,), "float32", scope="local")
-        each(lambda i, j, at: store(values, at, load(self.offsets, constants + j * dot.lanes, dot.lanes), dot.lanes))
+        values = {place: self._register("float32") for place in places}
+        for i, j in places:
+            store(values[i, j], 0, load(self.offsets, constants + j * dot.lanes, dot.lanes), dot.lanes)
         with T.serial(geometry.passes) as number:
             self._accumulate(accumulators, row, x, group, channel_block, number)
             base = number * len(geometry.channel_rows) + constants
-
-            def scale(i: int, j: int, at: int) -> None:
+            for i, j in places:
                 multiplier = load(self.multipliers, base + j * dot.lanes, dot.lanes)
-                scaled = scale_accumulator(load(accumulators, at, dot.lanes), multiplier, load(values, at, dot.lanes))
-                store(values, at, scaled, dot.lanes)
+                sums, value = load(accumulators[i, j], 0, dot.lanes), load(values[i, j], 0, dot.lanes)
+                store(values[i, j], 0, scale_accumulator(sums, multiplier, value), dot.lanes)
+        for i, j in places:
+            self.epilogue.finish(load(values[i, j], 0, dot.lanes), output_index(i, j))
 
-            each(scale)
-        each(lambda i, j, at: self.epilogue.finish(T.bind(load(values, at, dot.lanes)), output_index(i, j)))
+    def _register(self, dtype: str) -> Buffer:
+        """A vector of the tile. Each is a buffer of its own: TVM puts nothing on the stack that has 1024 bytes or more."""
+        return T.alloc_buffer((self.dot.lanes,), dtype, scope=STACK)
 
     def _accumulate(
         self,
-        accumulators: Buffer,
+        accumulators: Mapping[tuple[int, int], Buffer],
         row: Expression,
         x: Expression,
         group: Expression,
@@ -196,10 +194,8 @@ class _Emitter:
         plane = number % geometry.planes if number is not None and geometry.planes > 1 else 0
         lanes_of_all = len(geometry.channel_rows)
         start_base = channel_block * geometry.block + (number * lanes_of_all if number is not None else 0)
-        for i in range(pixels):
-            for j in range(vectors):
-                value = load(self.starts, start_base + j * dot.lanes, dot.lanes)
-                store(accumulators, (i * vectors + j) * dot.lanes, value, dot.lanes)
+        for (_, j), accumulator in accumulators.items():
+            store(accumulator, 0, load(self.starts, start_base + j * dot.lanes, dot.lanes), dot.lanes)
         image, y = row // height, row % height
         corner = T.bind(
             ((image * padded_height + y * sh) * padded_width + x * sw) * pixel
@@ -210,15 +206,16 @@ class _Emitter:
         block_weights = kh * kw * geometry.steps * vectors * vector_weights
         weight_base = T.bind(channel_block * block_weights + point * geometry.weight_elements)
         chain = geometry.chain
+        # Columns that lie side by side in memory are further steps of one loop.
+        merged = dw == 1 and geometry.conv.groups == 1
+        columns, steps = (1, kw * geometry.steps) if merged else (kw, geometry.steps)
         with ExitStack() as loops:
             ky = loops.enter_context(T.serial(kh)) if kh > 1 else 0
-            kx = loops.enter_context(T.serial(kw)) if kw > 1 else 0
-            count = geometry.steps // chain
+            kx = loops.enter_context(T.serial(columns)) if columns > 1 else 0
+            count = steps // chain
             step = loops.enter_context(T.serial(count)) if count > 1 else 0
             at = T.bind(corner + (ky * dh * padded_width + kx * dw) * pixel + step * (chain * dot.products))
-            weight_at = T.bind(
-                weight_base + ((ky * kw + kx) * geometry.steps + step * chain) * (vectors * vector_weights)
-            )
+            weight_at = T.bind(weight_base + ((ky * columns + kx) * steps + step * chain) * (vectors * vector_weights))
             weight_type = vector_type(dot.weight_dtype, vector_weights)
             weights = [
                 [
@@ -232,6 +229,5 @@ class _Emitter:
                     T.bind(dot.operand(self.source, at + i * sw * pixel + c * dot.products)) for c in range(chain)
                 ]
                 for j in range(vectors):
-                    position = (i * vectors + j) * dot.lanes
-                    value = dot.accumulate(load(accumulators, position, dot.lanes), operands, weights[j])
-                    store(accumulators, position, value, dot.lanes)
+                    value = dot.accumulate(load(accumulators[i, j], 0, dot.lanes), operands, weights[j])
+                    store(accumulators[i, j], 0, value, dot.lanes)

@@ -15,7 +15,7 @@ from tvm_hquant.kernels.anchor_constants import float_array_types, integer_array
 from tvm_hquant.kernels.epilogue import Epilogue, scale_accumulator
 from tvm_hquant.kernels.interface import Array, Kernel, KernelRequest, LayerConstants
 from tvm_hquant.kernels.kernel_function import Buffer, kernel_function
-from tvm_hquant.kernels.primitives import Expression, LlvmPrimitives, convert, widen
+from tvm_hquant.kernels.primitives import STACK, Expression, LlvmPrimitives, convert, widen
 from tvm_hquant.kernels.vector_loops import fitting_lanes, flat, load, store
 from tvm_hquant.operators import Conv2D
 from tvm_hquant.tensor_format import STORAGE_DTYPE
@@ -179,7 +179,7 @@ class _Emitter:
                     value = scale_accumulator(value, multiplier, offset)
                 self.epilogue.finish(T.bind(value), (row * width + x + i) * channels + channel)
             return
-        values = T.alloc_buffer((pixels * lanes,), "float32", scope="local")
+        values = T.alloc_buffer((pixels * lanes,), "float32", scope=STACK)
         for i in range(pixels):
             store(values, i * lanes, load(self.offsets, constants, lanes), lanes)
         with T.serial(geometry.passes) as number:
@@ -208,7 +208,7 @@ class _Emitter:
         )
         weight_base = T.bind((point * geometry.vectors + vector) * (kh * kw * lanes))
         dtype = "int32" if self.is_integer else "float32"
-        sums = T.alloc_buffer((geometry.pixels * lanes,), dtype, scope="local")
+        sums = T.alloc_buffer((geometry.pixels * lanes,), dtype, scope=STACK)
         for i in range(geometry.pixels):
             store(sums, i * lanes, load(self.starts, start_at, lanes), lanes)
         with T.serial(kh) as ky:

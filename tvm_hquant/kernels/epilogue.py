@@ -10,6 +10,7 @@ from tvm.tirx.script import builder as T
 from tvm_hquant.kernels.interface import FloatAnchorConstants, IntegerAnchorConstants, KernelRequest
 from tvm_hquant.kernels.kernel_function import Buffer
 from tvm_hquant.kernels.primitives import (
+    STACK,
     Expression,
     LlvmPrimitives,
     broadcast,
@@ -67,7 +68,7 @@ class Epilogue:
         if self.valid == self.lanes:
             return load(buffer, index, self.lanes)
         # What lies behind the last channel belongs to others, or to nobody.
-        part = T.alloc_buffer((self.lanes,), buffer.dtype, scope="local")
+        part = T.alloc_buffer((self.lanes,), buffer.dtype, scope=STACK)
         store(part, 0, broadcast(T.Cast(str(buffer.dtype), T.int32(0)), self.lanes), self.lanes)
         with T.serial(self.valid) as lane:
             T.buffer_store(part, buffer[index + lane], [lane])
@@ -77,7 +78,7 @@ class Epilogue:
         if self.valid == self.lanes:
             store(self.output, index, value, self.lanes)
             return
-        part = T.alloc_buffer((self.lanes,), STORAGE_DTYPE[self.request.output], scope="local")
+        part = T.alloc_buffer((self.lanes,), STORAGE_DTYPE[self.request.output], scope=STACK)
         store(part, 0, value, self.lanes)
         with T.serial(self.valid) as lane:
             T.buffer_store(self.output, part[lane], [index + lane])

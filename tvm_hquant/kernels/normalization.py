@@ -12,6 +12,7 @@ from tvm_hquant.kernels.float_math import exp, power
 from tvm_hquant.kernels.interface import Kernel, KernelRequest, NoConstants
 from tvm_hquant.kernels.kernel_function import Buffer, kernel_function
 from tvm_hquant.kernels.primitives import (
+    STACK,
     Expression,
     LlvmPrimitives,
     Primitives,
@@ -21,8 +22,21 @@ from tvm_hquant.kernels.primitives import (
     select,
     widen,
 )
-from tvm_hquant.kernels.vector_loops import elements, fitting_lanes, flat, load, row_loop, store, vector_loop
+from tvm_hquant.kernels.vector_loops import (
+    elements,
+    fitting_lanes,
+    flat,
+    load,
+    row_loop,
+    store,
+    vector_loop,
+    vector_start,
+    vectors,
+)
 from tvm_hquant.operators import LocalResponseNormalization, Softmax
+
+_LINES = 8
+"""Pixels whose channels local response normalization takes at once."""
 
 
 def normalization_kernel(request: KernelRequest, lanes: int) -> Kernel | None:
@@ -53,7 +67,7 @@ def _softmax(request: KernelRequest, operator: Softmax, lanes: int) -> Kernel:
             scratch = T.alloc_buffer((length * across,), "float32")
             with vector_loop(inner, across) as column:
                 base = row * (length * inner) + column
-                cell = T.alloc_buffer((across,), "float32", scope="local")
+                cell = T.alloc_buffer((across,), "float32", scope=STACK)
                 store(cell, 0, broadcast(T.float32(float("-inf")), across), across)
                 with T.serial(length) as k:
                     x = p.bind(widen(load(source, base + k * inner, across), source_storage))
@@ -85,30 +99,42 @@ def normalized(p: Primitives, operator: LocalResponseNormalization, x: Expressio
 
 
 def _local_response_normalization(request: KernelRequest, operator: LocalResponseNormalization, lanes: int) -> Kernel:
-    """Each pixel is widened into a row with zeros at both ends: a square of 0 changes no sum."""
+    """Pixels are widened into lines with zeros at both ends: a square of 0 changes no sum.
+
+    Several lines are written before the first is read, since reading across what was just stored in parts stalls.
+    """
     p, source_storage = LlvmPrimitives(), request.inputs[0]
     channels, rows = operator.shape[-1], elements(operator.shape[:-1])
     before, width = (operator.size - 1) // 2, fitting_lanes(channels, lanes)
+    padded, lines = channels + operator.size - 1, fitting_lanes(rows, _LINES)
+
+    def fill_line(source: Buffer, line: Buffer, first: Expression, row: Expression) -> None:
+        for begin, count in ((0, before), (before + channels, operator.size - 1 - before)):
+            with T.serial(count) as k:
+                store(line, first + begin + k, T.float32(0), 1)
+        with vector_loop(channels, width) as channel:
+            x = widen(load(source, row * channels + channel, width), source_storage)
+            store(line, first + before + channel, x, width)
+
+    def normalize_line(line: Buffer, first: Expression, target: Buffer, row: Expression) -> None:
+        with vector_loop(channels, width) as channel:
+            squares = float_like(0.0, load(line, 0, width))
+            for k in range(operator.size):
+                neighbour = p.bind(load(line, first + channel + k, width))
+                squares = p.bind(p.fma(neighbour, neighbour, squares))
+            x = p.bind(load(line, first + before + channel, width))
+            value = normalized(p, operator, x, squares)
+            store(target, row * channels + channel, narrow(p, value, request.output), width)
 
     def emit(inputs: Sequence[Buffer], _: Sequence[Buffer], output: Buffer) -> None:
         source, target = flat(inputs[0]), flat(output)
-        with row_loop(rows, elements(operator.shape)) as row:
-            line = T.alloc_buffer((channels + operator.size - 1,), "float32")
-            for first, count in ((0, before), (before + channels, operator.size - 1 - before)):
-                with T.serial(count) as k:
-                    store(line, k + first, T.float32(0), 1)
-            with vector_loop(channels, width) as channel:
-                x = widen(load(source, row * channels + channel, width), source_storage)
-                store(line, channel + before, x, width)
-            with vector_loop(channels, width) as channel:
-                cell = T.alloc_buffer((width,), "float32", scope="local")
-                store(cell, 0, broadcast(T.float32(0), width), width)
-                with T.serial(operator.size) as k:
-                    neighbour = p.bind(load(line, channel + k, width))
-                    store(cell, 0, p.fma(neighbour, neighbour, load(cell, 0, width)), width)
-                x = p.bind(load(line, channel + before, width))
-                value = normalized(p, operator, x, load(cell, 0, width))
-                store(target, row * channels + channel, narrow(p, value, request.output), width)
+        with row_loop(vectors(rows, lines), elements(operator.shape)) as group:
+            first_row = T.bind(vector_start(group, rows, lines))
+            line = T.alloc_buffer((lines * padded,), "float32")
+            with T.serial(lines) as k:
+                fill_line(source, line, k * padded, first_row + k)
+            with T.serial(lines) as k:
+                normalize_line(line, k * padded, target, first_row + k)
 
     function = kernel_function(request, (), emit)
     name = f"common.local_response_normalization[{width}]"

@@ -15,6 +15,7 @@ from tvm_hquant.kernels.elementwise import is_code, pack_only
 from tvm_hquant.kernels.interface import IntegerElementwiseConstants, Kernel, KernelRequest, NoConstants
 from tvm_hquant.kernels.kernel_function import ArrayType, Buffer, kernel_function
 from tvm_hquant.kernels.primitives import (
+    STACK,
     Expression,
     LlvmPrimitives,
     Primitives,
@@ -111,7 +112,7 @@ class _Accumulator:
 
     def __init__(self, dtype: str, lanes: int, start: float) -> None:
         self._lanes = lanes
-        self._cell = T.alloc_buffer((lanes,), dtype, scope="local")
+        self._cell = T.alloc_buffer((lanes,), dtype, scope=STACK)
         scalar = T.float32(start) if dtype == "float32" else T.Cast(dtype, T.int32(int(start)))
         self.set(broadcast(scalar, lanes))
 

@@ -123,7 +123,7 @@ class LlvmPrimitives:
         return _llvm("llvm.lrint", "int32", a)
 
     def bind(self, value: Expression) -> Expression:
-        return _cell(value, STACK)
+        return _cell(value, STACK, self.in_blocks)
 
 
 STACK = "global"
@@ -131,11 +131,11 @@ STACK = "global"
 A ``local`` buffer is fetched from the workspace allocator instead, at run time (``lower_tvm_builtin.cc``)."""
 
 
-def _cell(value: Expression, scope: str) -> Expression:
+def _cell(value: Expression, scope: str, in_block: bool) -> Expression:
     """The value in a buffer of its own, which compilers keep in a register.
 
     Not a variable: TVM's simplifier puts a variable's value back wherever it is used, so that chains of them grow
-    exponentially.
+    exponentially. A block must own its buffers, or schedules take them for its inputs and outputs.
     """
     lanes = lanes_of(value)
     element = str(value.ty.dtype).partition("x")[0] if lanes > 1 else str(value.ty.dtype)
@@ -180,7 +180,7 @@ class CudaPrimitives:
         return _device_function("int32", "__float2int_rn", a)
 
     def bind(self, value: Expression) -> Expression:
-        return _cell(value, "local")
+        return _cell(value, "local", in_block=True)
 
 
 def clamp(p: Primitives, value: Expression, lower: Expression, upper: Expression) -> Expression:

@@ -46,6 +46,8 @@ def inside(index: Expression, size: int) -> Expression:
     return T.And(index >= 0, index < size)
 
 
-def within_map(row: Expression, column: Expression, height: int, width: int, value: Expression, fill: Expression) -> Expression:
+def within_map(
+    row: Expression, column: Expression, height: int, width: int, value: Expression, fill: Expression
+) -> Expression:
     """``value``, which is loaded from a row and column of a map, or ``fill`` where they lie in the padding."""
     return T.if_then_else(T.And(inside(row, height), inside(column, width)), value, fill)

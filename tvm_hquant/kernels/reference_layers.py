@@ -87,10 +87,7 @@ def _max_pool(request: KernelRequest, operator: MaxPool2D, p: Primitives) -> Ker
         lowest = T.Cast(dtype, T.int32(0)) if is_code(storage) else narrow(p, T.float32(float("-inf")), storage)
         with block("maximum", operator.output_shape, operator.window.kernel) as (axes, summed):
             value, largest = _under_window(operator, inputs[0], axes, summed, lowest), output[tuple(axes)]
-            if is_code(storage):
-                larger = value > largest
-            else:
-                larger = widen(value, storage) > widen(largest, storage)
+            larger = value > largest if is_code(storage) else widen(value, storage) > widen(largest, storage)
             accumulate(output, axes, lowest, select(larger, value, largest))
 
     return Kernel(request, "reference.max_pool2d", kernel_function(request, (), emit), pack_only(request, NoConstants))
