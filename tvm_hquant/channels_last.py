@@ -23,8 +23,14 @@ _EXPANDED: tuple[int, ...] = (0, 3, 4, 2, 1)
 """[N, 1, C, H, W] stored as [N, H, W, C, 1]: how local response normalization pools over channels."""
 
 _ELEMENTWISE = (
-    *(f"relax.{n}" for n in ("add", "subtract", "multiply", "divide", "maximum", "minimum", "power", "clip", "sigmoid")),
-    *(f"relax.{n}" for n in ("tanh", "exp", "log", "abs", "negative", "sqrt", "rsqrt", "erf", "round", "floor", "ceil")),
+    *(
+        f"relax.{n}"
+        for n in ("add", "subtract", "multiply", "divide", "maximum", "minimum", "power", "clip", "sigmoid")
+    ),
+    *(
+        f"relax.{n}"
+        for n in ("tanh", "exp", "log", "abs", "negative", "sqrt", "rsqrt", "erf", "round", "floor", "ceil")
+    ),
     *(f"relax.{n}" for n in ("sign", "square", "astype", "greater", "less", "equal", "where", "isnan", "isinf")),
     *(f"relax.nn.{n}" for n in ("relu", "relu6", "leakyrelu", "gelu", "gelu_tanh", "silu", "softplus", "elu", "selu")),
 )
@@ -95,7 +101,11 @@ def _pool(var: Any, call: Any, tensors: TensorMap, readers: Readers) -> StoredTe
 
 def _channel_window_mean(var: Any, call: Any, tensors: TensorMap, readers: Readers) -> StoredTensor | None:
     tensor, attributes = tensors.of(call.args[0]), call.attrs
-    if tensor.order != _EXPANDED or str(attributes.layout) != "NCDHW" or str(attributes.out_layout) not in ("", "NCDHW"):
+    if (
+        tensor.order != _EXPANDED
+        or str(attributes.layout) != "NCDHW"
+        or str(attributes.out_layout) not in ("", "NCDHW")
+    ):
         return None
     front, top, left, back, bottom, right = (int(p) for p in attributes.padding)
 

@@ -43,11 +43,11 @@ class Graph:
             return self.weights.get(expression)
         return constant_array(expression) if is_constant(expression) else None
 
-    def definition(self, expression: Any) -> Any | None:
+    def definition(self, expression: Any) -> Any:
         """What a variable is bound to, None for inputs, weights and constants."""
         return self._definitions.get(expression) if isinstance(expression, relax.Var) else None
 
-    def definition_of(self, expression: Any, operator: str, *, used_once: bool = True) -> Any | None:
+    def definition_of(self, expression: Any, operator: str, *, used_once: bool = True) -> Any:
         """The call that made a tensor, if it is one of this operator and (by default) nothing else reads the tensor."""
         call = self.definition(expression)
         if operator_name(call) != operator or (used_once and self.uses[expression] > 1):

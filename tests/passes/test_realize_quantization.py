@@ -27,7 +27,7 @@ from tvm_hquant.operators import Convert, Opaque
 from tvm_hquant.precision import parse_precision
 from tvm_hquant.realization import realize_conversion, realize_layer
 
-CASES = [("residual", p) for p in (*PRECISIONS, "mixed")] + [("branches", p) for p in ("a8w8", "mixed")]
+CASES = [("residual", p) for p in (*PRECISIONS, "mixed")] + [("branches", "mixed")]
 
 
 def layer_calls(mod: tvm.IRModule) -> dict[str, Any]:
@@ -74,7 +74,7 @@ def test_equal_requests_share_one_function() -> None:
 
 
 @pytest.mark.parametrize("model", ["residual", "branches"])
-def test_request_and_constants_can_be_read_back(model: str) -> None:
+def test_request_and_constants_can_be_decode(model: str) -> None:
     """lower_layers packs for the target what it reads here, so nothing may be lost: neither a code nor a bit of a scale."""
     session = shared_session(model)
     plan = named_plan(model, "mixed")
@@ -142,9 +142,8 @@ def test_attributes_survive_text() -> None:
         parameter = relax.Var("x", relax.TensorType([1], "float32"))
         function = relax.Function([parameter], parameter, parameter.ty)
         builder.add_func(function.with_attrs(dict(mod[layer.function_name].attrs)), layer.function_name)
-    bare = builder.get()
-    again = through_text(bare)
+    again = through_text(builder.get())
     for layer in read_layers(mod).layers:
-        written = str(mod[layer.function_name].attrs["hquant.request"])
-        assert decode(str(again[layer.function_name].attrs["hquant.request"])) == decode(written)
-    tvm.ir.assert_structural_equal(again, bare)
+        before, after = mod[layer.function_name].attrs, again[layer.function_name].attrs
+        assert dict(after) == dict(before)
+        assert decode(str(after["hquant.request"])) == decode(str(before["hquant.request"]))

@@ -55,7 +55,9 @@ def fold_batch_norm(element: Any, graph: Graph) -> Any | None:
         return None
     name = graph.name_of(call.args[1], "batch_norm")
     if bool(getattr(call.attrs, "training", False)):
-        raise ModelError(f"the batch normalization with weight {name} is in training mode: export the model for inference")
+        raise ModelError(
+            f"the batch normalization with weight {name} is in training mode: export the model for inference"
+        )
     with np.errstate(all="ignore"):
         scale = 1.0 / np.sqrt(variance.astype(np.float64) + float(call.attrs.epsilon))
     if not np.all(np.isfinite(scale)):

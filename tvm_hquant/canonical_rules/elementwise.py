@@ -94,7 +94,12 @@ def spell_reduced_stack_as_chain(call: Any, graph: Graph) -> Any | None:
     """ONNX Sum, Max, Min and Mean of several tensors, imported as a reduction over ``R.stack``, become a chain."""
     operators = {"sum": relax.op.add, "max": relax.op.maximum, "min": relax.op.minimum, "mean": relax.op.add}
     name = operator_name(call).removeprefix("relax.")
-    if name not in operators or call.attrs.axis is None or [int(a) for a in call.attrs.axis] != [0] or call.attrs.keepdims:
+    if (
+        name not in operators
+        or call.attrs.axis is None
+        or [int(a) for a in call.attrs.axis] != [0]
+        or call.attrs.keepdims
+    ):
         return None
     stack = graph.definition_of(call.args[0], "relax.stack")
     if stack is None or not isinstance(stack.args[0], relax.Tuple) or int(stack.attrs.axis or 0) != 0:

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import numpy as np
-from tvm import relax
+from tvm import relax, tirx
 
 from tvm_hquant.describe import operator_name, shape_of
 from tvm_hquant.graph_rewriting import Graph
@@ -95,14 +95,13 @@ def slice_ranges(call: Any) -> tuple[range, ...] | None:
     if operator_name(call) != "relax.strided_slice":
         return None
     shape = shape_of(call.args[0])
-    lists = [[_number(v) for v in a.fields] for a in call.args[1:] if isinstance(a, relax.Tuple)]
-    if len(lists) < 3 or any(v is None for values in lists for v in values):
+    lists = [list(a.fields) for a in call.args[1:] if isinstance(a, relax.Tuple)]
+    if len(lists) < 3 or not all(isinstance(v, tirx.IntImm) for values in lists for v in values):
         return None
-    axes, begins, ends = lists[:3]
-    strides = lists[3] if len(lists) > 3 else [1] * len(axes)
+    axes, begins, ends, *rest = [[int(v) for v in values] for values in lists]
+    strides = rest[0] if rest else [1] * len(axes)
     result = [range(size) for size in shape]
     for axis, begin, end, stride in zip(axes, begins, ends, strides, strict=True):
-        assert axis is not None and stride is not None
         if stride <= 0:
             return None
         indices = range(shape[axis])[begin:end:stride]
@@ -128,10 +127,6 @@ def drop_empty_pad(call: Any, graph: Graph) -> Any | None:
     if operator_name(call) != "relax.nn.pad":
         return None
     return call.args[0] if all(int(w) == 0 for w in call.attrs.pad_width) else None
-
-
-def _number(value: Any) -> int | None:
-    return int(value) if hasattr(value, "value") else None
 
 
 def _stop(indices: range) -> int:

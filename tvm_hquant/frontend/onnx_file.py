@@ -149,7 +149,9 @@ def _check_inputs_and_outputs(model: Any, label: str) -> None:
         raise ModelError(f"{label} has no inputs: its outputs are constants, there is nothing to quantize")
     for value in inputs:
         if not value.type.HasField("tensor_type"):
-            raise ModelError(f"{label}: input {value.name} is no tensor but a sequence, map or optional: export tensors only")
+            raise ModelError(
+                f"{label}: input {value.name} is no tensor but a sequence, map or optional: export tensors only"
+            )
         name = onnx.TensorProto.DataType.Name(value.type.tensor_type.elem_type)
         if name not in _INPUT_TYPES:
             allowed = ", ".join(t.lower() for t in _INPUT_TYPES)

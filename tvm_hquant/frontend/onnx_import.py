@@ -68,11 +68,12 @@ def _imported(proto: Any, label: str) -> IRModule:
 def _refused(graph: Any, printed: str, reason: str) -> str:
     """What the importer stumbled over."""
     lines = [line.strip() for line in reason.splitlines() if line.strip()]
+    why = lines[-1] if lines else "no reason given"
     at = re.search(r"Error converting operator (\w+)", printed)
     if at is not None:
         nodes = [node_label(n) for n in graph.node if n.op_type == at.group(1)]
         named = ", ".join(nodes[:3]) + (" …" if len(nodes) > 3 else "")
-        return f"TVM cannot import operator {at.group(1)} as it is used here (nodes {named}): {lines[-1] if lines else 'no reason given'}"
+        return f"TVM cannot import operator {at.group(1)} as it is used here (nodes {named}): {why}"
     missing = [n for n in graph.node if re.search(rf"not supported for frontend ONNX:.*\b{n.op_type}\b", reason)]
     if missing:
         node = missing[0]
@@ -81,7 +82,7 @@ def _refused(graph: Any, printed: str, reason: str) -> str:
             f"operator {node.op_type} (node {node_label(node)}, domain {domain}) has no importer in this TVM: "
             "export the model without it"
         )
-    return f"TVM's importer refused the model: {lines[-1] if lines else 'no reason given'}"
+    return f"TVM's importer refused the model: {why}"
 
 
 def _sort_weights_from_constants(graph: Any) -> None:

@@ -63,7 +63,9 @@ def _dimensions(value: Any) -> list[int | str] | None:
 def _take_given(value: Any, shape: Sequence[int], label: str, sizes: dict[str, int]) -> None:
     written = "×".join(str(s) for s in shape)
     if not all(isinstance(s, int) and s > 0 for s in shape):
-        raise ModelError(f"input_shapes gives input {value.name} the shape {written}: all sizes must be positive integers")
+        raise ModelError(
+            f"input_shapes gives input {value.name} the shape {written}: all sizes must be positive integers"
+        )
     dimensions = _dimensions(value)
     if dimensions is None:
         return
@@ -80,7 +82,9 @@ def _take_given(value: Any, shape: Sequence[int], label: str, sizes: dict[str, i
                     f"{found}: leave it at that, or export the model with an open dimension"
                 )
         elif found and sizes.setdefault(found, size) != size:
-            raise ModelError(f"input_shapes gives the dimension {found} of {label} two sizes, {sizes[found]} and {size}")
+            raise ModelError(
+                f"input_shapes gives the dimension {found} of {label} two sizes, {sizes[found]} and {size}"
+            )
 
 
 def _take_batch(value: Any, label: str, sizes: dict[str, int], batch: int) -> None:
@@ -98,7 +102,9 @@ def _take_batch(value: Any, label: str, sizes: dict[str, int], batch: int) -> No
         )
 
 
-def _resolved(value: Any, given: Sequence[int] | None, label: str, sizes: Mapping[str, int], batch: int) -> tuple[int, ...]:
+def _resolved(
+    value: Any, given: Sequence[int] | None, label: str, sizes: Mapping[str, int], batch: int
+) -> tuple[int, ...]:
     if given is not None:
         return tuple(int(s) for s in given)
     dimensions = _dimensions(value)
