@@ -24,6 +24,7 @@ from tvm_hquant.cli.tables import print_table
 from tvm_hquant.kernels.registry import host_instruction_sets
 from tvm_hquant.precision import BFLOAT16, FLOAT16, INT8, parse_precision
 from tvm_hquant.quantizer import DataRoles, Options, Quantizer, is_low_bit
+from tvm_hquant.sensitivity.measured import SensitivityTable
 from tvm_hquant.simulator.metrics import METRICS, MetricAccumulator
 
 
@@ -63,12 +64,12 @@ def measure(model: ZooModel, arguments: argparse.Namespace) -> list[dict[str, An
     pooled: dict[str, list[list[MetricAccumulator]]] = {}
     shares: dict[str, list[float]] = {}
     promoted = []
-    table = None
+    table: SensitivityTable | None = None
     for search, held_out in (halves, halves[::-1]):
         quantizer = Quantizer(session, DataRoles(model.calibration(), search, held_out, 0), options)
-        quantizer.table = table
+        # Losses of single layers are measured on calibration samples: both searches share them.
+        table = quantizer.table = table or quantizer.table
         found = quantizer.search()
-        table = quantizer.table
         plan = quantizer.plan(found.decisions)
         promoted.append(sum(1 for d in found.decisions.values() if d.reason == "sensitive"))
         programs = {

@@ -174,10 +174,15 @@ def _take(var: Any, call: Any, tensors: TensorMap, readers: Readers) -> StoredTe
 
 def _reduction(var: Any, call: Any, tensors: TensorMap, readers: Readers) -> StoredTensor | None:
     tensor = tensors.of(call.args[0])
-    if tensor.order != CHANNELS_LAST or call.attrs.axis is None:
+    if tensor.rank != 4 or call.attrs.axis is None:
         return None
     axes = [int(a) % 4 for a in call.attrs.axis]
     keepdims = bool(call.attrs.keepdims)
+    if operator_name(call) == "relax.mean" and sorted(axes) == [2, 3] and keepdims:
+        # The global average pool: like every pool it is written channels-last, whatever it reads.
+        tensor = StoredTensor(tensors.channels_last(call.args[0]), CHANNELS_LAST)
+    if tensor.order != CHANNELS_LAST:
+        return None
     kept = [a for a in tensor.order if a not in axes]
     if not keepdims and kept != sorted(kept):
         return None

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -237,12 +238,15 @@ def _weights_bytes(weights: Mapping[str, QuantizedWeights]) -> bytes:
 
 
 def _weights_from_bytes(data: bytes) -> dict[str, QuantizedWeights]:
-    with np.load(io.BytesIO(data), allow_pickle=False) as archive:
-        names = sorted({key.rpartition("/")[0] for key in archive.files})
-        return {
-            name: QuantizedWeights(archive[f"{name}/codes"], archive[f"{name}/scales"], archive[f"{name}/bias"])
-            for name in names
-        }
+    try:
+        with np.load(io.BytesIO(data), allow_pickle=False) as archive:
+            names = sorted({key.rpartition("/")[0] for key in archive.files})
+            return {
+                name: QuantizedWeights(archive[f"{name}/codes"], archive[f"{name}/scales"], archive[f"{name}/bias"])
+                for name in names
+            }
+    except (OSError, EOFError, KeyError, TypeError, AttributeError, ValueError, zipfile.BadZipFile) as error:
+        raise PlanError(f"plan.npz beside it is damaged ({error}); make the plan again") from None
 
 
 def _some(names: list[str]) -> str:

@@ -11,7 +11,7 @@ from tvm_hquant.calibration.data import open_data
 from tvm_hquant.calibration.split import random_samples
 from tvm_hquant.cost.predicted import weight_bytes
 from tvm_hquant.precision import FLOAT32, parse_precision
-from tvm_hquant.sensitivity.measured import measure_sensitivities
+from tvm_hquant.sensitivity.measured import SensitivityTable
 from tvm_hquant.session import QuantizationSession
 
 
@@ -57,12 +57,9 @@ def profile_layers(
         for p in wanted
         if (why := session.impossible(layer, p)) is not None
     }
-    candidates = {
-        layer.name: tuple(p.name for p in wanted if (layer.name, p.name) not in impossible)
-        for layer in session.graph.anchors
-    }
-    measured = random_samples(source, samples)
-    table = measure_sensitivities(session, candidates, measured)
+    pairs = [(layer.name, p.name) for layer in session.graph.anchors for p in wanted]
+    possible = [pair for pair in pairs if pair not in impossible]
+    losses = SensitivityTable(session, random_samples(source, samples)).measure(possible)
     sample = next(islice(iter(source), 1))
     everything_float = {layer.name: FLOAT32 for layer in session.graph.anchors}
     float_times = session.engine.time_layers(sample.inputs, session.float_program)
@@ -78,7 +75,7 @@ def profile_layers(
             times = session.engine.time_layers(sample.inputs, program, only=layer.name)
             against = session.spec.reason_against(p.name, layer.operator_kind, layer.name)
             remark = "not deployable here" if against is not None else ""
-            loss = table.losses[layer.name, p.name]
+            loss = losses[layer.name, p.name]
             entries.append(ProfileEntry(p.name, loss, weight_bytes(layer, p), times.get(layer.name), remark))
         result.append(ProfiledLayer(layer.name, layer.operator_kind, tuple(entries)))
     return tuple(result)

@@ -25,8 +25,7 @@ from tvm_hquant.precision import A8W8, BFLOAT16, FLOAT16, FLOAT32, INT8, Precisi
 from tvm_hquant.report.quantization_report import LayerReport, ModelRow, QuantizationReport, SampleCounts
 from tvm_hquant.search.hierarchical import HierarchicalStrategy
 from tvm_hquant.search.problem import Assignment, SearchProblem, SearchResult, SearchStrategy
-from tvm_hquant.search.uniform import UniformStrategy
-from tvm_hquant.sensitivity.measured import SensitivityTable, measure_sensitivities
+from tvm_hquant.sensitivity.measured import SensitivityTable
 from tvm_hquant.session import QuantizationSession
 from tvm_hquant.simulator.metrics import METRICS, Metric, MetricAccumulator, make_metric
 from tvm_hquant.simulator.program import Program
@@ -112,9 +111,10 @@ class Quantizer:
         self.roles = roles
         self.options = options
         self.metric: Metric = make_metric(options.metric, roles.search.has_labels)
-        self.table: SensitivityTable | None = None
         if session.ranges is None:
             session.calibrate(roles.calibration)
+        samples = random_samples(roles.calibration, SENSITIVITY_SAMPLES, options.seed)
+        self.table = SensitivityTable(session, samples)
 
     # Search.
 
@@ -144,10 +144,8 @@ class Quantizer:
         """
         strategy = strategy or HierarchicalStrategy()
         candidates = {layer.name: self.candidates(layer) for layer in self.session.graph.anchors}
-        is_uniform = isinstance(strategy, UniformStrategy)
-        table = SensitivityTable({}, "kl", 0) if is_uniform else self.sensitivities(candidates)
         problem = SearchProblem(
-            candidates, table.losses, self._costs(candidates), self._joint_loss, self.options.max_drop
+            candidates, self.table.measure, self._costs(candidates), self._joint_loss, self.options.max_drop
         )
         result = strategy.search(problem)
         fixed = {
@@ -156,13 +154,6 @@ class Quantizer:
             if self._fixed(layer) is not None
         }
         return replace(result, decisions={**result.decisions, **fixed})
-
-    def sensitivities(self, candidates: Mapping[str, Sequence[str]]) -> SensitivityTable:
-        """Loss of the network with one layer alone in a precision, for all candidates, on calibration samples."""
-        if self.table is None:
-            samples = random_samples(self.roles.calibration, SENSITIVITY_SAMPLES, self.options.seed)
-            self.table = measure_sensitivities(self.session, candidates, samples)
-        return self.table
 
     def unused_rules(self) -> tuple[str, ...]:
         """Patterns of ``fixed`` that match no layer."""
@@ -251,7 +242,7 @@ class Quantizer:
 
     def _layer_report(self, plan: PrecisionPlan, layer: Layer) -> LayerReport:
         decision = plan.layers[layer.name]
-        losses = self.table.of_layer(layer.name) if self.table is not None else {}
+        losses = self.table.of_layer(layer.name)
         size = weight_bytes(layer, parse_precision(decision.precision))
         return LayerReport(
             layer.name,

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import numpy as np
-from tvm import relax
+from tvm import relax, tirx
 
 from tvm_hquant.describe import clip_bounds, is_float32, operator_name, shape_of
 from tvm_hquant.graph_rewriting import Graph
@@ -65,7 +65,7 @@ def spell_limits_as_clip(call: Any, graph: Graph) -> Any | None:
 
 
 def merge_clips(call: Any, graph: Graph) -> Any | None:
-    """A clamp of a clamp is one clamp; [0, ∞) is ``R.nn.relu``; (−∞, ∞) is nothing."""
+    """A clamp of a clamp is one clamp; [0, ∞) is ``R.nn.relu``; (−∞, ∞) is nothing; bounds are floats."""
     bounds = clip_bounds(call)
     if bounds is None or not is_float32(call):
         return None
@@ -74,6 +74,8 @@ def merge_clips(call: Any, graph: Graph) -> Any | None:
     if inner_bounds is not None and graph.uses[call.args[0]] <= 1:
         lower, upper = (min(max(b, bounds[0]), bounds[1]) for b in inner_bounds)
         return _clamp(inner.args[0], lower, upper)
+    if operator_name(call) == "relax.clip" and any(isinstance(b, tirx.IntImm) for b in call.args[1:3]):
+        return _clamp(call.args[0], *bounds)
     if operator_name(call) == "relax.clip" and bounds in ((0.0, math.inf), (-math.inf, math.inf)):
         return _clamp(call.args[0], *bounds)
     return None

@@ -12,6 +12,9 @@ from tvm_hquant.kernels.vector_loops import fitting_lanes, flat_loop, load, stor
 from tvm_hquant.operators import Conv2D
 
 _COPY_LANES = 32
+_FEW_CHANNELS = 8
+"""Pixels of so few channels are moved several at a time."""
+_FEW_PIXELS = 4
 
 
 @dataclass(frozen=True)
@@ -89,12 +92,26 @@ class ActivationCopy:
         self._fill(start, left * self._pixel)
         if self.padded_inputs == self._group_inputs:
             self._copy(source, start + left * self._pixel, width * channels)
+        elif self.conv.groups == 1 and channels <= _FEW_CHANNELS and width >= _FEW_PIXELS:
+            with vector_loop(width, _FEW_PIXELS) as x:
+                self._spread(source + x * channels, start + (left + x) * self._pixel)
         else:
             with T.serial(width) as x, T.serial(self.conv.groups) as group:
                 run = T.bind(start + (left + x) * self._pixel + group * self.padded_inputs)
                 self._copy(source + x * channels + group * self._group_inputs, run, self._group_inputs)
                 self._fill(run + self._group_inputs, self.padded_inputs - self._group_inputs)
         self._fill(start + (left + width) * self._pixel, right * self._pixel)
+
+    def _spread(self, source: Expression, target: Expression) -> None:
+        """Some pixels of few channels, moved apart by a shuffle. Channels that do not exist repeat the last one."""
+        channels, padded = self._group_inputs, self.padded_inputs
+        stored = T.bind(load(self.source, source, _FEW_PIXELS * channels))
+        order = [p * channels + min(c, channels - 1) for p in range(_FEW_PIXELS) for c in range(padded)]
+        for plane in range(len(self.fills)):
+            # TVM wants no more lanes to come out of a shuffle than go into it.
+            moved = T.Shuffle([stored] * -(-padded // channels), order)
+            value = self._converted(moved, plane)
+            store(self.target, target + plane * self._plane_elements, value, _FEW_PIXELS * padded)
 
     def _copy(self, source: Expression, target: Expression, length: int) -> None:
         lanes = fitting_lanes(length, _COPY_LANES)

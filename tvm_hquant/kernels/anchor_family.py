@@ -32,5 +32,5 @@ class AnchorFamily:
         if not isinstance(operator, (Conv2D, Dense)):
             return None
         if isinstance(operator, Conv2D) and operator.is_depthwise and request.weights != "int16":
-            return depthwise_kernel(request, self.lanes, self.name)
+            return depthwise_kernel(request, self.dot(request), self.name)
         return conv2d_kernel(request, self.dot(request), self.name)

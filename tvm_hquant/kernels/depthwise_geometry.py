@@ -104,10 +104,19 @@ class DepthwiseGeometry:
             return tap
         return row * self.conv.window.strides[0] + tap * self.conv.window.dilation[0]
 
+    @property
+    def part_rows(self) -> tuple[int, ...]:
+        """Which row of a word each part holds.
+
+        Of four rows, neighbouring parts are the first and the third, the second and the fourth: the pairs that
+        ``vpmaddubsw`` adds then meet the outer rows of a 3×3 kernel, whose weights are smaller than those in the middle.
+        """
+        return (0, 2, 1, 3) if self.dot.products == 4 else tuple(range(self.dot.products))
+
     def input_row(self, prepared: Any, part: int) -> Any:
         """The input row, from the first of the group, that is part of a prepared row."""
         if self.has_words:
-            return (prepared * self.dot.products + part) * self.conv.window.dilation[0]
+            return (prepared * self.dot.products + self.part_rows[part]) * self.conv.window.dilation[0]
         return prepared
 
     # Tiles.
@@ -179,4 +188,5 @@ class DepthwiseGeometry:
             first = row * stride
             packed[:, :, row, first : first + height] = rows.transpose(0, 1, 3, 4, 2)
         words = packed.reshape(points, self.vectors, self.weight_rows, self.taps, k, width, self.lanes)
+        words = words[:, :, :, :, list(self.part_rows)]
         return np.ascontiguousarray(words.transpose(0, 1, 2, 3, 5, 6, 4).reshape(-1))

@@ -1,117 +1,66 @@
-"""Depthwise convolution: every lane is a channel, activations and weights are multiplied lane by lane."""
+"""Depthwise convolution: every lane is a channel, words of input rows and weights are multiplied lane by lane.
+
+For each group of output rows and each vector of channels the input rows are first put together (``depthwise_rows``), in memory
+that stays in the first-level cache, with the padding filled in; then tiles of some pixels are computed from them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 
-import numpy as np
-import numpy.typing as npt
 from tvm.tirx.script import builder as T
 
-from tvm_hquant.kernels.activation_copy import ActivationCopy
 from tvm_hquant.kernels.anchor_constants import float_array_types, integer_array_types, pack_float, pack_integer
+from tvm_hquant.kernels.depthwise_geometry import DepthwiseGeometry
+from tvm_hquant.kernels.depthwise_rows import DepthwiseRows
+from tvm_hquant.kernels.dot_product import DotProduct, FloatDot, WideningDot
 from tvm_hquant.kernels.epilogue import Epilogue, scale_accumulator
 from tvm_hquant.kernels.interface import Array, Kernel, KernelRequest, LayerConstants
 from tvm_hquant.kernels.kernel_function import Buffer, kernel_function
-from tvm_hquant.kernels.primitives import STACK, Expression, LlvmPrimitives, convert, widen
+from tvm_hquant.kernels.primitives import STACK, Expression, reinterpret
 from tvm_hquant.kernels.vector_loops import fitting_lanes, flat, load, store
 from tvm_hquant.operators import Conv2D
-from tvm_hquant.tensor_format import STORAGE_DTYPE
 
 _PARALLEL_MACS = 50_000
-_PIXELS = 4
-"""Pixels of a tile at most; with the weights of a 3×3 kernel they fill the registers."""
 
 
-@dataclass(frozen=True)
-class DepthwiseGeometry:
-    """A depthwise convolution in vectors of ``lanes`` channels; the last vector overlaps the one before it."""
-
-    conv: Conv2D
-    lanes: int
-    planes: int
-    points: int
-
-    @property
-    def channels(self) -> int:
-        return self.conv.in_channels
-
-    @property
-    def vectors(self) -> int:
-        return -(-self.channels // self.lanes)
-
-    @property
-    def output_size(self) -> tuple[int, int]:
-        return self.conv.window.output_size(*self.conv.input_shape[1:3])
-
-    @property
-    def pixels(self) -> int:
-        """Pixels of a tile: as many as divide a row best."""
-        width = self.output_size[1]
-        return min(range(1, min(_PIXELS, width) + 1), key=lambda p: (-(-width // p) * (p + 1), -p))
-
-    @property
-    def padded_size(self) -> tuple[int, int]:
-        _, h, w, _ = self.conv.input_shape
-        top, left, bottom, right = self.conv.window.padding
-        return h + top + bottom, w + left + right
-
-    @property
-    def plane_elements(self) -> int:
-        height, width = self.padded_size
-        return self.conv.input_shape[0] * height * width * self.channels
-
-    @property
-    def passes(self) -> int:
-        return self.planes * self.points
-
-    @property
-    def packed_lanes(self) -> int:
-        """Channels in the packed order, the overlap counted twice."""
-        return self.vectors * self.lanes
-
-    @cached_property
-    def channel_rows(self) -> npt.NDArray[np.int64]:
-        starts = [min(v * self.lanes, self.channels - self.lanes) for v in range(self.vectors)]
-        return np.concatenate([start + np.arange(self.lanes) for start in starts])
-
-    def pack_channels(self, values: Array, fill: float = 0) -> Array:
-        """[..., channels] in the order of the vectors."""
-        return np.ascontiguousarray(values[..., self.channel_rows])
-
-    def pack_weights(self, weights: Array) -> Array:
-        """[points, channels, 1, kh, kw] as point, vector, kernel row, kernel column, lane; codes widened to int16."""
-        points, _, _, height, width = weights.shape
-        rows = weights[:, self.channel_rows, 0].reshape(points, self.vectors, self.lanes, height, width)
-        ordered = rows.transpose(0, 1, 3, 4, 2).reshape(-1)
-        return np.ascontiguousarray(ordered.astype(np.int16) if ordered.dtype == np.int8 else ordered)
-
-
-def depthwise_kernel(request: KernelRequest, lanes: int, family: str) -> Kernel:
-    """The kernel of a depthwise convolution with vectors of up to ``lanes`` channels."""
+def depthwise_kernel(request: KernelRequest, dot: DotProduct, family: str) -> Kernel:
+    """The kernel of a depthwise convolution with int8 or float weights, and a dot product for these."""
     conv = request.operator
     assert isinstance(conv, Conv2D)
     is_integer = request.weights == "int8"
     planes = 2 if is_integer and request.inputs[0] == "uint16" else 1
-    geometry = DepthwiseGeometry(conv, fitting_lanes(conv.in_channels, lanes), planes, request.weight_points)
-    kh, kw = conv.window.kernel
-    count = geometry.packed_lanes * kh * kw * geometry.points
+    geometry = DepthwiseGeometry(conv, _fitting_dot(request, dot, conv.in_channels), planes, request.weight_points)
+    dot = geometry.dot
+    count = geometry.points * geometry.vectors * geometry.weight_elements
     if is_integer:
-        types = integer_array_types(count, "int16", geometry.packed_lanes, geometry.passes, planes, "int32")
+        types = integer_array_types(
+            count, dot.weight_dtype, geometry.packed_lanes, geometry.passes, planes, dot.accumulator_dtype
+        )
     else:
-        weight_dtype = "uint16" if request.weights == "bfloat16" else request.weights
-        types = float_array_types(count, weight_dtype, geometry.packed_lanes)
+        types = float_array_types(count, dot.weight_dtype, geometry.packed_lanes)
 
     def pack(constants: LayerConstants) -> tuple[Array, ...]:
-        return pack_integer(constants, geometry, 0, "int32") if is_integer else pack_float(constants, geometry)
+        if is_integer:
+            return pack_integer(constants, geometry, dot.operand_offset, dot.accumulator_dtype)
+        return pack_float(constants, geometry)
 
     def emit(inputs: Sequence[Buffer], arrays: Sequence[Buffer], output: Buffer) -> None:
         _Emitter(request, geometry, inputs, arrays, output, is_integer).emit()
 
-    name = f"{family}.depthwise_conv2d[{geometry.pixels}x{geometry.lanes}]"
+    name = f"{family}.depthwise_conv2d[{dot.name} {geometry.tile_rows}x{geometry.pixels}x{geometry.lanes}]"
     return Kernel(request, name, kernel_function(request, types, emit), pack)
+
+
+def _fitting_dot(request: KernelRequest, dot: DotProduct, channels: int) -> DotProduct:
+    """``dot``, or a plain multiply-add where there are fewer channels than it has lanes."""
+    lanes = fitting_lanes(channels, dot.lanes)
+    if lanes == dot.lanes:
+        return dot
+    if request.weights == "int8":
+        return WideningDot(lanes, dot.registers)
+    return FloatDot(lanes, dot.registers, request.weights)
 
 
 class _Emitter:
@@ -126,6 +75,7 @@ class _Emitter:
     ) -> None:
         self.request = request
         self.geometry = geometry
+        self.dot = geometry.dot
         self.is_integer = is_integer
         self.inputs = [flat(b) for b in inputs]
         self.weights = arrays[0]
@@ -137,94 +87,117 @@ class _Emitter:
         residual = self.inputs[1] if geometry.conv.epilogue.has_residual else None
         lanes = geometry.lanes
         self.epilogue = Epilogue(request, lanes, lanes, residual, limits, self.zero_points, flat(output))
-        self.source: Buffer = self.inputs[0]
-        self.operand_dtype = STORAGE_DTYPE[request.inputs[0]]
 
     def emit(self) -> None:
-        geometry, conv = self.geometry, self.geometry.conv
-        # Widening 16-bit floats once beats widening them at every kernel position.
-        is_narrow_float = self.request.inputs[0] in ("float16", "bfloat16")
-        if any(conv.window.padding) or geometry.planes > 1 or is_narrow_float:
-            self.operand_dtype = "uint8" if self.is_integer else "float32"
-            self.source = T.alloc_buffer((geometry.plane_elements * geometry.planes,), self.operand_dtype)
-            ActivationCopy(
-                Conv2D(conv.input_shape, conv.in_channels, conv.window),
-                conv.in_channels,
-                self.operand_dtype,
-                self.request.inputs[0],
-                self.inputs[0],
-                self.source,
-                tuple(self._fill(plane) for plane in range(geometry.planes)),
-            ).emit()
-        rows = conv.input_shape[0] * geometry.output_size[0]
-        width = geometry.output_size[1]
-        loop = T.parallel if conv.macs > _PARALLEL_MACS and rows > 1 else T.serial
-        with loop(rows) as row, T.serial(geometry.vectors) as vector, T.serial(-(-width // geometry.pixels)) as tile:
-            self._tile(row, vector, tile)
+        geometry, conv, lanes = self.geometry, self.geometry.conv, self.geometry.lanes
+        items = conv.input_shape[0] * geometry.groups
+        height = geometry.output_size[0]
+        loop = T.parallel if conv.macs > _PARALLEL_MACS and items > 1 else T.serial
+        with loop(items) as item:
+            words = T.alloc_buffer((geometry.planes * geometry.plane_elements,), "int32")
+            image = T.bind(item // geometry.groups)
+            row = T.bind(T.min(item % geometry.groups * geometry.group_rows, height - geometry.group_rows))
+            rows = DepthwiseRows(geometry, self.request.inputs[0], self.inputs[0], words, self._zero_points())
+            with T.serial(geometry.vectors) as vector:
+                channel = T.bind(T.min(vector * lanes, geometry.channels - lanes))
+                rows.emit(image, row * conv.window.strides[0] - conv.window.padding[0], channel)
+                output_row = T.bind(image * height + row)
+                if geometry.has_words:
+                    self._row(words, 0, output_row, vector, channel)
+                else:
+                    with T.serial(geometry.group_rows) as r:
+                        self._row(words, r, output_row, vector, channel)
 
-    def _fill(self, plane: int) -> Expression:
-        return T.float32(0) if self.zero_points is None else T.Cast("uint8", self.zero_points[2 + plane])
+    def _zero_points(self) -> tuple[Expression, ...]:
+        if self.zero_points is None:
+            return ()
+        return tuple(self.zero_points[2 + plane] for plane in range(self.geometry.planes))
 
-    def _tile(self, row: Expression, vector: Expression, tile: Expression) -> None:
+    def _row(
+        self, words: Buffer, first: Expression, output_row: Expression, vector: Expression, channel: Expression
+    ) -> None:
+        """Tiles over the columns of ``tile_rows`` output rows, the first of which is row ``first`` of the group."""
         geometry, lanes, pixels = self.geometry, self.geometry.lanes, self.geometry.pixels
         width, channels = geometry.output_size[1], geometry.channels
-        x = T.bind(tile * pixels if width % pixels == 0 else T.min(tile * pixels, width - pixels))
-        channel = T.bind(vector * lanes if channels % lanes == 0 else T.min(vector * lanes, channels - lanes))
+        places = [(r, i) for r in range(geometry.tile_rows) for i in range(pixels)]
         constants = T.bind(vector * lanes)
-        if geometry.passes == 1:
-            sums = self._sums(row, x, channel, vector, None)
-            for i, value in enumerate(sums):
-                if self.is_integer:
-                    multiplier, offset = load(self.multipliers, constants, lanes), load(self.offsets, constants, lanes)
-                    value = scale_accumulator(value, multiplier, offset)
-                self.epilogue.finish(T.bind(value), (row * width + x + i) * channels + channel)
-            return
-        values = T.alloc_buffer((pixels * lanes,), "float32", scope=STACK)
-        for i in range(pixels):
-            store(values, i * lanes, load(self.offsets, constants, lanes), lanes)
-        with T.serial(geometry.passes) as number:
-            sums = self._sums(row, x, channel, vector, number)
-            multiplier = load(self.multipliers, number * geometry.packed_lanes + constants, lanes)
-            for i, value in enumerate(sums):
-                store(values, i * lanes, scale_accumulator(value, multiplier, load(values, i * lanes, lanes)), lanes)
-        for i in range(pixels):
-            self.epilogue.finish(T.bind(load(values, i * lanes, lanes)), (row * width + x + i) * channels + channel)
+        with T.serial(-(-width // pixels)) as tile:
+            x = T.bind(tile * pixels if width % pixels == 0 else T.min(tile * pixels, width - pixels))
+            sums = {place: T.alloc_buffer((lanes,), self.dot.accumulator_dtype, scope=STACK) for place in places}
 
-    def _sums(
-        self, row: Expression, x: Expression, channel: Expression, vector: Expression, number: Expression | None
-    ) -> list[Expression]:
-        """Sums of one pass for every pixel of the tile."""
-        geometry, window, lanes = self.geometry, self.geometry.conv.window, self.geometry.lanes
-        (kh, kw), (sh, sw), (dh, dw) = window.kernel, window.strides, window.dilation
-        height = geometry.output_size[0]
-        padded_height, padded_width = geometry.padded_size
+            def output_index(r: int, i: int, x: Expression = x) -> Expression:
+                return ((output_row + first + r) * width + x + i) * channels + channel
+
+            if geometry.passes == 1:
+                self._accumulate(sums, words, first, x, vector, None)
+                for place in places:
+                    value = load(sums[place], 0, lanes)
+                    if self.is_integer:
+                        multiplier, offset = (
+                            load(self.multipliers, constants, lanes),
+                            load(self.offsets, constants, lanes),
+                        )
+                        value = scale_accumulator(value, multiplier, offset)
+                    self.epilogue.finish(value, output_index(*place))
+            else:
+                values = {place: T.alloc_buffer((lanes,), "float32", scope=STACK) for place in places}
+                for value in values.values():
+                    store(value, 0, load(self.offsets, constants, lanes), lanes)
+                with T.serial(geometry.passes) as number:
+                    self._accumulate(sums, words, first, x, vector, number)
+                    multiplier = T.bind(load(self.multipliers, number * geometry.packed_lanes + constants, lanes))
+                    for place in places:
+                        scaled = scale_accumulator(
+                            load(sums[place], 0, lanes), multiplier, load(values[place], 0, lanes)
+                        )
+                        store(values[place], 0, scaled, lanes)
+                for place in places:
+                    self.epilogue.finish(load(values[place], 0, lanes), output_index(*place))
+
+    def _accumulate(
+        self,
+        sums: Mapping[tuple[int, int], Buffer],
+        words: Buffer,
+        first: Expression,
+        x: Expression,
+        vector: Expression,
+        number: Expression | None,
+    ) -> None:
+        """Sums of one pass of a tile, from its start values."""
+        geometry, dot, lanes = self.geometry, self.dot, self.geometry.lanes
+        window = geometry.conv.window
+        kernel_width, stride, dilation = window.kernel[1], window.strides[1], window.dilation[1]
         plane = number % geometry.planes if number is not None and geometry.planes > 1 else 0
         point = number // geometry.planes if number is not None and geometry.points > 1 else 0
-        start_at = vector * lanes + (number * geometry.packed_lanes if number is not None else 0)
-        corner = T.bind(
-            ((row // height * padded_height + row % height * sh) * padded_width + x * sw) * geometry.channels
-            + channel
-            + plane * geometry.plane_elements
-        )
-        weight_base = T.bind((point * geometry.vectors + vector) * (kh * kw * lanes))
-        dtype = "int32" if self.is_integer else "float32"
-        sums = T.alloc_buffer((geometry.pixels * lanes,), dtype, scope=STACK)
-        for i in range(geometry.pixels):
-            store(sums, i * lanes, load(self.starts, start_at, lanes), lanes)
-        with T.serial(kh) as ky:
-            for kx in range(kw):
-                weight = T.bind(self._weight(weight_base + (ky * kw + kx) * lanes))
-                for i in range(geometry.pixels):
-                    at = corner + (ky * dh * padded_width + kx * dw + i * sw) * geometry.channels
-                    value = self._multiply_add(load(self.source, at, lanes), weight, load(sums, i * lanes, lanes))
-                    store(sums, i * lanes, value, lanes)
-        return [load(sums, i * lanes, lanes) for i in range(geometry.pixels)]
+        pass_start = 0 if number is None else number * geometry.packed_lanes
+        start = T.bind(load(self.starts, pass_start + vector * lanes, lanes))
+        for total in sums.values():
+            store(total, 0, start, lanes)
+        weight_base = T.bind((point * geometry.vectors + vector) * geometry.weight_elements)
+        weight_lanes = lanes * dot.products
+        columns = range((geometry.pixels - 1) * stride + (kernel_width - 1) * dilation + 1)
+        with ExitStack() as loops:
+            tap = loops.enter_context(T.serial(geometry.taps)) if geometry.taps > 1 else 0
+            row_base = T.bind(
+                plane * geometry.plane_elements
+                + (geometry.prepared_row(first, tap) * geometry.padded_width + x * stride) * lanes
+            )
+            for column in columns:
+                users = [
+                    (r, i, kx) for kx in range(kernel_width) for r, i in sums if i * stride + kx * dilation == column
+                ]
+                if not users:
+                    continue
+                operand = T.bind(self._operand(load(words, row_base + column * lanes, lanes)))
+                for r, i, kx in users:
+                    at = weight_base + ((r * geometry.taps + tap) * kernel_width + kx) * weight_lanes
+                    weight = load(self.weights, at, weight_lanes)
+                    total = sums[r, i]
+                    store(total, 0, dot.accumulate(load(total, 0, lanes), [operand], [weight]), lanes)
 
-    def _weight(self, index: Expression) -> Expression:
-        value = load(self.weights, index, self.geometry.lanes)
-        return convert(value, "int32") if self.is_integer else widen(value, self.request.weights)
-
-    def _multiply_add(self, activation: Expression, weight: Expression, value: Expression) -> Expression:
-        if self.is_integer:
-            return value + convert(activation, "int32") * weight
-        return LlvmPrimitives().fma(activation, weight, value)
+    def _operand(self, word: Expression) -> Expression:
+        """A vector of words as the dot product takes it."""
+        products = self.dot.products
+        if not self.is_integer:
+            return reinterpret(word, "float32")
+        return word if products == 1 else T.reinterpret(f"int{32 // products}x{products * self.geometry.lanes}", word)

@@ -25,19 +25,29 @@ def saturation_free_pairs(weight_codes: npt.NDArray[Any]) -> int:
 
     A chain of n takes, at one kernel position, products of the channels (4k, 4k + 1) or (4k + 2, 4k + 3) of n consecutive
     quads k that start at a multiple of n. Missing channels at the end count as zero weights.
+
+    Where groups have one input channel, as in depthwise layers, pairs are made of kernel rows instead, j and j + 2, and the
+    answer is 0 or 1.
     """
     points, out_channels, in_channels, height, width = weight_codes.shape
+    if in_channels == 1:
+        rows = weight_codes[:, :, 0].astype(np.int32)
+        rows = np.pad(rows, ((0, 0), (0, 0), (0, 2), (0, 0)))
+        return int(_fits(np.stack([rows[:, :, :-2], rows[:, :, 2:]], axis=-1)))
     rows = np.moveaxis(weight_codes, 2, -1).reshape(-1, in_channels).astype(np.int32)
     rows = np.pad(rows, ((0, 0), (0, -in_channels % (4 * LONGEST_CHAIN))))
-    # [rows, quads, pair within the quad, member of the pair]
-    quads = rows.reshape(points * out_channels * height * width, -1, 2, 2)
-    highest = _LARGEST_ACTIVATION * np.maximum(quads, 0).sum(axis=3)
-    lowest = _LARGEST_ACTIVATION * np.minimum(quads, 0).sum(axis=3)
     longest = 0
     for chain in (1, 2, 4, LONGEST_CHAIN):
-        chained = (len(quads), -1, chain, 2)
-        high, low = highest.reshape(chained).sum(axis=2), lowest.reshape(chained).sum(axis=2)
-        if high.max(initial=0) > _INT16.max or low.min(initial=0) < _INT16.min:
+        # [kernel positions of every channel, chains, quad of the chain, pair within the quad, member of the pair]
+        quads = rows.reshape(points * out_channels * height * width, -1, chain, 2, 2)
+        if not _fits(quads.swapaxes(2, 3).reshape(-1, 2 * chain)):
             break
         longest = chain
     return longest
+
+
+def _fits(weights: npt.NDArray[np.int32]) -> bool:
+    """Whether sums of activations times weights along the last axis stay within int16 whatever the activations are."""
+    highest = _LARGEST_ACTIVATION * np.maximum(weights, 0).sum(axis=-1)
+    lowest = _LARGEST_ACTIVATION * np.minimum(weights, 0).sum(axis=-1)
+    return bool(highest.max(initial=0) <= _INT16.max and lowest.min(initial=0) >= _INT16.min)

@@ -43,12 +43,11 @@ class HierarchicalStrategy:
 class _Search:
     def __init__(self, problem: SearchProblem, removed_loss: float) -> None:
         self.problem = problem
+        self.removed_loss = removed_loss
         self.base = {layer: candidates[0] for layer, candidates in problem.candidates.items()}
-        self.target = {layer: self._promotion(layer, removed_loss) for layer in problem.candidates}
-        gains = {layer: self._gain(layer) for layer in problem.candidates}
-        self.ranking = sorted(
-            (layer for layer in gains if self.target[layer] != self.base[layer]), key=lambda name: (-gains[name], name)
-        )
+        self.losses = dict(problem.measure(list(self.base.items())))
+        self.target: dict[str, str] = {}
+        self.ranking: list[str] = []
         self.steps: list[SearchStep] = []
         self.evaluated: dict[tuple[int, bool], float] = {}
 
@@ -60,23 +59,46 @@ class _Search:
         return SearchResult(decisions, loss, loss <= self.problem.budget, tuple(self.steps))
 
     def _fewest_promotions(self) -> tuple[int, bool]:
-        budget, everything = self.problem.budget, len(self.ranking)
-        if self._loss(0, False) <= budget or everything == 0:
+        if self._loss(0, False) <= self.problem.budget:
             return 0, False
-        exact = False
-        if self._loss(everything, False) > budget:
+        self._rank()
+        everything, exact = len(self.ranking), False
+        if everything == 0:
+            return 0, False
+        if self._loss(everything, False) > self.problem.budget:
             exact = True
-            if self._loss(everything, True) > budget:
+            if self._loss(everything, True) > self.problem.budget:
                 return min(self.evaluated, key=lambda key: (self.evaluated[key], key))
         failing, holding = 0, everything
         while holding - failing > 1:
-            # Losses fall steeply with the first promotions, so the middle is taken on a logarithmic scale at first.
+            # Losses fall steeply with the first promotions, so the middle is taken on a logarithmic scale.
             middle = max(failing + 1, min(holding - 1, round(((failing + 1) * (holding + 1)) ** 0.5) - 1))
-            if self._loss(middle, exact) <= budget:
+            if self._loss(middle, exact) <= self.problem.budget:
                 holding = middle
             else:
                 failing = middle
         return holding, exact
+
+    def _rank(self) -> None:
+        """Measures what promotions would remove, and orders the layers by it."""
+        pairs = [(layer, p) for layer, candidates in self.problem.candidates.items() for p in candidates[1:]]
+        self.losses.update(self.problem.measure(pairs))
+        self.target = {layer: self._promotion(layer) for layer in self.base}
+        gains = {
+            layer: self.losses[layer, self.base[layer]] - self.losses[layer, target]
+            for layer, target in self.target.items()
+            if target != self.base[layer]
+        }
+        self.ranking = sorted(gains, key=lambda name: (-gains[name], name))
+
+    def _promotion(self, layer: str) -> str:
+        """The cheapest precision that removes most of the layer's loss, else the one that removes most."""
+        candidates = self.problem.candidates[layer]
+        allowed = (1.0 - self.removed_loss) * self.losses[layer, candidates[0]]
+        for precision in sorted(candidates[1:], key=lambda p: self.problem.costs[layer, p]):
+            if self.losses[layer, precision] <= allowed:
+                return precision
+        return min(candidates, key=lambda p: self.losses[layer, p])
 
     def _loss(self, count: int, exact: bool) -> float:
         key = (count, exact)
@@ -93,23 +115,9 @@ class _Search:
             promoted[layer] = self.problem.candidates[layer][-1] if exact else self.target[layer]
         return promoted
 
-    def _gain(self, layer: str) -> float:
-        losses = self.problem.sensitivities
-        return losses[layer, self.base[layer]] - losses[layer, self.target[layer]]
-
-    def _promotion(self, layer: str, removed_loss: float) -> str:
-        """The cheapest precision that removes most of the layer's loss, else the one that removes most."""
-        losses, candidates = self.problem.sensitivities, self.problem.candidates[layer]
-        allowed = (1.0 - removed_loss) * losses[layer, candidates[0]]
-        higher = sorted(candidates[1:], key=lambda p: self.problem.costs[layer, p])
-        for precision in higher:
-            if losses[layer, precision] <= allowed:
-                return precision
-        return min(candidates, key=lambda p: losses[layer, p])
-
     def _decision(self, layer: str, precision: str) -> LayerDecision:
-        losses, base = self.problem.sensitivities, self.base[layer]
-        measured = f"alone it loses {losses[layer, base]:.3g} in {base}"
+        base = self.base[layer]
+        measured = f"alone it loses {self.losses[layer, base]:.3g} in {base}"
         if precision == base:
             return LayerDecision(precision, "within budget", measured)
-        return LayerDecision(precision, "sensitive", f"{measured}, {losses[layer, precision]:.3g} in {precision}")
+        return LayerDecision(precision, "sensitive", f"{measured}, {self.losses[layer, precision]:.3g} in {precision}")

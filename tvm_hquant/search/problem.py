@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from tvm_hquant.plan import LayerDecision
+
+LayerPrecision = tuple[str, str]
+"""Name of a layer and of a precision."""
 
 Assignment = Mapping[str, str]
 """The precision's name for every layer with weights."""
@@ -18,16 +21,16 @@ class SearchProblem:
 
     Attributes:
         candidates: for each layer the precisions that it may have, the cheapest first. The last one is the most exact.
-        sensitivities: loss of the whole network when one layer alone has a precision, by (layer, precision), lower is
-            better. Measured on calibration samples.
+        measure: loss of the whole network when one layer alone has a precision, for all the given (layer, precision),
+            lower is better. Measured on calibration samples; asking for many at once is cheaper, asking again is free.
         costs: predicted cost of a layer in a precision, in cycles, by (layer, precision).
         evaluate: true joint loss of an assignment on the search samples, in the unit of ``budget``.
         budget: the largest loss allowed.
     """
 
     candidates: Mapping[str, tuple[str, ...]]
-    sensitivities: Mapping[tuple[str, str], float]
-    costs: Mapping[tuple[str, str], float]
+    measure: Callable[[Sequence[LayerPrecision]], Mapping[LayerPrecision, float]]
+    costs: Mapping[LayerPrecision, float]
     evaluate: Callable[[Assignment], float]
     budget: float
 

@@ -5,8 +5,7 @@ Source: X. Mao, "Hierarchical Quantization Algorithm for Deep Learning Network M
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 from tvm_hquant.calibration.samples import DataSource
 from tvm_hquant.precision import FLOAT32, parse_precision
@@ -14,31 +13,35 @@ from tvm_hquant.session import QuantizationSession
 from tvm_hquant.simulator.metrics import METRICS
 
 
-@dataclass(frozen=True)
 class SensitivityTable:
-    """Losses by (layer, precision), in ``metric``, on ``samples`` samples."""
-
-    losses: Mapping[tuple[str, str], float]
-    metric: str
-    samples: int
-
-    def of_layer(self, layer: str) -> dict[str, float]:
-        """The losses of one layer by precision."""
-        return {precision: loss for (name, precision), loss in self.losses.items() if name == layer}
-
-
-def measure_sensitivities(
-    session: QuantizationSession, candidates: Mapping[str, Sequence[str]], samples: DataSource, metric: str = "kl"
-) -> SensitivityTable:
-    """The table for all candidates of all layers with weights.
+    """Losses by (layer, precision), measured when they are asked for.
 
     The loss is a smooth one by default, the divergence from the float model's own output: with a few dozen samples the
     share of right classes would tell most layers apart by chance. float32 loses nothing and is not run.
+
+    Args:
+        session: the calibrated model.
+        samples: to measure on.
+        metric: name of a metric that needs no labels.
     """
-    everything_float = {layer.name: FLOAT32 for layer in session.graph.anchors}
-    pairs = [(layer, p) for layer, precisions in candidates.items() for p in precisions if p != "float32"]
-    programs = [session.program({**everything_float, layer: parse_precision(p)}) for layer, p in pairs]
-    scores = session.evaluate(programs, samples, METRICS[metric], "measuring layers")
-    losses = {pair: score.loss for pair, score in zip(pairs, scores, strict=True)}
-    losses.update({(layer, "float32"): 0.0 for layer, precisions in candidates.items() if "float32" in precisions})
-    return SensitivityTable(losses, metric, samples.count or len(scores[0].scores if scores else ()))
+
+    def __init__(self, session: QuantizationSession, samples: DataSource, metric: str = "kl") -> None:
+        self._session = session
+        self._samples = samples
+        self._metric = METRICS[metric]
+        self._losses: dict[tuple[str, str], float] = {}
+
+    def measure(self, pairs: Sequence[tuple[str, str]]) -> dict[tuple[str, str], float]:
+        """Losses of the network with one layer alone in a precision, for all pairs (layer, precision)."""
+        self._losses.update({pair: 0.0 for pair in pairs if pair[1] == "float32"})
+        missing = [pair for pair in dict.fromkeys(pairs) if pair not in self._losses]
+        if missing:
+            everything_float = {layer.name: FLOAT32 for layer in self._session.graph.anchors}
+            programs = [self._session.program({**everything_float, n: parse_precision(p)}) for n, p in missing]
+            scores = self._session.evaluate(programs, self._samples, self._metric, "measuring layers")
+            self._losses.update({pair: score.loss for pair, score in zip(missing, scores, strict=True)})
+        return {pair: self._losses[pair] for pair in pairs}
+
+    def of_layer(self, layer: str) -> dict[str, float]:
+        """The losses of one layer by precision, as far as they were measured."""
+        return {precision: loss for (name, precision), loss in self._losses.items() if name == layer}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from tvm import IRModule, relax
 
 from tvm_hquant.compilation import build_module
 from tvm_hquant.kernel_calls import is_view, kernel_symbol
-from tvm_hquant.kernels.interface import Kernel, KernelFamily, KernelRequest
+from tvm_hquant.kernels.interface import Kernel, KernelFamily, KernelRequest, LayerConstants
 from tvm_hquant.kernels.registry import select_kernel
 from tvm_hquant.layers import LayerGraph, read_layers
 from tvm_hquant.passes.simulate_quantization import simulate_quantization
@@ -22,6 +23,15 @@ from tvm_hquant.simulator.program import Program, Step
 from tvm_hquant.tensor_format import STORAGE_DTYPE
 
 Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, eq=False)
+class _BoundKernel:
+    """A compiled kernel with the packed constants of one layer; ``source`` is kept so that its identity stays its own."""
+
+    function: Any
+    constants: tuple[Any, ...]
+    source: LayerConstants
 
 
 class SimulationEngine:
@@ -46,7 +56,7 @@ class SimulationEngine:
         self._kernels: dict[KernelRequest, Kernel] = {}
         self._functions: dict[str, Any] = {}
         self._machine: Any = None
-        self._packed: dict[int, tuple[Any, ...]] = {}
+        self._bound: dict[int, _BoundKernel] = {}
         self._kept: dict[int, Any] = {}
         self._pool: dict[tuple[tuple[int, ...], str], list[Any]] = {}
 
@@ -82,8 +92,8 @@ class SimulationEngine:
             available = {**values, **own} if number else values
             results.append(tuple(available[key].numpy() for key in program.outputs))
             for step in program.steps:
-                # A view shares the memory of what it views, which is released itself.
-                if step.key in own and not (step.request is not None and is_view(step.request)):
+                # A view shares the memory of what it views, which is released itself; TVM's own operators bring their own.
+                if step.key in own and step.request is not None and not is_view(step.request):
                     self._release(own[step.key])
         return results
 
@@ -122,15 +132,13 @@ class SimulationEngine:
                 continue
             if only is not None and step.layer.name != only:
                 continue
-            kernel = self._kernels[step.request]
-            function = self._functions[kernel_symbol(kernel)]
-            arguments = [values[k] for k in step.inputs]
+            bound = self._bound_kernel(step)
             output = self._pooled_buffer(step.request.operator.output_shape, STORAGE_DTYPE[step.request.output])
-            call = (*arguments, *self._constants(step, kernel), output)
+            call = (*(values[k] for k in step.inputs), *bound.constants, output)
             samples = []
             for _ in range(repeat + 1):
                 start = time.perf_counter()
-                function(*call)
+                bound.function(*call)
                 samples.append(time.perf_counter() - start)
             # The first call brings weights and code into the caches.
             times[step.layer.name] = 1e6 * statistics.median(samples[1:])
@@ -161,18 +169,19 @@ class SimulationEngine:
             return arguments[0]._create_view(shape)
         dtype = STORAGE_DTYPE[request.output]
         output = self._kept_buffer(step.key, shape, dtype) if keep else self._pooled_buffer(shape, dtype)
-        kernel = self._kernels[request]
-        self._functions[kernel_symbol(kernel)](*arguments, *self._constants(step, kernel), output)
+        bound = self._bound_kernel(step)
+        bound.function(*arguments, *bound.constants, output)
         return output
 
-    def _constants(self, step: Step, kernel: Kernel) -> tuple[Any, ...]:
+    def _bound_kernel(self, step: Step) -> _BoundKernel:
         identity = id(step.constants)
-        if identity not in self._packed:
+        if identity not in self._bound:
             assert step.constants is not None
+            assert step.request is not None
+            kernel = self._kernels[step.request]
             packed = tuple(tvm.runtime.tensor(a, self._device) for a in kernel.pack(step.constants))
-            # The constants are kept with what was made of them, so that their identity stays theirs.
-            self._packed[identity] = (*packed, step.constants)
-        return self._packed[identity][:-1]
+            self._bound[identity] = _BoundKernel(self._functions[kernel_symbol(kernel)], packed, step.constants)
+        return self._bound[identity]
 
     def _kept_buffer(self, key: int, shape: tuple[int, ...], dtype: str) -> Any:
         if key not in self._kept:

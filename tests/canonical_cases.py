@@ -1,0 +1,307 @@
+"""Small ONNX models, one for each spelling that ``canonicalize`` and ``convert_layout`` handle, with what must be left."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tests.onnx_models import node, onnx_model, random_weights
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """A model and the operators that its ``main`` holds after both passes, sorted.
+
+    The permute_dims that a channels-last graph needs at its ends are counted too.
+    """
+
+    name: str
+    model: Any
+    operators: str
+
+
+_CONV = random_weights(w=(6, 4, 3, 3), b=(6,))
+_BN = random_weights(2, gamma=(6,), beta=(6,), mean=(6,), variance=(6,))
+_BN4 = random_weights(3, gamma=(4,), beta=(4,), mean=(4,), variance=(4,))
+_BN_INPUTS = "gamma beta mean variance"
+_ENDS = " permute_dims permute_dims"
+
+
+def _numbers(**values: Any) -> dict[str, Any]:
+    return {name: np.asarray(v, np.float32 if isinstance(v, float) else np.int64) for name, v in values.items()}
+
+
+def clip_cases() -> list[Case]:
+    limits = {"lo": np.float32(0.0), "hi": np.float32(1.0)}
+    conv = node("Conv", "x w b", "c", pads=[1, 1, 1, 1])
+    return [
+        Case("clip", onnx_model([conv, node("Clip", "c lo hi", "y")], _CONV | limits), "add clip conv2d" + _ENDS),
+        Case("clip_with_attributes", onnx_model([node("Clip", "x", "y", min=-0.5, max=0.5)], opset=9), "clip"),
+        Case("clip_from_zero", onnx_model([node("Clip", "x lo", "y")], limits), "nn.relu"),
+        Case("clip_upper_only", onnx_model([node("Clip", "x - hi", "y")], limits), "clip"),
+        Case("clip_reversed", onnx_model([node("Clip", "x hi lo", "y")], limits), "clip"),
+        Case("relu_then_clip", onnx_model([node("Relu", "x", "r"), node("Clip", "r - hi", "y")], limits), "clip"),
+    ]
+
+
+def affine_cases() -> list[Case]:
+    conv, biased = node("Conv", "x w", "c"), node("Conv", "x w b", "c")
+    batch_norm = node("BatchNormalization", f"c {_BN_INPUTS}", "y")
+    vectors = random_weights(4, s=(6,), t=(6,))
+    scaled = [node("Unsqueeze", "s axes", "s3"), node("Mul", "n s3", "m"), node("Unsqueeze", "t axes", "t3")]
+    scaled.append(node("Add", "t3 m", "y"))
+    dense = random_weights(5, dw=(5, 6), db=(6,), dt=(6, 5))
+    rows = {"x": (2, 5)}
+    normalized = random_weights(6, offset=(4, 1, 1), deviation_variance=(4, 1, 1))
+    return [
+        Case("batch_norm", onnx_model([conv, batch_norm], _CONV | _BN), "add conv2d" + _ENDS),
+        Case("batch_norm_after_bias", onnx_model([biased, batch_norm], _CONV | _BN), "add conv2d" + _ENDS),
+        Case(
+            "batch_norm_alone",
+            onnx_model([node("BatchNormalization", f"x {_BN_INPUTS}", "y")], _BN4),
+            "add conv2d" + _ENDS,
+        ),
+        Case(
+            "batch_norm_of_shared_tensor",
+            onnx_model([conv, node("BatchNormalization", f"c {_BN_INPUTS}", "n"), node("Add", "n c", "y")], _CONV | _BN),
+            "add add conv2d conv2d" + _ENDS,
+        ),
+        Case(
+            "scale_and_shift_after_batch_norm",
+            onnx_model(
+                [conv, node("BatchNormalization", f"c {_BN_INPUTS}", "n"), *scaled],
+                _CONV | _BN | vectors | {"axes": np.array([1, 2])},
+            ),
+            "add conv2d" + _ENDS,
+        ),
+        Case(
+            "input_normalization",
+            onnx_model([node("Sub", "x offset", "d"), node("Div", "d deviation_variance", "y")], normalized),
+            "add conv2d" + _ENDS,
+        ),
+        Case(
+            "dense",
+            onnx_model([node("MatMul", "x dw", "p"), node("Add", "db p", "y")], dense, rows),
+            "add matmul",
+        ),
+        Case(
+            "gemm",
+            onnx_model([node("Gemm", "x dt db", "y", transB=1, alpha=0.5, beta=2.0)], dense, rows),
+            "add matmul",
+        ),
+        Case(
+            "batch_norm_after_dense",
+            onnx_model([node("MatMul", "x dw", "c"), batch_norm], dense | _BN, rows),
+            "add matmul",
+        ),
+        Case(
+            "batch_norm_of_rows",
+            onnx_model([node("BatchNormalization", f"x {_BN_INPUTS}", "y")], _BN, {"x": (3, 6)}),
+            "add multiply",
+        ),
+    ]
+
+
+def padding_cases() -> list[Case]:
+    pads = {"p": np.array([0, 0, 1, 0, 0, 0, 0, 2])}
+    pad = node("Pad", "x p", "q")
+    ones = {"p": np.array([0, 0, 1, 1, 0, 0, 1, 1])}
+    average = node("AveragePool", "q", "y", kernel_shape=[3, 3], strides=[2, 2])
+    return [
+        Case(
+            "pad_then_conv",
+            onnx_model([pad, node("Conv", "q w", "y", pads=[1, 0, 0, 1])], _CONV | pads),
+            "conv2d" + _ENDS,
+        ),
+        Case(
+            "conv_same_upper",
+            onnx_model([node("Conv", "x w", "y", auto_pad="SAME_UPPER", strides=[2, 2])], _CONV),
+            "conv2d" + _ENDS,
+        ),
+        Case(
+            "conv_same_lower",
+            onnx_model([node("Conv", "x w", "y", auto_pad="SAME_LOWER", strides=[2, 2])], _CONV),
+            "conv2d" + _ENDS,
+        ),
+        Case("pad_then_average_pool", onnx_model([pad, average], pads), "nn.avg_pool2d" + _ENDS),
+        Case(
+            "pad_then_max_pool",
+            onnx_model([pad, node("MaxPool", "q", "y", kernel_shape=[2, 2], strides=[2, 2])], pads),
+            "nn.max_pool2d nn.pad" + _ENDS,
+        ),
+        Case(
+            "pad_with_number",
+            onnx_model([node("Pad", "x p v", "q"), node("Conv", "q w", "y")], _CONV | ones | {"v": np.float32(0.5)}),
+            "conv2d nn.pad" + _ENDS,
+        ),
+        Case(
+            "pad_channels",
+            onnx_model([node("Relu", "x", "r"), node("Pad", "r p", "y")], {"p": np.array([0, 2, 0, 0, 0, 1, 0, 0])}),
+            "nn.pad nn.relu",
+        ),
+    ]
+
+
+def pooling_cases() -> list[Case]:
+    def pooled(kind: str, **attributes: Any) -> Any:
+        return onnx_model([node(kind, "x", "y", **attributes)])
+
+    window = {"kernel_shape": [3, 3], "strides": [2, 2]}
+    return [
+        Case("max_pool_ceil", pooled("MaxPool", ceil_mode=1, **window), "nn.max_pool2d" + _ENDS),
+        Case("average_pool_ceil", pooled("AveragePool", ceil_mode=1, **window), "nn.avg_pool2d" + _ENDS),
+        Case(
+            "average_pool_uncounted",
+            pooled("AveragePool", pads=[1, 0, 0, 1], ceil_mode=1, **window),
+            "nn.avg_pool2d" + _ENDS,
+        ),
+        Case(
+            "average_pool_counted",
+            pooled("AveragePool", pads=[1, 1, 1, 1], count_include_pad=1, kernel_shape=[3, 3]),
+            "nn.avg_pool2d" + _ENDS,
+        ),
+        Case("average_pool_of_everything", pooled("AveragePool", kernel_shape=[8, 8]), "mean permute_dims reshape"),
+        Case("global_average_pool", pooled("GlobalAveragePool"), "mean permute_dims reshape"),
+        Case("reduce_mean", pooled("ReduceMean", axes=[-1, -2], keepdims=0), "mean permute_dims reshape"),
+        Case(
+            "local_response_normalization",
+            pooled("LRN", size=3, alpha=0.3, beta=0.6, bias=2.0),
+            "add avg_pool3d divide multiply multiply power reshape reshape",
+        ),
+    ]
+
+
+def movement_cases() -> list[Case]:
+    conv = node("Conv", "x w b", "c", pads=[1, 1, 1, 1])
+    shapes = _numbers(five=[1, 2, 3, 8, 8], four=[1, 6, 8, 8], rows=[1, -1])
+    shuffle = [
+        node("Reshape", "c five", "g"),
+        node("Transpose", "g", "t", perm=[0, 2, 1, 3, 4]),
+        node("Reshape", "t four", "y"),
+    ]
+    slices = _numbers(b1=[1], e1=[7], a2=[2], b2=[0], e2=[100], s2=[2], ac=[1], bc=[1], ec=[-1])
+    sliced = [
+        node("Slice", "c b1 e1 a2", "d"),
+        node("Slice", "d b2 e2 a2 s2", "e"),
+        node("Slice", "e bc ec ac", "y"),
+    ]
+    dense = random_weights(7, fw=(6 * 8 * 8, 5), fb=(5,))
+    last = random_weights(8, lw=(6, 4, 1, 1))
+    return [
+        Case("channel_shuffle", onnx_model([conv, *shuffle], _CONV | shapes), "add conv2d take" + _ENDS),
+        Case("slices", onnx_model([conv, *sliced], _CONV | slices), "add conv2d strided_slice" + _ENDS),
+        Case(
+            "split",
+            onnx_model([conv, node("Split", "c", "l r", axis=1), node("Mul", "l r", "y")], _CONV),
+            "add conv2d multiply strided_slice strided_slice" + _ENDS,
+        ),
+        Case(
+            "flatten_then_dense",
+            onnx_model([conv, node("Flatten", "c", "f"), node("Gemm", "f fw fb", "y")], _CONV | dense),
+            "add add conv2d matmul permute_dims reshape",
+        ),
+        Case(
+            "flatten_for_two",
+            onnx_model(
+                [conv, node("Flatten", "c", "f"), node("Gemm", "f fw fb", "g"), node("Softmax", "f", "z", axis=1)],
+                _CONV | dense,
+                outputs="g z",
+            ),
+            "Tuple add add conv2d matmul nn.softmax permute_dims permute_dims reshape",
+        ),
+        Case(
+            "channels_last_model",
+            onnx_model(
+                [
+                    node("Transpose", "x", "t", perm=[0, 3, 1, 2]),
+                    node("Conv", "t lw", "c"),
+                    node("Transpose", "c", "y", perm=[0, 2, 3, 1]),
+                ],
+                last,
+                {"x": (1, 8, 8, 4)},
+            ),
+            "conv2d",
+        ),
+        Case(
+            "squeeze_and_unsqueeze",
+            onnx_model(
+                [node("GlobalAveragePool", "x", "m"), node("Squeeze", "m a", "s"), node("Unsqueeze", "s a", "y")],
+                _numbers(a=[2, 3]),
+            ),
+            "mean permute_dims reshape",
+        ),
+    ]
+
+
+def elementwise_cases() -> list[Case]:
+    conv = node("Conv", "x w b", "c", pads=[1, 1, 1, 1])
+    both = [node("Conv", "x w b", "c"), node("Conv", "x v", "d")]
+    weights = _CONV | random_weights(9, v=(6, 4, 3, 3))
+    slope = random_weights(10, slope=(6, 1, 1))
+
+    def unary(operator: str, operators: str, opset: int = 14, **attributes: Any) -> Case:
+        model = onnx_model([conv, node(operator, "c", "y", **attributes)], _CONV, opset=opset)
+        return Case(operator.lower(), model, operators + _ENDS)
+
+    return [
+        unary("LeakyRelu", "add conv2d nn.leakyrelu", alpha=0.1),
+        unary("Sigmoid", "add conv2d sigmoid"),
+        unary("HardSigmoid", "add clip conv2d"),
+        unary("HardSwish", "add add clip conv2d divide multiply"),
+        unary("Dropout", "add conv2d"),
+        unary("Identity", "add conv2d"),
+        Case(
+            "silu",
+            onnx_model([conv, node("Sigmoid", "c", "s"), node("Mul", "s c", "y")], _CONV),
+            "add conv2d nn.silu" + _ENDS,
+        ),
+        Case(
+            "prelu",
+            onnx_model([conv, node("PRelu", "c slope", "y")], _CONV | slope),
+            "add conv2d nn.prelu" + _ENDS,
+        ),
+        Case(
+            "sum_of_three",
+            onnx_model([*both, node("Sum", "c d c", "y")], weights),
+            "add add add conv2d conv2d" + _ENDS,
+        ),
+        Case("max_of_two", onnx_model([*both, node("Max", "c d", "y")], weights), "add conv2d conv2d maximum" + _ENDS),
+        Case(
+            "mean_of_two",
+            onnx_model([*both, node("Mean", "c d", "y")], weights),
+            "add add conv2d conv2d multiply" + _ENDS,
+        ),
+        Case(
+            "concat_channels",
+            onnx_model([*both, node("Concat", "c d c", "y", axis=1)], weights),
+            "add concat conv2d conv2d" + _ENDS,
+        ),
+        Case(
+            "softmax_over_channels",
+            onnx_model([conv, node("Softmax", "c", "y", axis=1)], _CONV),
+            "add conv2d nn.softmax" + _ENDS,
+        ),
+        Case(
+            "gate_by_channel",
+            onnx_model([conv, node("GlobalAveragePool", "c", "g"), node("Mul", "c g", "y")], _CONV),
+            "add conv2d mean multiply" + _ENDS,
+        ),
+        Case(
+            "grouped_conv",
+            onnx_model([node("Conv", "x g", "y", group=2, dilations=[2, 2])], random_weights(g=(6, 2, 2, 2))),
+            "conv2d" + _ENDS,
+        ),
+    ]
+
+
+def all_cases() -> list[Case]:
+    return [
+        *clip_cases(),
+        *affine_cases(),
+        *padding_cases(),
+        *pooling_cases(),
+        *movement_cases(),
+        *elementwise_cases(),
+    ]
