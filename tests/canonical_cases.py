@@ -65,7 +65,9 @@ def affine_cases() -> list[Case]:
         ),
         Case(
             "batch_norm_of_shared_tensor",
-            onnx_model([conv, node("BatchNormalization", f"c {_BN_INPUTS}", "n"), node("Add", "n c", "y")], _CONV | _BN),
+            onnx_model(
+                [conv, node("BatchNormalization", f"c {_BN_INPUTS}", "n"), node("Add", "n c", "y")], _CONV | _BN
+            ),
             "add add conv2d conv2d" + _ENDS,
         ),
         Case(
@@ -136,6 +138,8 @@ def padding_cases() -> list[Case]:
             onnx_model([node("Pad", "x p v", "q"), node("Conv", "q w", "y")], _CONV | ones | {"v": np.float32(0.5)}),
             "conv2d nn.pad" + _ENDS,
         ),
+        # Another loop nest from the importer, which must not be taken for the pad that its name resembles.
+        Case("reflecting_pad", onnx_model([node("Pad", "x p", "y", mode="reflect")], ones), "call_tir"),
         Case(
             "pad_channels",
             onnx_model([node("Relu", "x", "r"), node("Pad", "r p", "y")], {"p": np.array([0, 2, 0, 0, 0, 1, 0, 0])}),

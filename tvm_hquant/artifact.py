@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 import shutil
 import tempfile
@@ -31,6 +32,9 @@ from tvm_hquant.report.quantization_report import QuantizationReport
 from tvm_hquant.runtime import LIBRARY_NAME, MANIFEST_VERSION, Artifact
 from tvm_hquant.target_spec import TargetSpec
 
+_CODE_BYTES = 8 * 2**20
+"""Room that is asked for besides the constants, generously: for compiled code and the linker's tables."""
+
 
 def compile_artifact(
     module: IRModule,
@@ -52,9 +56,10 @@ def compile_artifact(
     lowered = lower(module, plan, spec, families, observe)
     executable = build_module(lowered, spec.tvm_target(), spec.name)
     folder = Path(tempfile.mkdtemp(prefix="tvm_hquant_"))
+    graph = read_layers(module)
     try:
+        _check_space(folder, graph)
         _export(executable, folder / LIBRARY_NAME, spec)
-        graph = read_layers(module)
         plan.save(folder)
         floats = [n for n, p in plan.precisions().items() if p.arithmetic is Arithmetic.FLOAT]
         save_weights(folder / "weights.npz", graph, floats)
@@ -69,6 +74,19 @@ def compile_artifact(
     artifact = Artifact(folder, manifest)
     weakref.finalize(artifact, shutil.rmtree, folder, ignore_errors=True)
     return artifact
+
+
+def _check_space(folder: Path, graph: LayerGraph) -> None:
+    """Makes sure that object files and library fit on the disk: where they do not, LLVM ends the whole process.
+
+    Raises:
+        OSError: they do not.
+    """
+    constants = sum(4 * layer.parameter_count for layer in graph.layers)
+    if hasattr(os, "posix_fallocate"):
+        with tempfile.TemporaryFile(dir=folder) as file:
+            # Object files, library and plan hold the constants once each.
+            os.posix_fallocate(file.fileno(), 0, 3 * constants + _CODE_BYTES)
 
 
 def _export(executable: Any, path: Path, spec: TargetSpec) -> None:

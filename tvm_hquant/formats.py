@@ -93,8 +93,10 @@ def follow_consumers(
         elif wanted.is_integer and _shrinks_float(graph, layer, anchors):
             detail = "made by a float layer and smaller behind this one: converted after it"
             chosen[layer.name] = FollowedPrecision(FLOAT32, "cast cost", detail)
+        elif wanted.is_integer:
+            chosen[layer.name] = FollowedPrecision(wanted, "as its readers", "")
         else:
-            detail = "as the layers that read it" if graph.consumers[layer.name] else "makes a graph output"
+            detail = "the layers that read it are in float" if graph.consumers[layer.name] else "makes a graph output"
             chosen[layer.name] = FollowedPrecision(wanted, "cast cost", detail)
     return chosen
 

@@ -48,7 +48,7 @@ def _inspect(session: QuantizationSession, layer: Layer) -> InspectedLayer:
 def _reason(session: QuantizationSession, layer: Layer, precision: Precision) -> str | None:
     against = session.spec.reason_against(precision.name, layer.operator_kind, layer.name)
     if against is not None:
-        return f"the spec forbids: {against}"
+        return against
     if not layer.is_anchor:
         if precision.name != "float32" and is_float_only(layer, precision):
             return "no kernel: computed in float32"

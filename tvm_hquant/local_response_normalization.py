@@ -56,7 +56,7 @@ def _ending_at(index: int, bindings: Sequence[tuple[Any, Any]]) -> FoundNormaliz
     def number(tensor: Any, operator: str, neutral: float) -> tuple[Any, float]:
         """The other operand of an operator with a number, and the number; the tensor itself where there is none."""
         at = position.get(tensor) if isinstance(tensor, relax.Var) else None
-        call = bindings[at][1] if at is not None else None
+        call: Any = bindings[at][1] if at is not None else None
         if operator_name(call) != operator or _number(call.args[1]) is None:
             return tensor, neutral
         chain.append(position[tensor])
@@ -109,5 +109,3 @@ def _is_private(chain: Sequence[int], bindings: Sequence[tuple[Any, Any]]) -> bo
     inner = {bindings[i][0] for i in chain[1:]}
     readers = [i for i, (_, value) in enumerate(bindings) if any(v in inner for v in variables(value))]
     return set(readers) <= set(chain)
-
-

@@ -33,7 +33,8 @@ PLAN_VERSION = 1
 class LayerDecision:
     """The precision of one layer and why.
 
-    ``reason`` is one of: within budget, sensitive, no kernel, the spec forbids, cast cost, chosen by the user.
+    ``reason`` is one of: within budget, sensitive, no kernel, the spec forbids, cast cost, chosen by the user, and for
+    layers without weights also: as its readers.
     ``detail`` says it in a sentence.
     """
 

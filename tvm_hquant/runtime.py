@@ -25,6 +25,7 @@ Array = npt.NDArray[Any]
 
 MANIFEST_VERSION = 1
 LIBRARY_NAME = "model.so"
+_FIELDS = {"inputs": list, "outputs": list, "target": dict, "library": str}
 
 
 def use_all_cores() -> None:
@@ -56,6 +57,9 @@ def read_manifest(folder: Path | str) -> dict[str, Any]:
     if not isinstance(manifest, dict) or manifest.get("version") != MANIFEST_VERSION:
         raise ArtifactError(f"{path} has version {manifest.get('version') if isinstance(manifest, dict) else None!r}, "
                             f"this release reads {MANIFEST_VERSION}; compile the model again")  # fmt: skip
+    wrong = [name for name, kind in _FIELDS.items() if not isinstance(manifest.get(name), kind)]
+    if wrong:
+        raise ArtifactError(f"{path} is damaged: {', '.join(wrong)} missing or wrong; compile the model again")
     return manifest
 
 
@@ -142,7 +146,7 @@ class Artifact:
         Raises:
             ArtifactError: the folder holds something else, or cannot be written.
         """
-        target = Path(path)
+        target = Path(os.path.abspath(path))
         check_destination(target)
         if target.resolve() == self.folder.resolve():
             return self
@@ -150,13 +154,17 @@ class Artifact:
         old = target.with_name(f".{target.name}.{os.getpid()}.old")
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copytree(self.folder, aside)
+            aside.mkdir()
+            for file in self.folder.iterdir():
+                shutil.copy2(file, aside / file.name)
             if target.exists():
                 target.rename(old)
             aside.rename(target)
-        except (OSError, shutil.Error) as error:
-            raise ArtifactError(f"cannot write the artifact {target}: {_reason(error)}") from None
+        except OSError as error:
+            raise ArtifactError(f"cannot write the artifact {path}: {error.strerror or error}") from None
         finally:
+            if old.exists() and not target.exists():
+                old.rename(target)
             shutil.rmtree(aside, ignore_errors=True)
             shutil.rmtree(old, ignore_errors=True)
         return Artifact(target, self.manifest)
@@ -170,7 +178,7 @@ class Artifact:
         Raises:
             DataError: a name, shape or dtype does not fit, the numbers of samples differ, or there are none.
         """
-        arrays = self._checked(inputs)
+        arrays = self.checked_inputs(inputs)
         batch = next(iter(self._inputs.values()))[0][0]
         count = len(next(iter(arrays.values())))
         if count == batch:
@@ -183,7 +191,7 @@ class Artifact:
 
     def time(self, inputs: Mapping[str, Array] | Array, repeat: int = 10) -> list[float]:
         """Seconds of ``repeat`` warm calls on the first samples of ``inputs``, measured on the device by TVM."""
-        arrays = self._checked(inputs)
+        arrays = self.checked_inputs(inputs)
         batch = next(iter(self._inputs.values()))[0][0]
         tensors = [self._tensor(_padded(a[:batch], batch)) for a in arrays.values()]
         self._main(*tensors)
@@ -199,7 +207,12 @@ class Artifact:
 
         return tvm.runtime.tensor(np.ascontiguousarray(array), self.device)
 
-    def _checked(self, inputs: Mapping[str, Array] | Array) -> dict[str, Array]:
+    def checked_inputs(self, inputs: Mapping[str, Array] | Array) -> dict[str, Array]:
+        """Inputs as :meth:`run` takes them, in the order and the dtypes of the model's own.
+
+        Raises:
+            DataError: as :meth:`run`.
+        """
         if not isinstance(inputs, Mapping):
             if len(self._inputs) != 1:
                 raise DataError(
@@ -252,13 +265,6 @@ def check_destination(target: Path) -> None:
         raise ArtifactError(f"{target} is a file: give a folder for the artifact")
     if target.is_dir() and any(target.iterdir()) and not (target / "manifest.json").exists():
         raise ArtifactError(f"{target} is a folder with other files in it: give a new folder for the artifact")
-
-
-def _reason(error: BaseException) -> str:
-    """The operating system's words for an error, out of the list that copying a tree collects."""
-    if isinstance(error, shutil.Error) and error.args and isinstance(error.args[0], list):
-        return str(error.args[0][0][-1])
-    return str(getattr(error, "strerror", None) or error)
 
 
 def _padded(array: Array, batch: int) -> Array:

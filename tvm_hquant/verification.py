@@ -8,6 +8,7 @@ compared with those of the chain.
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,9 @@ from tvm_hquant.kernel_calls import is_view, kernel_symbol
 from tvm_hquant.kernels.interface import KernelFamily
 from tvm_hquant.kernels.registry import families_for_target, select_kernel
 from tvm_hquant.layer_record import graph_from_record
+from tvm_hquant.layers import LayerGraph
 from tvm_hquant.plan import PrecisionPlan, load_plan
+from tvm_hquant.precision import Arithmetic
 from tvm_hquant.relax_functions import function_identifier
 from tvm_hquant.runtime import Artifact
 from tvm_hquant.session import Progress, silent_progress
@@ -114,13 +117,15 @@ def verify_artifact(
         progress: wraps the loop over samples.
 
     Raises:
-        ArtifactError: files are missing, or the library lacks a kernel that the plan needs.
+        ArtifactError: files are missing or damaged, or the library lacks a kernel that the plan needs.
+        DataError: a sample does not fit the model.
     """
     plan, program = artifact_program(artifact)
     spec = read_target_spec(artifact.manifest["target"]["spec"], "the artifact's target spec")
     families = families_for_target(spec.instruction_sets)
     board = _Board(artifact, rpc)
-    samples = list(inputs) if inputs is not None else _random_inputs(artifact.manifest, plan)
+    given = list(inputs) if inputs is not None else _random_inputs(artifact.manifest, plan)
+    samples = [_checked_sample(artifact, sample) for sample in given]
     tallies: dict[int, list[float]] = {}
     equal = True
     for sample in progress("verifying", samples, len(samples)):
@@ -137,19 +142,53 @@ def artifact_program(artifact: Artifact) -> tuple[PrecisionPlan, Program]:
     """Plan and steps of an artifact, from its own files.
 
     Raises:
-        ArtifactError: a file is missing.
+        ArtifactError: a file is missing or damaged, or the plan is not the one that the artifact was made from.
         PlanError: the plan is damaged.
     """
     folder: Path = artifact.folder
-    weights_path = folder / "weights.npz"
-    if not weights_path.is_file():
-        raise ArtifactError(f"{folder} is incomplete: weights.npz is missing; compile the model again")
+    for name in ("plan.json", "plan.npz", "weights.npz"):
+        if not (folder / name).is_file():
+            raise ArtifactError(f"{folder} is incomplete: {name} is missing; compile the model again")
     plan = load_plan(folder / "plan.json")
-    with np.load(weights_path, allow_pickle=False) as archive:
-        weights = {key: archive[key] for key in archive.files}
-    graph = graph_from_record(artifact.manifest["graph"], weights)
+    graph = graph_from_record(artifact.manifest["graph"], _float_weights(folder / "weights.npz"))
+    _check_plan(plan, graph, folder)
     builder = ProgramBuilder(graph, plan.layer_weights)
     return plan, builder.program(plan.precisions(), plan.scales)
+
+
+def _float_weights(path: Path) -> dict[str, Array]:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {key: archive[key] for key in archive.files}
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
+        raise ArtifactError(f"{path} is damaged ({error}); compile the model again") from None
+
+
+def _check_plan(plan: PrecisionPlan, graph: LayerGraph, folder: Path) -> None:
+    """The artifact holds weights only for the precisions that it was compiled with."""
+    precisions = plan.precisions()
+    for layer in graph.layers:
+        precision = precisions.get(layer.name)
+        if precision is not None and not layer.is_anchor:
+            continue
+        if precision is None or not (
+            layer.weights is not None
+            if precision.arithmetic is Arithmetic.FLOAT
+            else plan.weight_precisions.get(layer.name) == precision.name
+        ):
+            raise ArtifactError(
+                f"{folder / 'plan.json'} is not the plan that the artifact was made from: it has no weights for layer "
+                f"{layer.name} in {precision or 'any precision'}; compile the model again with '--plan'"
+            )
+
+
+def _checked_sample(artifact: Artifact, sample: Mapping[str, Array]) -> dict[str, Array]:
+    arrays = artifact.checked_inputs(sample)
+    batch = artifact.manifest["inputs"][0]["shape"][0]
+    count = len(next(iter(arrays.values())))
+    if count != batch:
+        raise DataError(f"a sample to verify with holds {count} rows, the model was compiled for {batch}")
+    return arrays
 
 
 def _check_sample(

@@ -1,3 +1,4 @@
+# ruff: noqa: N805 (a TVMScript module is written as a class, but its functions have no self)
 """canonicalize: what it leaves of each spelling, that it changes no output, and how it names weights."""
 
 from __future__ import annotations
@@ -168,7 +169,9 @@ def test_every_spelling_keeps_its_outputs(case: Case) -> None:
 @given(data=st.data())
 def test_chains_of_scales_and_shifts_fold_into_the_convolution(data: st.DataObject) -> None:
     """Whatever mixture of batch norms, scales and shifts follows, one convolution with one bias computes the same."""
-    kinds = data.draw(st.lists(st.sampled_from(["Add", "Sub", "Mul", "Div", "BatchNormalization"]), min_size=1, max_size=4))
+    kinds = data.draw(
+        st.lists(st.sampled_from(["Add", "Sub", "Mul", "Div", "BatchNormalization"]), min_size=1, max_size=4)
+    )
     weights = random_weights(data.draw(st.integers(0, 99)), w=(5, 4, 1, 1))
     nodes = [node("Conv", "x w", "t0")]
     for i, kind in enumerate(kinds):
@@ -228,5 +231,5 @@ def test_a_batch_norm_without_positive_variance_is_refused() -> None:
     weights = random_weights(w=(2, 4, 1, 1), gamma=(2,), beta=(2,), mean=(2,))
     weights["variance"] = np.array([1.0, -1.0], np.float32)
     nodes = [node("Conv", "x w", "c"), node("BatchNormalization", "c gamma beta mean variance", "y")]
-    with pytest.raises(ModelError, match="gamma.*not positive"):
+    with pytest.raises(ModelError, match=r"gamma.*not positive"):
         canonicalize()(import_onnx(onnx_model(nodes, weights)))

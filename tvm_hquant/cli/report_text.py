@@ -17,19 +17,20 @@ def print_report(report: QuantizationReport, verbose: bool) -> None:
         f"{report.model} for {report.target}: {report.metric} on {counts.held_out} held-out samples "
         f"({counts.calibration} calibrated, {counts.search} searched with)"
     )
+    if verbose:
+        print_layers(report)
+        typer.echo()
     rows = [_row(report, row) for row in report.rows]
     columns = ("", report.metric, "loss (95 % interval)", "agreement", "MACs ≤ 8 bits", "weights", "casts", "")
     print_table(columns, rows, title)
-    if counts.shared:
-        typer.echo(f"warning: {counts.shared} evaluation samples are in the calibration data too")
     promoted = [layer for layer in report.layers if layer.reason == "sensitive"]
     with_weights = [layer for layer in report.layers if layer.macs]
     kinds = ", ".join(f"{count} {kind}" for kind, count in report.conversions.items()) or "none"
     typer.echo(f"{len(promoted)} of {len(with_weights)} layers with weights promoted; casts: {kinds}")
+    if counts.shared:
+        typer.echo(f"warning: {counts.shared} evaluation samples are in the calibration data too", err=True)
     for pattern in report.unused_rules:
-        typer.echo(f"warning: the rule {pattern!r} matches no layer")
-    if verbose:
-        print_layers(report)
+        typer.echo(f"warning: the rule {pattern!r} matches no layer", err=True)
 
 
 def print_layers(report: QuantizationReport) -> None:
@@ -38,7 +39,7 @@ def print_layers(report: QuantizationReport) -> None:
         (layer.name, layer.operator, layer.precision, layer.reason, f"{layer.macs / 1e6:.2f}", layer.detail)
         for layer in report.layers
     ]
-    print_table(("layer", "operator", "precision", "reason", "million MACs", ""), rows, "\nlayers")
+    print_table(("layer", "operator", "precision", "reason", "million MACs", ""), rows, "layers")
 
 
 def _row(report: QuantizationReport, row: ModelRow) -> tuple[str, ...]:

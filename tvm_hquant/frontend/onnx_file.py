@@ -21,6 +21,7 @@ _CHECKER_LIMIT_BYTES = 2**31 - 1
 _STANDARD_DOMAINS = ("", "ai.onnx")
 _CONTRIBUTED_DOMAIN = "com.microsoft"
 _CONTRIBUTED_OPERATORS = ("Gelu", "FastGelu", "BiasGelu", "SkipLayerNormalization", "EmbedLayerNormalization")
+_DROPPED_PREFIX = "onnx::"
 _CONTROL_FLOW = ("If", "Loop", "Scan", "SequenceMap")
 _INPUT_TYPES = ("FLOAT", "UINT8", "INT8", "INT32", "INT64", "BOOL")
 
@@ -181,6 +182,13 @@ def _check_operators(model: Any, label: str) -> None:
 
 
 def _check_weights(model: Any, label: str) -> None:
+    names = {t.name for t in model.graph.initializer}
+    doubled = [n for n in names if n.startswith(_DROPPED_PREFIX) and n.removeprefix(_DROPPED_PREFIX) in names]
+    if doubled:
+        raise ModelError(
+            f"{label}: weights {doubled[0]} and {doubled[0].removeprefix(_DROPPED_PREFIX)} differ by a prefix "
+            "that TVM's importer drops: rename one of them"
+        )
     for tensor in _float_weights(model.graph.initializer):
         try:
             values = onnx.numpy_helper.to_array(tensor)

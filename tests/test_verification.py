@@ -1,0 +1,218 @@
+"""``hquant verify`` is the last witness: protects that it holds for what is right and finds one changed number."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from tests.planned_models import host_spec, named_plan, partitioned, random_samples, shared_session
+from tvm_hquant import numerics
+from tvm_hquant.artifact import compile_artifact
+from tvm_hquant.errors import ArtifactError, DataError, HQuantError, PlanError
+from tvm_hquant.kernels.interface import KernelRequest, LayerConstants
+from tvm_hquant.operators import Conv2D, Dense
+from tvm_hquant.runtime import Artifact, load_artifact, read_manifest
+from tvm_hquant.verification import artifact_program, verify_artifact
+
+Array = npt.NDArray[Any]
+
+
+@pytest.fixture(scope="module")
+def artifacts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
+    """A saved artifact of each small model under its plan ``mixed``."""
+    folder = tmp_path_factory.mktemp("artifacts")
+    return {
+        model: compile_artifact(partitioned(model), named_plan(model, "mixed"), host_spec()).save(folder / model)
+        for model in ("residual", "branches")
+    }
+
+
+@pytest.fixture
+def residual(artifacts: dict[str, Artifact], tmp_path: Path) -> Path:
+    """The folder of an artifact that a test may change."""
+    return artifacts["residual"].save(tmp_path / "artifact").folder
+
+
+def edit_plan(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Rewrites plan.json after a change to its document."""
+    path = folder / "plan.json"
+    document = json.loads(path.read_text(encoding="utf-8"))
+    change(document)
+    path.write_text(json.dumps(document), encoding="utf-8")
+
+
+def edit_weights(folder: Path, key: str, change: Callable[[Array], None]) -> None:
+    """Changes an array of plan.npz, and the hash in plan.json with it, as somebody would who hides it."""
+    with np.load(folder / "plan.npz") as archive:
+        arrays = {name: archive[name] for name in archive.files}
+    change(arrays[key])
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
+    (folder / "plan.npz").write_bytes(buffer.getvalue())
+    digest = hashlib.sha256(buffer.getvalue()).hexdigest()
+    edit_plan(folder, lambda document: document["weights"].update(sha256=digest))
+
+
+@pytest.mark.parametrize("model", ["residual", "branches"])
+def test_mixed_plans_hold(artifacts: dict[str, Artifact], model: str) -> None:
+    """Every kernel of the compiled library gives the bits that the contract says, and the whole module those of its parts."""
+    report = verify_artifact(artifacts[model])
+    assert report.holds
+    assert report.outputs_equal
+    assert report.samples == 2
+    compared = [check for check in report.checks if check.elements]
+    assert {check.layer for check in compared} >= {layer.name for layer in shared_session(model).graph.anchors}
+    _, program = artifact_program(artifacts[model])
+    assert len(report.checks) == len(program.steps)
+    assert {check.kernel for check in report.checks if not check.elements} <= {"view", "tvm"}
+    assert all(check.note for check in report.checks if not check.elements)
+
+
+def test_own_samples(artifacts: dict[str, Artifact]) -> None:
+    """A user's own inputs count every element once for each sample."""
+    data = random_samples(shared_session("residual"), 3)["x"]
+    one = verify_artifact(artifacts["residual"], [{"x": data[:1]}])
+    three = verify_artifact(artifacts["residual"], [{"x": data[i : i + 1]} for i in range(3)])
+    assert three.holds
+    assert [3 * check.elements for check in one.checks] == [check.elements for check in three.checks]
+
+
+@pytest.mark.parametrize(
+    ("key", "change"),
+    [
+        ("conv1/scales", lambda scales: np.multiply(scales, np.float32(1.5), out=scales)),
+        ("conv1/codes", lambda codes: np.negative(codes, out=codes)),
+        ("conv2/bias", lambda bias: np.add(bias, np.float32(3), out=bias)),
+    ],
+)
+def test_constants_inside_the_library_are_those_of_the_plan(
+    residual: Path, key: str, change: Callable[[Array], None]
+) -> None:
+    """Scales, codes or a bias that differ from what was compiled: the parts still fit the plan, the whole does not."""
+    edit_weights(residual, key, change)
+    report = verify_artifact(load_artifact(residual))
+    assert not report.outputs_equal
+    assert not report.holds
+    assert not any(check.different for check in report.checks)
+
+
+def test_a_wrong_kernel_is_named(artifacts: dict[str, Artifact], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where one kernel and the contract disagree in one element, its tensor, layer and kernel are in the report."""
+    evaluate = numerics.evaluate
+
+    def other_contract(request: KernelRequest, constants: LayerConstants, inputs: Sequence[Array]) -> Array:
+        result = evaluate(request, constants, inputs)
+        if isinstance(request.operator, Dense):
+            result = result.copy()
+            result[0, 0] += np.float32(0.25)
+        return result
+
+    monkeypatch.setattr(numerics, "evaluate", other_contract)
+    report = verify_artifact(artifacts["residual"])
+    assert not report.holds
+    assert report.outputs_equal, "the library agrees with itself"
+    (wrong,) = [check for check in report.checks if check.different]
+    assert (wrong.tensor, wrong.layer, wrong.elements, wrong.different) == ("head", "head", 20, 2)
+    assert wrong.largest == pytest.approx(0.25, abs=1e-3)
+    assert wrong.kernel
+
+
+def test_nan_equals_nan_and_zero_is_not_minus_zero(
+    artifacts: dict[str, Artifact], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bits are compared, not values: a difference that NumPy's equality would not see is one."""
+    evaluate = numerics.evaluate
+
+    def other_zero(request: KernelRequest, constants: LayerConstants, inputs: Sequence[Array]) -> Array:
+        result = evaluate(request, constants, inputs)
+        return np.copysign(result, -1) if request.output == "float32" and isinstance(request.operator, Conv2D) else result
+
+    monkeypatch.setattr(numerics, "evaluate", other_zero)
+    silent = verify_artifact(artifacts["residual"], [{"x": np.zeros((1, 3, 8, 8), "float32")}])
+    (wrong,) = [check for check in silent.checks if check.different]
+    assert wrong.tensor == "conv2"
+
+
+def test_a_changed_scale_is_found(residual: Path) -> None:
+    """A tensor's scale in plan.json, with its group."""
+
+    def widen(document: dict[str, Any]) -> None:
+        document["tensors"]["conv1"]["uint16"]["scale"] *= 1.5
+
+    edit_plan(residual, widen)
+    assert not verify_artifact(load_artifact(residual)).holds
+
+
+@pytest.mark.parametrize(("layer", "precision"), [("head", "a8w8"), ("conv1", "a8w4"), ("conv1", "float32")])
+def test_an_edited_plan_is_not_that_of_the_artifact(residual: Path, layer: str, precision: str) -> None:
+    """A precision that was edited after compiling has no weights in the artifact: layer, precision and way out are said."""
+    edit_plan(residual, lambda document: document["layers"][layer].update(precision=precision))
+    with pytest.raises(ArtifactError, match=rf"no weights for layer {layer} in {precision}; compile the model again"):
+        verify_artifact(load_artifact(residual))
+
+
+def test_a_plan_without_a_layer(residual: Path) -> None:
+    """Nor has a layer that was deleted from the plan."""
+    edit_plan(residual, lambda document: document["layers"].pop("max_pool2d_0"))
+    with pytest.raises(ArtifactError, match="layer max_pool2d_0 in any precision"):
+        verify_artifact(load_artifact(residual))
+
+
+def test_a_library_of_another_plan_is_explained(residual: Path, artifacts: dict[str, Artifact]) -> None:
+    """The library of another model in this folder: it has not the kernels that this plan asks for."""
+    (residual / "model.so").unlink()
+    (residual / "model.so").write_bytes((artifacts["branches"].folder / "model.so").read_bytes())
+    with pytest.raises(ArtifactError, match=r"the library has no kernel .*compile the model again"):
+        verify_artifact(load_artifact(residual))
+
+
+@pytest.mark.parametrize("name", ["plan.json", "plan.npz", "weights.npz"])
+@pytest.mark.parametrize("damage", ["missing", "cut off"])
+def test_damaged_files_are_explained(residual: Path, name: str, damage: str) -> None:
+    """Every file that verification reads may be lost or broken: the error names the folder or the file."""
+    path = residual / name
+    data = path.read_bytes()
+    path.unlink()
+    if damage == "cut off":
+        path.write_bytes(data[: len(data) // 2])
+    with pytest.raises(HQuantError, match=rf"{residual}") as caught:
+        verify_artifact(load_artifact(residual))
+    assert isinstance(caught.value, (ArtifactError, PlanError))
+
+
+@pytest.mark.parametrize("address", ["board", "board:", ":9090", "board:nine"])
+def test_wrong_rpc_addresses(artifacts: dict[str, Artifact], address: str) -> None:
+    """The form is checked before anything is sent."""
+    with pytest.raises(DataError, match="is not HOST:PORT"):
+        verify_artifact(artifacts["residual"], rpc=address)
+
+
+def test_nobody_at_the_rpc_address(artifacts: dict[str, Artifact]) -> None:
+    """And how to start a server is said."""
+    with pytest.raises(ArtifactError, match=r"cannot use the RPC server at 127\.0\.0\.1:1: .*rpc_server"):
+        verify_artifact(artifacts["residual"], rpc="127.0.0.1:1")
+
+
+def test_wrong_samples(artifacts: dict[str, Artifact]) -> None:
+    """Samples of another model are refused with the names and shapes that are expected."""
+    shapes: list[tuple[str, tuple[int, ...]]] = [("y", (1, 3, 8, 8)), ("x", (1, 3, 9, 9)), ("x", (2, 3, 8, 8))]
+    for (name, shape), message in zip(shapes, ("x is missing", "expected samples×3×8×8", "holds 2 rows"), strict=True):
+        with pytest.raises(DataError, match=message):
+            verify_artifact(artifacts["residual"], [{name: np.zeros(shape, "float32")}])
+
+
+def test_the_graph_of_the_artifact_is_the_model(artifacts: dict[str, Artifact]) -> None:
+    """Verification needs no model file: the record has every layer, and the weights that the plan does not hold."""
+    manifest = read_manifest(artifacts["branches"].folder)
+    recorded = {entry["name"] for entry in manifest["graph"]["layers"]}
+    assert recorded == set(shared_session("branches").graph.by_name)
+    with np.load(artifacts["branches"].folder / "weights.npz") as weights:
+        assert set(weights.files) == {"merge/weights", "merge/bias"}
