@@ -33,7 +33,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", help="parts of names, with commas between; all by default")
     parser.add_argument("--samples", type=int, default=1000, help="evaluation samples at most")
-    parser.add_argument("--max-drop", type=float, default=0.005, help="budget of the hierarchical search, top-1")
+    parser.add_argument("--max-drop", type=float, default=0.01, help="budget of the hierarchical search, top-1")
     parser.add_argument("--observer", default="mean-squared-error")
     parser.add_argument("--target", default="host")
     parser.add_argument("--json", type=Path)

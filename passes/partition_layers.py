@@ -24,8 +24,8 @@ After::
         lv4 = cls.max_pool2d_0(lv3)
 
 An anchor (convolution or dense layer with constant weights) takes its bias, then one residual addition, then one clamp,
-each only where nothing else reads the value in between. An addition takes a clamp. Every other operator is a layer of
-its own. ``FuseOpsByPattern`` matches the same shapes, but merges equal functions into one; a layer must keep its own.
+each only where nothing else reads the value in between. An addition takes a clamp. Local response normalization is the
+chain of operators that the importer spells it as. Every other operator is a layer of its own. ``FuseOpsByPattern`` matches the same shapes, but merges equal functions into one; a layer must keep its own.
 """
 
 from __future__ import annotations
@@ -51,8 +51,9 @@ from tvm_hquant.describe import (
 )
 from tvm_hquant.errors import ModelError
 from tvm_hquant.layers import LAYER_ATTRIBUTE, OPERATOR_ATTRIBUTE, constant_array, is_constant
+from tvm_hquant.local_response_normalization import find_local_response_normalizations
 from tvm_hquant.operator_codec import encode
-from tvm_hquant.operators import Add, AveragePool2D, Epilogue, Opaque, Operator
+from tvm_hquant.operators import Add, AveragePool2D, Epilogue, LocalResponseNormalization, Opaque, Operator
 from tvm_hquant.relax_functions import function_identifier
 
 _WEIGHT_SUFFIX = re.compile(r"([._/]|__)(weights?|kernel|w)((_\d+)?|:0)$", re.IGNORECASE)
@@ -131,6 +132,10 @@ class _Partitioner:
 
     def _groups(self) -> list[_Group]:
         ends: dict[int, _Group] = {}
+        for found in find_local_response_normalizations([(b.var, b.value) for b in self.bindings]):
+            indices, group = self._finish(list(found.indices), (found.data,), found.operator, None)
+            self.grouped.update(indices)
+            ends[indices[-1]] = group
         for index, binding in enumerate(self.bindings):
             if index in self.grouped:
                 continue
@@ -207,6 +212,8 @@ class _Partitioner:
         kind = operator_name(call).rsplit(".", 1)[-1] or type(operator).__name__.lower()
         if isinstance(operator, AveragePool2D) and operator.output_shape[1:3] == (1, 1):
             kind = "global_average_pool"
+        if isinstance(operator, LocalResponseNormalization):
+            kind = "local_response_normalization"
         number = self.counters.get(kind, 0)
         self.counters[kind] = number + 1
         return f"{kind}_{number}"

@@ -287,7 +287,9 @@ def test_full_disk_while_compiling(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_other_architecture_is_refused(folder: Path) -> None:
     """Before the loader sees a library that it cannot load; what to do is said."""
     edit_manifest(folder, lambda m: m["target"].update(machine="riscv64"))
-    with pytest.raises(ArtifactError, match=rf"\(riscv64\), this machine is {os.uname().machine}: copy it to the target"):
+    with pytest.raises(
+        ArtifactError, match=rf"\(riscv64\), this machine is {os.uname().machine}: copy it to the target"
+    ):
         load_artifact(folder)
     assert read_manifest(folder)["model"], "its manifest can still be read here"
 
@@ -317,7 +319,9 @@ def test_folders_that_are_no_artifact(tmp_path: Path) -> None:
         load_artifact(tmp_path / "file")
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"version": 99}', '{"version": 1}', '{"version": 1, "inputs": 3}'])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "null", '{"version": 99}', '{"version": 1}', '{"version": 1, "inputs": 3}']
+)
 def test_damaged_manifests(folder: Path, text: str) -> None:
     """Whatever stands in the file, the error names it and says what to do."""
     (folder / "manifest.json").write_text(text, encoding="utf-8")

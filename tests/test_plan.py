@@ -124,6 +124,22 @@ def test_weights_may_be_missing(tmp_path: Path) -> None:
     np.testing.assert_array_equal(outputs_of(plan), outputs_of(named_plan("residual", "mixed")))
 
 
+def test_completed_plan_holds_the_codes_of_its_present_precisions() -> None:
+    """What is deployed can be verified without the model: an edited plan gets codes for what it says now, and no others."""
+    graph = read_layers(partitioned("residual"))
+    plan = named_plan("residual", "mixed")
+    edits = {"conv1": LayerDecision("float32", ""), "conv2": LayerDecision("a8w4", ""), "head": LayerDecision("w3", "")}
+    completed = plan.with_layers(edits).completed(graph)
+    assert completed.weight_precisions == {"conv2": "a8w4", "head": "w3"}
+    assert set(completed.weights) == {"conv2", "head"}
+    assert np.unique(completed.weights["conv2"].codes).size <= 16
+    assert plan.completed(graph).weights["conv1"] is plan.weights["conv1"], "codes that a plan holds are kept"
+    one_scale = replace(plan, weights={}, weight_precisions={}).completed(graph, per_channel=False)
+    assert np.unique(one_scale.weights["conv1"].scales).size == 1
+    with pytest.raises(PlanError, match="for another model"):
+        plan.completed(read_layers(partitioned("branches")))
+
+
 WRONG: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "no layers": (lambda d: d.pop("layers"), "the field 'layers' is missing"),
     "no model": (lambda d: d.pop("model"), "the field 'model' is missing"),

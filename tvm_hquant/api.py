@@ -50,9 +50,12 @@ def open_session(
     if spec.rules.power_of_two_scales:
         observer = "power-of-two"
     mod = prepare_module(model, input_shapes, observe)
-    host = spec if spec.is_host_compatible() and "cuda" not in spec.instruction_sets else detect_host()
-    families = families_for_target(host_instruction_sets())
-    return QuantizationSession(mod, spec, families, host.tvm_target(), observer, progress)
+    # A target that this machine could run may leave its better instructions unused: the simulation does not.
+    is_host = spec.instruction_sets == host_instruction_sets() and spec.is_host_compatible()
+    host = spec if is_host else detect_host()
+    return QuantizationSession(
+        mod, spec, families_for_target(host.instruction_sets), host.tvm_target(), observer, progress
+    )
 
 
 def quantize(
@@ -170,7 +173,7 @@ def lowered_module(result: QuantizationResult) -> IRModule:
 def _with_plan(
     session: QuantizationSession, plan: PrecisionPlan, calibration: Any, evaluation: Any, name: str, options: Options
 ) -> QuantizationResult:
-    plan.check_model(session.graph)
+    plan = plan.completed(session.graph, session.spec.rules.weight_scales == "per-channel")
     if evaluation is None:
         return QuantizationResult(session.mod, plan, None, session.spec)
     roles = assign_roles(calibration if calibration is not None else evaluation, evaluation, session.signature, 0)

@@ -52,11 +52,12 @@ def compile_artifact(
         PlanError, PrecisionError: the plan does not fit the model or the target.
         ToolchainError: the target's compiler or linker is missing, or TVM cannot generate code for it.
     """
+    graph = read_layers(module)
+    plan = plan.completed(graph, spec.rules.weight_scales == "per-channel")
     families = families_for_target(spec.instruction_sets)
     lowered = lower(module, plan, spec, families, observe)
     executable = build_module(lowered, spec.tvm_target(), spec.name)
     folder = Path(tempfile.mkdtemp(prefix="tvm_hquant_"))
-    graph = read_layers(module)
     try:
         _check_space(folder, graph)
         _export(executable, folder / LIBRARY_NAME, spec)
@@ -89,7 +90,12 @@ def _check_space(folder: Path, graph: LayerGraph) -> None:
             os.posix_fallocate(file.fileno(), 0, 3 * constants + _CODE_BYTES)
 
 
-def _export(executable: Any, path: Path, spec: TargetSpec) -> None:
+def check_linker(spec: TargetSpec) -> None:
+    """Makes sure that this machine has the compiler with which libraries for a target are linked.
+
+    Raises:
+        ToolchainError: it has not.
+    """
     compiler = spec.target.cross_compiler
     if compiler is not None and shutil.which(compiler) is None:
         raise ToolchainError(
@@ -98,6 +104,11 @@ def _export(executable: Any, path: Path, spec: TargetSpec) -> None:
         )
     if compiler is None and not any(shutil.which(c) for c in ("g++", "gcc", "cc", "clang", "c++")):
         raise ToolchainError("no C compiler was found to link the library: install gcc or clang")
+
+
+def _export(executable: Any, path: Path, spec: TargetSpec) -> None:
+    check_linker(spec)
+    compiler = spec.target.cross_compiler
     try:
         if compiler is None:
             executable.export_library(str(path))

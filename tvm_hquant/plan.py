@@ -69,7 +69,7 @@ class PrecisionPlan:
         """The precision of every layer."""
         return {name: parse_precision(decision.precision) for name, decision in self.layers.items()}
 
-    def layer_weights(self, layer: Layer, precision: Precision) -> QuantizedWeights | None:
+    def layer_weights(self, layer: Layer, precision: Precision, per_channel: bool = True) -> QuantizedWeights | None:
         """Weight codes of a layer: the stored ones, or made now where the plan has none for this precision.
 
         None where the precision stores no codes.
@@ -78,11 +78,28 @@ class PrecisionPlan:
             return None
         if self.weight_precisions.get(layer.name) == precision.name:
             return self.weights[layer.name]
-        return quantize_layer_weights(layer, precision)
+        return quantize_layer_weights(layer, precision, per_channel)
 
     def with_layers(self, layers: Mapping[str, LayerDecision]) -> PrecisionPlan:
         """The plan with some decisions replaced."""
         return replace(self, layers={**self.layers, **layers})
+
+    def completed(self, graph: LayerGraph, per_channel: bool = True) -> PrecisionPlan:
+        """The plan with codes for every layer that needs some, in its present precision, and no others.
+
+        ``per_channel=False`` gives codes that are made now one scale per layer, for targets that have only that.
+
+        Raises:
+            PlanError: the plan is for another model.
+        """
+        self.check_model(graph)
+        precisions = self.precisions()
+        weights: dict[str, QuantizedWeights] = {}
+        for layer in graph.anchors:
+            codes = self.layer_weights(layer, precisions[layer.name], per_channel)
+            if codes is not None:
+                weights[layer.name] = codes
+        return replace(self, weights=weights, weight_precisions={name: precisions[name].name for name in weights})
 
     def check_model(self, graph: LayerGraph) -> None:
         """Makes sure that the plan is for this model.

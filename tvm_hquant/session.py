@@ -9,6 +9,7 @@ from typing import Any
 
 from tvm import IRModule
 
+from tvm_hquant.calibration.channel_means import ChannelMeans
 from tvm_hquant.calibration.observers import MinMaxObserver, make_observer
 from tvm_hquant.calibration.ranges import CalibratedRanges, same_scale_groups
 from tvm_hquant.calibration.samples import DataSource, Signature
@@ -18,6 +19,7 @@ from tvm_hquant.kernels.interface import KernelFamily
 from tvm_hquant.layers import Layer, LayerGraph
 from tvm_hquant.precision import FLOAT32, Precision, parse_precision
 from tvm_hquant.quantized_weights import QuantizedWeights, quantize_layer_weights
+from tvm_hquant.rounding import bias_correction
 from tvm_hquant.simulator.engine import SimulationEngine
 from tvm_hquant.simulator.metrics import Metric, MetricAccumulator, Score
 from tvm_hquant.simulator.program import Program, ProgramBuilder
@@ -84,7 +86,10 @@ class QuantizationSession:
         """Weight codes of a layer in a precision; None for float precisions."""
         if not layer.is_anchor or not (precision.is_integer or precision.name.startswith("w")):
             return None
-        return quantize_layer_weights(layer, precision, self.spec.rules.weight_scales == "per-channel")
+        codes = quantize_layer_weights(layer, precision, self.spec.rules.weight_scales == "per-channel")
+        if self.ranges is None or not precision.is_integer:
+            return codes
+        return bias_correction.corrected(layer, codes, self.ranges.channel_means[layer.inputs[0]])
 
     def calibrate(self, source: DataSource, limit: int | None = None) -> CalibratedRanges:
         """Observes all tensors of the float model in one pass over the samples (at most ``limit``).
@@ -93,6 +98,7 @@ class QuantizationSession:
             DataError: an activation is NaN or infinite; the message names the tensor and the sample.
         """
         observers: dict[str, MinMaxObserver] = {}
+        means = ChannelMeans({layer.inputs[0] for layer in self.graph.anchors})
         self.engine.compile([self.float_program])
         samples = 0
         for sample in self.progress("calibrating", islice(source, limit), _count(source, limit)):
@@ -101,12 +107,13 @@ class QuantizationSession:
                     made = make_observer(self.observer, name)
                     assert isinstance(made, MinMaxObserver)
                     observers[name] = made
+                means.observe(name, values)
                 try:
                     observers[name].observe(values)
                 except DataError as error:
                     raise DataError(f"calibration sample {samples} of {source.name}: {error}") from None
             samples += 1
-        self.ranges = CalibratedRanges(observers, same_scale_groups(self.graph, observers), samples)
+        self.ranges = CalibratedRanges(observers, same_scale_groups(self.graph, observers), means.means(), samples)
         self._codes = frozenset()
         return self.ranges
 

@@ -72,7 +72,7 @@ def fork_casts(first: str, left: str, right: str, last: str) -> list[str]:
     """The conversions of :func:`fork` under four precisions."""
     mod = fork()
     names = [layer.name for layer in read_layers(mod).layers]
-    scales = {tensor: ALL_CODES for tensor in ("x", *names)}
+    scales = dict.fromkeys(("x", *names), ALL_CODES)
     return casts(insert_casts(scales)(annotated(mod, dict(zip(names, (first, left, right, last), strict=True)))))
 
 
@@ -224,7 +224,7 @@ def test_graph_output_is_float32() -> None:
     """Callers get real numbers whatever the last layer computes in."""
     mod = fork()
     names = [layer.name for layer in read_layers(mod).layers]
-    scales = {tensor: ALL_CODES for tensor in ("x", *names)}
+    scales = dict.fromkeys(("x", *names), ALL_CODES)
     for precision in ("a8w8", "int8", "a16w8", "bfloat16"):
         after = insert_casts(scales)(annotated(mod, dict.fromkeys(names, precision)))
         assert str(after["main"].ret_ty.dtype) == "float32"
@@ -242,7 +242,7 @@ def test_module_with_casts_says_in_real_numbers_what_kernels_compute(precisions:
     """Stage 5 is not only typed but means the same as stage 6: with scales that are powers of two, exactly the same."""
     mod = fork()
     names = [layer.name for layer in read_layers(mod).layers]
-    scales = {tensor: ALL_CODES for tensor in ("x", *names)}
+    scales = dict.fromkeys(("x", *names), ALL_CODES)
     cast = insert_casts(scales)(annotated(mod, dict(zip(names, precisions.split(), strict=True))))
     realized = realize_quantization(PrecisionPlan("", "", {}, scales))(cast)
     x = np.random.default_rng(3).normal(0, 9, (1, 6)).astype("float32")

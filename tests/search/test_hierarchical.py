@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import product
 
 import pytest
@@ -18,24 +18,29 @@ COST = {LOW: 1.0, HIGH: 2.0, EXACT: 4.0}
 
 
 class AdditiveModel:
-    """A network whose joint loss is the sum of what its layers lose; counts evaluations."""
+    """A network whose joint loss is the sum of what its layers lose; notes what is measured and evaluated.
 
-    def __init__(self, losses: Mapping[str, Mapping[str, float]]) -> None:
+    ``sizes`` multiplies the costs of a layer; 1 if not given.
+    """
+
+    def __init__(self, losses: Mapping[str, Mapping[str, float]], sizes: Mapping[str, float] | None = None) -> None:
         self.losses = losses
+        self.sizes = sizes or {}
         self.evaluated: list[dict[str, str]] = []
+        self.measured: list[tuple[str, str]] = []
 
     def loss(self, assignment: Assignment) -> float:
         self.evaluated.append(dict(assignment))
         return sum(self.losses[layer][precision] for layer, precision in assignment.items())
 
+    def measure(self, pairs: Sequence[tuple[str, str]]) -> dict[tuple[str, str], float]:
+        self.measured += pairs
+        return {(layer, p): self.losses[layer][p] for layer, p in pairs}
+
     def problem(self, budget: float) -> SearchProblem:
-        return SearchProblem(
-            {layer: tuple(own) for layer, own in self.losses.items()},
-            {(layer, p): loss for layer, own in self.losses.items() for p, loss in own.items()},
-            {(layer, p): COST[p] for layer, own in self.losses.items() for p in own},
-            self.loss,
-            budget,
-        )
+        candidates = {layer: tuple(own) for layer, own in self.losses.items()}
+        costs = {(layer, p): COST[p] * self.sizes.get(layer, 1.0) for layer, own in self.losses.items() for p in own}
+        return SearchProblem(candidates, self.measure, costs, self.loss, budget)
 
 
 def model_of(*losses: tuple[float, float]) -> AdditiveModel:
@@ -59,11 +64,9 @@ def fewest_promotions(model: AdditiveModel, budget: float) -> int:
     """By trying all assignments of all precisions."""
     assignments = (dict(zip(model.losses, choice, strict=True)) for choice in product(COST, repeat=len(model.losses)))
     return min(
-        (
-            sum(p != LOW for p in assignment.values())
-            for assignment in assignments
-            if sum(model.losses[layer][p] for layer, p in assignment.items()) <= budget
-        )
+        sum(p != LOW for p in assignment.values())
+        for assignment in assignments
+        if sum(model.losses[layer][p] for layer, p in assignment.items()) <= budget
     )
 
 
@@ -124,6 +127,24 @@ def test_the_most_sensitive_layers_go_first() -> None:
     assert result.decisions["b"].detail == "alone it loses 30 in a8w8, 0 in a16w8"
 
 
+def test_cheap_layers_are_promoted_before_expensive_ones() -> None:
+    """A depthwise layer that loses half as much at a hundredth of the cost comes first: most work stays in 8 bits."""
+    losses = {"large": {LOW: 4.0, HIGH: 0.0}, "small": {LOW: 2.0, HIGH: 0.0}}
+    model = AdditiveModel(losses, {"large": 100.0, "small": 1.0})
+    assert precisions(HierarchicalStrategy().search(model.problem(4.0))) == {"large": LOW, "small": HIGH}
+    equal = AdditiveModel(losses)
+    assert precisions(HierarchicalStrategy().search(equal.problem(4.0))) == {"large": HIGH, "small": LOW}
+
+
+def test_nothing_but_the_lowest_precision_is_measured_where_that_is_enough() -> None:
+    """The common case is cheap: 8 bits everywhere keep the budget, so no promotion is ever looked at."""
+    model = model_of((1.0, 0.0), (2.0, 0.0))
+    result = HierarchicalStrategy().search(model.problem(3.0))
+    assert (promoted(result), result.loss) == (0, 3.0)
+    assert {p for _, p in model.measured} == {LOW}
+    assert len(model.evaluated) == 1
+
+
 def test_each_layer_gets_the_cheapest_precision_that_removes_its_loss() -> None:
     """16 bits where they help, the exact precision where only that does."""
     result = HierarchicalStrategy().search(model_of((40.0, 4.0), (40.0, 30.0)).problem(4.0))
@@ -138,7 +159,9 @@ def test_few_evaluations() -> None:
     result = HierarchicalStrategy().search(model.problem(200.0))
     assert result.within_budget
     assert len(model.evaluated) == len(result.steps) <= 12
-    assert len({tuple(sorted(a.items())) for a in model.evaluated}) == len(model.evaluated), "nothing is evaluated twice"
+    assert len({tuple(sorted(a.items())) for a in model.evaluated}) == len(model.evaluated), (
+        "nothing is evaluated twice"
+    )
 
 
 @pytest.mark.parametrize("budget", [0.0, 17.0, 60.0])

@@ -100,9 +100,7 @@ def test_shared_steps_have_one_key() -> None:
     assert new == [("max_pool2d_0", True), ("global_average_pool_0", False), ("reshape_0", False), ("head", False)]
 
 
-random_plans = st.lists(
-    st.tuples(*[st.sampled_from(PRECISIONS)] * len(BRANCH_ANCHORS)), min_size=2, max_size=5
-)
+random_plans = st.lists(st.tuples(*[st.sampled_from(PRECISIONS)] * len(BRANCH_ANCHORS)), min_size=2, max_size=5)
 
 
 @given(random_plans, st.integers(0, 2))

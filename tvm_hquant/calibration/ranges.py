@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
+
 from tvm_hquant import numerics
 from tvm_hquant.calibration.observers import MinMaxObserver
 from tvm_hquant.formats import codes_name, is_transparent
@@ -24,11 +27,13 @@ class CalibratedRanges:
     Attributes:
         observers: one per tensor.
         groups: tensors that share one scale; every tensor is in at most one.
+        channel_means: for tensors that layers with weights read, float64 [channels], the mean of every channel.
         samples: how many samples were observed.
     """
 
     observers: Mapping[str, MinMaxObserver]
     groups: tuple[tuple[str, ...], ...]
+    channel_means: Mapping[str, npt.NDArray[np.float64]]
     samples: int
 
     def scales(self, precisions: Iterable[Precision]) -> dict[str, dict[str, TensorFormat]]:

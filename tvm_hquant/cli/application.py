@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from importlib.metadata import version as package_version
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from tvm_hquant.cli.compile_command import compile_command, quickstart_command
 from tvm_hquant.cli.inspect_command import inspect_command
@@ -13,8 +16,24 @@ from tvm_hquant.cli.run_command import run_command
 from tvm_hquant.cli.targets import targets_app
 from tvm_hquant.cli.verify_command import verify_command
 
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it."""
+
+
+class _Commands(TyperGroup):
+    """Says that it was interrupted, which typer does not."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            print("hquant: interrupted; no artifact was written", file=sys.stderr)
+            raise SystemExit(INTERRUPTED) from None
+
+
 application = typer.Typer(
     name="hquant",
+    cls=_Commands,
     help="Turns a float model into the fastest mixed-precision module that a target runs within a loss budget.",
     epilog="Every command takes --debug: the Python traceback of an error.",
     no_args_is_help=True,
@@ -35,3 +54,20 @@ application.add_typer(targets_app, name="targets")
 def version_command() -> None:
     """Show the versions of hquant and TVM."""
     typer.echo(f"hquant {package_version('tvm-hquant')}, apache-tvm {package_version('apache-tvm')}")
+
+
+def _print_version(is_asked_for: bool) -> None:
+    if is_asked_for:
+        version_command()
+        raise typer.Exit()
+
+
+@application.callback()
+def _before_every_command(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the versions and exit.")
+    ] = False,
+) -> None:
+    from tvm_hquant.runtime import use_all_cores
+
+    use_all_cores()

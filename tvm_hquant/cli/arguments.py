@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
+import zipfile
+import zlib
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
-import numpy.typing as npt
 import typer
 
 from tvm_hquant.errors import DataError, ModelError
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 Model = Annotated[Path, typer.Argument(help="The float model: an ONNX file.", show_default=False)]
 Target = Annotated[str, typer.Option("--target", help="Name of a target spec, a TOML file, or 'host'.")]
@@ -60,6 +63,8 @@ def read_inputs(path: Path, names: list[str]) -> dict[str, npt.NDArray[Any]]:
     Raises:
         DataError: the file cannot be read.
     """
+    import numpy as np  # here, so that --help is quick
+
     try:
         loaded = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from tvm_hquant.cli.arguments import (
     Calibration,
@@ -21,7 +20,6 @@ from tvm_hquant.cli.arguments import (
     parse_input_shapes,
 )
 from tvm_hquant.cli.progress import terminal_progress
-from tvm_hquant.cli.report_text import print_report
 
 _BUDGET_MISSED = 3
 
@@ -45,7 +43,7 @@ def compile_command(
             "By default top1 with labels, kl without.",
         ),
     ] = None,
-    max_drop: Annotated[float, typer.Option("--max-drop", help="The loss budget, in the unit of --metric.")] = 0.01,
+    max_drop: Annotated[float, typer.Option("--max-drop", help="The loss budget, in the unit of --metric: 0.01 of top1 is one point.")] = 0.01,
     plan: Annotated[Path | None, typer.Option("--plan", help="Use exactly this plan.json; no search.")] = None,
     precision: Annotated[
         str | None,
@@ -61,14 +59,19 @@ def compile_command(
         Path | None, typer.Option("--dump-ir", help="Write the module after every stage to this folder.")
     ] = None,
 ) -> None:
-    """Quantize a float model for a target and compile it into an artifact."""
+    """Quantize a float model and compile it for a target."""
     from tvm_hquant import api
+    from tvm_hquant.artifact import check_linker
+    from tvm_hquant.cli.report_text import print_report
     from tvm_hquant.runtime import check_destination
     from tvm_hquant.target_spec import load_target_spec
 
-    check_destination(output)
+    # What would fail at the very end is checked before the work.
     _check_options(plan, precision)
+    shapes = parse_input_shapes(input_shapes)
+    check_destination(output)
     spec = load_target_spec(target)
+    check_linker(spec)
     observe = _ir_writer(dump_ir)
     result = api.quantize(
         str(model),
@@ -80,15 +83,18 @@ def compile_command(
         precision=precision,
         plan=plan,
         observer=observer,
-        input_shapes=parse_input_shapes(input_shapes),
+        input_shapes=shapes,
         seed=seed,
-        progress=terminal_progress(Console(stderr=True)),
+        progress=terminal_progress(),
         observe=observe,
     )
-    artifact = api.compile(result, name=model.name, observe=observe).save(output)
+    api.compile(result, name=model.name, observe=observe).save(output)
     if result.report is not None:
         print_report(result.report, verbose)
-    typer.echo(f"wrote {artifact.folder} for {result.spec.name}; 'hquant run {artifact.folder}' runs it")
+    typer.echo(
+        f"wrote {output} for {result.spec.name}: 'hquant verify {output}' checks it, "
+        f"'hquant run {output} --inputs FILE.npz' runs it"
+    )
     if result.report is not None and result.report.within_budget is False:
         sys.stdout.flush()
         typer.echo("hquant: no plan kept the loss budget: this is the best one that was found", err=True)
@@ -96,9 +102,10 @@ def compile_command(
 
 
 def quickstart_command() -> None:
-    """Do the whole job on an embedded model and data: handwritten digits, in under a minute."""
+    """Try everything on a small network that is included."""
     from tvm_hquant import api
     from tvm_hquant.cli.arguments import read_inputs
+    from tvm_hquant.cli.report_text import print_report
     from tvm_hquant.quickstart import calibration_path, evaluation_path, model_path
 
     typer.echo("quantizing a small residual network for handwritten digits, for this machine")
@@ -107,7 +114,7 @@ def quickstart_command() -> None:
         "host",
         calibration_path(),
         evaluation_path(),
-        progress=terminal_progress(Console(stderr=True)),
+        progress=terminal_progress(),
     )
     assert result.report is not None
     print_report(result.report, verbose=True)

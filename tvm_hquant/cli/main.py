@@ -13,9 +13,6 @@ BUDGET_MISSED = 3
 
 def main() -> None:
     """Entry point of the ``hquant`` script."""
-    from tvm_hquant.runtime import use_all_cores
-
-    use_all_cores()
     debug = "--debug" in sys.argv[1:] or bool(os.environ.get("HQUANT_DEBUG"))
     arguments = [a for a in sys.argv[1:] if a != "--debug"]
     try:
@@ -31,7 +28,7 @@ def main() -> None:
             raise
         _fail("this machine has too little memory for that: use fewer samples or a smaller --input-shapes")
     except KeyboardInterrupt:
-        _fail("interrupted; nothing was written", code=130)
+        _fail("interrupted; no artifact was written", code=130)
     except OSError as error:
         if debug:
             raise

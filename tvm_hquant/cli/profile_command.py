@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from tvm_hquant.cli.arguments import (
     Calibration,
@@ -30,7 +29,7 @@ def profile_command(
     observer: Observer = "mean-squared-error",
     input_shapes: InputShapes = None,
 ) -> None:
-    """Show for every layer its loss, size and time in each precision."""
+    """Show the loss, size and time of each layer in each precision."""
     from tvm_hquant import api
     from tvm_hquant.errors import DataError
     from tvm_hquant.profiling import profile_layers
@@ -42,7 +41,7 @@ def profile_command(
         target,
         parse_input_shapes(input_shapes),
         observer,
-        terminal_progress(Console(stderr=True)),
+        terminal_progress(),
     )
     names = tuple(p.strip() for p in precisions.split(",") if p.strip())
     profiled = profile_layers(session, calibration, names, samples)

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
+def terminal_progress() -> Any:
+    """A function for :data:`tvm_hquant.session.Progress` that draws a bar with the time left on standard error.
 
-def terminal_progress(console: Console) -> Any:
-    """A function for :data:`tvm_hquant.session.Progress` that draws a bar with the time left.
-
-    Where ``console`` is no terminal it draws nothing.
+    Where standard error is no terminal it draws nothing.
     """
 
     def wrap(description: str, items: Iterable[Any], count: int | None) -> Iterator[Any]:
-        if not console.is_terminal:
+        if not sys.stderr.isatty():
             yield from items
             return
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+
         columns = (
             SpinnerColumn(),
             TextColumn("{task.description}"),
@@ -26,7 +27,7 @@ def terminal_progress(console: Console) -> Any:
             MofNCompleteColumn(),
             TimeRemainingColumn(),
         )
-        with Progress(*columns, console=console, transient=True) as progress:
+        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
             yield from progress.track(items, total=count, description=description)
 
     return wrap

@@ -6,12 +6,8 @@ from pathlib import Path
 from statistics import median
 from typing import Annotated
 
-import numpy as np
 import typer
 
-from tvm_hquant.cli.arguments import read_inputs
-from tvm_hquant.errors import DataError
-from tvm_hquant.runtime import load_artifact
 
 
 def run_command(
@@ -26,6 +22,12 @@ def run_command(
     repeat: Annotated[int, typer.Option("--repeat", min=1, help="Calls for --print-time.")] = 20,
 ) -> None:
     """Run an artifact on inputs from a file."""
+    import numpy as np
+
+    from tvm_hquant.cli.arguments import read_inputs
+    from tvm_hquant.errors import DataError
+    from tvm_hquant.runtime import load_artifact
+
     loaded = load_artifact(artifact)
     arrays = read_inputs(inputs, [str(e["name"]) for e in loaded.manifest["inputs"]])
     results = loaded.run(arrays)

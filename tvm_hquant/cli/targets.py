@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tvm_hquant.cli.tables import print_table
 from tvm_hquant.errors import HQuantError, TargetSpecError
-from tvm_hquant.target_spec import (
-    OPERATOR_KINDS,
-    TargetSpec,
-    detect_host,
-    list_target_specs,
-    load_target_spec,
-)
+
+if TYPE_CHECKING:
+    from tvm_hquant.target_spec import TargetSpec
 
 targets_app = typer.Typer(help="List, show, detect and check target specs.", no_args_is_help=True)
 
@@ -29,6 +25,8 @@ _DETECTED_HEADER = (
 @targets_app.command("list")
 def list_command() -> None:
     """List the target specs that ship with hquant."""
+    from tvm_hquant.target_spec import list_target_specs, load_target_spec
+
     rows = []
     for name in list_target_specs():
         spec = load_target_spec(name)
@@ -40,6 +38,8 @@ def list_command() -> None:
 @targets_app.command("show")
 def show_command(name: Annotated[str, typer.Argument(help="Name of a shipped spec, a TOML file, or 'host'.")]) -> None:
     """Show what a target computes, what it costs and what it forbids."""
+    from tvm_hquant.target_spec import load_target_spec
+
     spec = load_target_spec(name)
     _print_summary(spec)
     print_table(
@@ -66,6 +66,8 @@ def detect_command(
     ] = None,
 ) -> None:
     """Write a spec of this machine, from its CPU's flags and a short measurement."""
+    from tvm_hquant.target_spec import detect_host
+
     text = _DETECTED_HEADER + detect_host().to_toml()
     if output is None:
         typer.echo(text, nl=False)
@@ -80,6 +82,8 @@ def detect_command(
 @targets_app.command("check")
 def check_command(file: Annotated[Path, typer.Argument(help="A TOML file.")]) -> None:
     """Check a spec: its fields, its TVM target, its compiler, and whether this machine can run it."""
+    from tvm_hquant.target_spec import load_target_spec
+
     spec = load_target_spec(file)
     try:
         spec.tvm_target()
@@ -126,6 +130,8 @@ def _print_summary(spec: TargetSpec) -> None:
 
 def _rates(spec: TargetSpec) -> list[tuple[str, str]]:
     """One row for each operator: its precisions with rates; the operators that share a row's text stand together."""
+    from tvm_hquant.target_spec import OPERATOR_KINDS
+
     operators_of: dict[str, list[str]] = {}
     for kind in OPERATOR_KINDS:
         rates = (f"{name} {spec.macs_per_cycle(name, kind):g}" for name in spec.offered_precisions(kind))
@@ -134,6 +140,8 @@ def _rates(spec: TargetSpec) -> list[tuple[str, str]]:
 
 
 def _is_used(spec: TargetSpec, unit_name: str) -> bool:
+    from tvm_hquant.target_spec import OPERATOR_KINDS
+
     return any(
         spec.unit_for(precision, kind).name == unit_name
         for kind in OPERATOR_KINDS

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from tvm_hquant.cli.arguments import read_inputs
 from tvm_hquant.cli.progress import terminal_progress
@@ -24,9 +23,10 @@ def verify_command(
     ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show equal tensors too.")] = False,
 ) -> None:
-    """Compare an artifact with the arithmetic contract, tensor by tensor, on the machine where it runs.
+    """Check an artifact bit for bit, where it runs.
 
-    Exits with 0 if everything is equal bit for bit, else with 1.
+    Every kernel's result is compared, tensor by tensor, with what docs/numerics.md says. Exits with 0 if everything is
+    equal, else with 1.
     """
     from tvm_hquant.runtime import Artifact, load_artifact, read_manifest
     from tvm_hquant.verification import verify_artifact
@@ -39,7 +39,7 @@ def verify_command(
 
         signature = {e["name"]: (tuple(e["shape"]), e["dtype"]) for e in loaded.manifest["inputs"]}
         samples = [s.inputs for s in open_data(read_inputs(inputs, names), signature, str(inputs))]
-    report = verify_artifact(loaded, samples, rpc, terminal_progress(Console(stderr=True)))
+    report = verify_artifact(loaded, samples, rpc, terminal_progress())
     shown = [c for c in report.checks if verbose or c.different]
     rows = [
         (

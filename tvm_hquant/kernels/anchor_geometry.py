@@ -20,6 +20,8 @@ _EPILOGUE = 8
 """Instructions that finish a vector of sums."""
 _TILE = 20
 """Instructions around a tile."""
+_UNROLLED = 300
+"""Instructions of a loop body, times its iterations, up to which LLVM unrolls a loop (``LoopUnrollPass.cpp``)."""
 _WEIGHTS_IN_CACHE = 512 * 1024
 """Weights larger than this are walked through once, in the outer loop."""
 
@@ -95,10 +97,13 @@ class AnchorGeometry:
         for pixels in range(1, min(width, 16) + 1):
             for vectors in range(1, min(most_vectors, 8) + 1):
                 sums = pixels * vectors
-                if sums + vectors + 1 + extra > self.dot.registers:
+                # LLVM unrolls short loops over kernel columns and keeps operands that later columns read again.
+                is_unrolled = kernel_width > 1 and kernel_width * self.steps * (sums + pixels + vectors) < _UNROLLED
+                shared = self.dot.registers * 3 // 8 if is_unrolled else 0
+                if sums + max(vectors + 1 + extra, shared) > self.dot.registers:
                     continue
                 tiles = -(-width // pixels) * -(-self.group_outputs // (vectors * self.dot.lanes))
-                step = max(sums, _LATENCY) + 0.5 * pixels + vectors
+                step = max(sums, _LATENCY) + self.dot.operand_cost * pixels + vectors
                 estimate = tiles * (steps * step + _EPILOGUE * sums + _TILE)
                 if estimate < cost:
                     best, cost = (pixels, vectors), estimate

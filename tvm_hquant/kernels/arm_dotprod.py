@@ -36,6 +36,7 @@ class SdotDot:
     weight_dtype: str = "int8"
     accumulator_dtype: str = "int32"
     name: str = "sdot"
+    operand_cost: float = 1.5
 
     def operand(self, buffer: Buffer, index: Expression) -> Expression:
         return repeated_word(buffer, index, "int8", self.lanes, flip=_TOP_BITS)
@@ -51,7 +52,7 @@ def _dot(request: KernelRequest) -> DotProduct:
         return SdotDot()
     if request.weights == "int16":
         return WideDot(2, _REGISTERS)
-    return FloatDot(_LANES, _REGISTERS, request.weights)
+    return FloatDot(_LANES, _REGISTERS, request.weights, operand_cost=1.0)
 
 
 FAMILY = AnchorFamily("arm_dotprod", _dot, _LANES)

@@ -25,6 +25,7 @@ class DotProduct(Protocol):
         operand_offset: what the step adds to stored codes on the way.
         weight_dtype: of packed weights.
         accumulator_dtype: int32, float32 or float64.
+        operand_cost: what loading and repeating an operand costs beside the multiply-adds, in multiply-adds of a vector.
     """
 
     @property
@@ -45,6 +46,8 @@ class DotProduct(Protocol):
     def weight_dtype(self) -> str: ...
     @property
     def accumulator_dtype(self) -> str: ...
+    @property
+    def operand_cost(self) -> float: ...
 
     def operand(self, buffer: Buffer, index: Expression) -> Expression:
         """``products`` neighbouring activations, repeated for every lane."""
@@ -67,6 +70,7 @@ class FloatDot:
     operand_dtype: str = "float32"
     operand_offset: int = 0
     accumulator_dtype: str = "float32"
+    operand_cost: float = 0.5
 
     @property
     def name(self) -> str:
@@ -98,6 +102,7 @@ class WideDot:
     weight_dtype: str = "int16"
     accumulator_dtype: str = "float64"
     name: str = "float64_fma"
+    operand_cost: float = 0.5
 
     def operand(self, buffer: Buffer, index: Expression) -> Expression:
         return T.broadcast(buffer[index], self.lanes)
@@ -122,6 +127,7 @@ class WideningDot:
     weight_dtype: str = "int16"
     accumulator_dtype: str = "int32"
     name: str = "widening"
+    operand_cost: float = 0.5
 
     def operand(self, buffer: Buffer, index: Expression) -> Expression:
         return convert(T.broadcast(buffer[index], self.lanes), "int32")

@@ -35,6 +35,7 @@ class WordDot:
     weight_dtype: str = "int16"
     accumulator_dtype: str = "int32"
     name: str = "vpmaddwd"
+    operand_cost: float = 0.5
 
     def operand(self, buffer: Buffer, index: Expression) -> Expression:
         return repeated_word(buffer, index, "int16", self.lanes)
@@ -58,6 +59,7 @@ class ByteDot:
     weight_dtype: str = "int8"
     accumulator_dtype: str = "int32"
     name: str = "vpmaddubsw"
+    operand_cost: float = 0.5
 
     def operand(self, buffer: Buffer, index: Expression) -> Expression:
         return repeated_word(buffer, index, "int8", self.lanes)

@@ -33,6 +33,7 @@ class VnniDot:
     weight_dtype: str = "int8"
     accumulator_dtype: str = "int32"
     name: str = "vpdpbusd"
+    operand_cost: float = 0.5
 
     def operand(self, buffer: Buffer, index: Expression) -> Expression:
         return repeated_word(buffer, index, "int8", self.lanes)

@@ -1,0 +1,90 @@
+"""What LLVM makes of the kernels of each instruction set, read from the assembly.
+
+Protects the speed of the kernels where it cannot be measured: the instruction that a family is named for must be there, and
+sums must stay in registers. Cross-compiling needs neither the processor nor an emulator.
+"""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import tvm
+
+from tvm_hquant.kernels.interface import KernelRequest
+from tvm_hquant.kernels.registry import families_for_target, select_kernel
+from tvm_hquant.operators import Conv2D, Window
+
+ARM = {"kind": "llvm", "mtriple": "aarch64-linux-gnu"}
+TARGETS = {
+    "avx512_vnni": {"kind": "llvm", "mtriple": "x86_64-linux-gnu", "mcpu": "cascadelake"},
+    "avx2": {"kind": "llvm", "mtriple": "x86_64-linux-gnu", "mcpu": "x86-64-v3"},
+    "arm_dotprod": {**ARM, "mcpu": "cortex-a76"},
+    "arm_neon": {**ARM, "mcpu": "cortex-a72"},
+}
+PLAIN = Conv2D((1, 14, 14, 64), 64, Window((3, 3), padding=(1, 1, 1, 1)))
+DEPTHWISE = Conv2D((1, 14, 14, 64), 64, Window((3, 3), padding=(1, 1, 1, 1)), groups=64)
+
+
+def assembly(family: str, request: KernelRequest) -> str:
+    """What LLVM generates for a request."""
+    kernel = select_kernel(families_for_target((family,)), request)
+    module = tvm.IRModule({"kernel": kernel.function.with_attr("global_symbol", "kernel")})
+    return str(tvm.compile(module, target=tvm.target.Target(TARGETS[family])).mod.inspect_source("s"))
+
+
+def innermost_loop(source: str, instruction: str) -> list[str]:
+    """The instructions between the label before the first use of ``instruction`` and the jump back to it."""
+    lines = [line.strip() for line in source.splitlines()]
+    first = next(i for i, line in enumerate(lines) if re.match(rf"{instruction}\b", line))
+    start = max(i for i in range(first) if lines[i].startswith(".LBB"))
+    label = lines[start].split(":")[0]
+    end = next(i for i in range(first, len(lines)) if re.match(rf"(j|b\.|cb).*{re.escape(label)}$", lines[i]))
+    return lines[start + 1 : end]
+
+
+@pytest.mark.parametrize("operator", [PLAIN, DEPTHWISE], ids=["conv2d", "depthwise"])
+@pytest.mark.parametrize(
+    ("family", "pairs", "instructions"),
+    [
+        ("avx512_vnni", 0, ["vpdpbusd", "vcvtps2dq"]),
+        ("avx2", 0, ["vpmaddwd", "vcvtps2dq"]),
+        ("avx2", 1, ["vpmaddubsw", "vpmaddwd"]),
+        ("arm_dotprod", 0, ["sdot", "fcvtn|frintx|frintn|fcvtns"]),
+        ("arm_neon", 0, ["smull", "smlal", "sadalp"]),
+    ],
+)
+def test_families_use_their_instructions(operator: Conv2D, family: str, pairs: int, instructions: list[str]) -> None:
+    """The named instruction, and one vector instruction for rounding instead of calls of the C library."""
+    source = assembly(family, KernelRequest(operator, ("uint8",), "uint8", "int8", 1, pairs))
+    for instruction in instructions:
+        assert re.search(rf"\b({instruction})", source), instruction
+    assert not re.search(r"\b(call|bl)\w*\s+_?(fma|lrint|rint)", source)
+
+
+@pytest.mark.parametrize(
+    ("family", "instruction"), [("avx512_vnni", "vpdpbusd"), ("avx2", "vpmaddwd"), ("arm_dotprod", "sdot")]
+)
+def test_sums_stay_in_registers(family: str, instruction: str) -> None:
+    """The inner loop reads activations and weights only: nothing goes to the stack, nothing is stored."""
+    loop = innermost_loop(assembly(family, KernelRequest(PLAIN, ("uint8",), "uint8", "int8")), instruction)
+    assert sum(line.startswith(instruction) for line in loop) >= 4
+    assert not [line for line in loop if re.search(r"%rsp|\[sp|^st[rp]\b", line)]
+
+
+@pytest.mark.parametrize("family", TARGETS)
+def test_floats_are_fused(family: str) -> None:
+    """float32 layers are fused multiply-adds, never a product and an addition."""
+    source = assembly(family, KernelRequest(PLAIN, ("float32",), "float32", "float32"))
+    assert re.search(r"\b(vfmadd\d+ps|fmla)\b", source)
+    assert not re.search(r"\b(vmulps|fmul\s+v)", source)
+
+
+@pytest.mark.parametrize("operator", [PLAIN, DEPTHWISE], ids=["conv2d", "depthwise"])
+def test_tiles_need_no_allocator(operator: Conv2D) -> None:
+    """Vectors of a tile are on the stack: the workspace allocator is called for copies of activations alone.
+
+    LLVM may load its address twice for one call; there are more than 16 vectors in a tile.
+    """
+    source = assembly("avx512_vnni", KernelRequest(operator, ("uint8",), "uint8", "int8"))
+    assert len(re.findall(r"movq\s+__TVMBackendAllocWorkspace", source)) <= 2

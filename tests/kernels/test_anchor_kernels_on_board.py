@@ -1,0 +1,63 @@
+"""Convolutions and dense layers compiled for AArch64 and run on the emulated board, against the arithmetic contract.
+
+Protects that ``sdot`` and ``smull`` kernels, which hold activations less 128, give the bits of the x86 kernels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tvm
+from test_anchor_kernels import CASES, random_case
+
+from tests.emulated_board.board import Board, export_for_board, tvm_target
+from tvm_hquant import numerics
+from tvm_hquant.kernels.interface import KernelRequest
+from tvm_hquant.kernels.registry import families_for_target, select_kernel
+from tvm_hquant.operators import Conv2D, Epilogue, Window
+from tvm_hquant.tensor_format import STORAGE_DTYPE
+
+DEPTHWISE = {
+    "depthwise, rows shared": Conv2D((1, 9, 8, 21), 21, Window((3, 3), padding=(1, 1, 1, 1)), groups=21),
+    "depthwise, five rows": Conv2D((2, 9, 8, 8), 8, Window((5, 3), (2, 1), (2, 1, 2, 1), (1, 2)), groups=8),
+}
+
+
+def requests() -> list[KernelRequest]:
+    """Cases with 8-bit codes, one with 16-bit codes, two points and a fused residual, some as floats."""
+    plain = ("1x1 strided", "stem, three channels", "asymmetric, dilated", "grouped", "few outputs", "dense, rows")
+    operators = [*(CASES[name] for name in plain), *DEPTHWISE.values()]
+    found = [KernelRequest(operator, ("uint8",), "uint8", "int8") for operator in operators]
+    for operator in (CASES["3x3 padded"], DEPTHWISE["depthwise, rows shared"]):
+        with_residual = replace(operator, epilogue=Epilogue(True, True))
+        found.append(KernelRequest(with_residual, ("uint16", "uint8"), "uint16", "int8", 2))
+        found.append(KernelRequest(with_residual, ("bfloat16", "float32"), "bfloat16", "bfloat16"))
+    return [*found, KernelRequest(CASES["dense"], ("float16",), "float16", "float16")]
+
+
+@pytest.mark.parametrize(("family", "cpu"), [("arm_neon", "cortex-a53"), ("arm_dotprod", "cortex-a76")])
+def test_anchors_on_a_board_match_the_contract(emulated_board: Board, tmp_path: Path, family: str, cpu: str) -> None:
+    """All forms of convolutions on a core without and one with dot products; full-range codes and weights."""
+    functions, arguments, expected = {}, {}, {}
+    for index, request in enumerate(requests()):
+        name = f"kernel_{index}"
+        request, constants, inputs = random_case(np.random.default_rng(index), request)
+        kernel = select_kernel(families_for_target((family,)), request)
+        functions[name] = kernel.function.with_attr("global_symbol", name)
+        output = np.zeros(request.operator.output_shape, STORAGE_DTYPE[request.output])
+        for position, array in enumerate([*inputs, *kernel.pack(constants), output]):
+            arguments[f"{name}/{position}"] = array
+        expected[name] = (kernel.name, numerics.evaluate(request, constants, inputs))
+    library = export_for_board(tvm.compile(tvm.IRModule(functions), target=tvm_target(cpu)), tmp_path / "kernels.so")
+    np.savez(tmp_path / "arguments.npz", **arguments)
+    script, outputs = Path(__file__).with_name("run_kernels_on_board.py"), tmp_path / "outputs.npz"
+    result = emulated_board.run_python(
+        script, library, tmp_path / "arguments.npz", outputs, cpu=cpu, runtime_only=True, path=()
+    )
+    assert result.returncode == 0, result.stderr
+    with np.load(outputs) as loaded:
+        for name, (kernel_name, values) in expected.items():
+            np.testing.assert_array_equal(loaded[name], values, err_msg=kernel_name)

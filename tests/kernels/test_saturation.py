@@ -1,0 +1,69 @@
+"""The proof that int16 sums suffice, against every extreme activation.
+
+Protects exactness on AVX2: a chain that the proof allows must never saturate, and the proof must not be needlessly strict.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tvm_hquant.kernels.saturation import LONGEST_CHAIN, saturation_free_pairs
+
+INT16 = np.iinfo(np.int16)
+
+
+def largest_sums(weights: np.ndarray) -> tuple[int, int]:
+    """Lowest and highest sum of activations times weights, over all activations that are 0 or 255."""
+    sums = [int(np.dot(weights.astype(int), choice)) for choice in product((0, 255), repeat=len(weights))]
+    return min(sums), max(sums)
+
+
+def fits(weights: np.ndarray) -> bool:
+    low, high = largest_sums(weights)
+    return bool(low >= INT16.min and high <= INT16.max)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 9), st.integers(4, 127), st.integers(0, 2**31))
+def test_a_chain_is_allowed_exactly_where_it_cannot_saturate(channels: int, limit: int, seed: int) -> None:
+    """Chains of one and two quads, tried with all extreme activations, at one kernel position."""
+    codes = np.random.default_rng(seed).integers(-limit, limit + 1, (1, 2, channels, 1, 1)).astype(np.int8)
+    if channels == 1:
+        assert saturation_free_pairs(codes) == 1  # one row: no pair at all
+        return
+    padded = np.pad(codes[0, :, :, 0, 0], ((0, 0), (0, -channels % 16)))
+    allowed = saturation_free_pairs(codes)
+    for chain in (1, 2):
+        # Channels (0, 1) and (2, 3) of each quad meet in one int16 sum each.
+        lanes = padded.reshape(2, -1, chain, 2, 2).swapaxes(2, 3).reshape(-1, 2 * chain)
+        assert (allowed >= chain) == all(fits(lane) for lane in lanes)
+
+
+@pytest.mark.parametrize(("limit", "chain"), [(127, 0), (64, 1), (32, 2), (16, 4), (8, 8)])
+def test_fewer_bits_allow_longer_chains(limit: int, chain: int) -> None:
+    """What the documentation says of 7-, 6-, 5- and 4-bit weights."""
+    codes = np.full((1, 1, 64, 3, 3), limit, np.int8)
+    assert saturation_free_pairs(codes) == min(chain, LONGEST_CHAIN)
+
+
+def test_depthwise_pairs_are_kernel_rows() -> None:
+    """Rows j and j + 2 of one column meet; a large weight between them does no harm."""
+    codes = np.zeros((1, 4, 1, 3, 3), np.int8)
+    codes[0, :, 0, 1] = 127
+    codes[0, 1, 0, 0, 2], codes[0, 1, 0, 2, 2] = 100, 28
+    assert saturation_free_pairs(codes) == 1
+    codes[0, 1, 0, 2, 2] = 29
+    assert saturation_free_pairs(codes) == 0
+
+
+def test_any_point_can_forbid() -> None:
+    """All points of a multipoint layer run through the same kernel."""
+    codes = np.ones((2, 3, 8, 1, 1), np.int8)
+    assert saturation_free_pairs(codes) == LONGEST_CHAIN
+    codes[1, 2, 4:6] = 127
+    assert saturation_free_pairs(codes) == 0

@@ -1,0 +1,1 @@
+"""What makes low bits accurate: corrections that are made when weights are rounded."""
