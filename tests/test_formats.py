@@ -33,10 +33,12 @@ BYTE = TensorFormat("uint8", 0.5, 3, 0, 255)
 OTHER_BYTE = TensorFormat("uint8", 0.25, 3, 0, 255)
 SIGNED = TensorFormat("int8", 0.5, 0, -128, 127)
 WIDE = TensorFormat("uint16", 0.125, 9, 0, 65535)
+Node = tuple[str, Operator, tuple[str, ...]]
+"""Name, operator and inputs of a layer."""
 ALL = {"uint8": BYTE, "int8": SIGNED, "uint16": WIDE}
 
 
-def graph_of(layers: Iterable[tuple[str, Operator, tuple[str, ...]]], *outputs: str) -> LayerGraph:
+def graph_of(layers: Iterable[Node], *outputs: str) -> LayerGraph:
     """A graph without weights over one input ``x``."""
     made = tuple(Layer(name, name, operator, inputs) for name, operator, inputs in layers)
     return LayerGraph({"x": GraphTensor(SHAPE)}, made, outputs, outputs)
@@ -77,7 +79,7 @@ def test_chains_follow_through() -> None:
     """The precision of a reader reaches back through any number of layers without weights."""
     reshape = Movement("reshape", (1, 2, 2, 2), (1, 8))
     add = Add((1, 8))
-    layers = [
+    layers: list[Node] = [
         ("pool", POOL, ("x",)), ("flat", reshape, ("pool",)), ("sum", add, ("flat", "flat")), ("a", CONVOLUTION, ("sum",)),
     ]  # fmt: skip
     followed = follow_consumers(graph_of(layers, "a"), {"a": A16W8}, {})
@@ -108,7 +110,7 @@ def test_operators_without_integer_kernels_stay_in_float32() -> None:
 def test_pool_behind_a_float_layer_is_converted_after_it() -> None:
     """A quarter of the elements to quantize: the conversion stands where the tensor is smallest."""
     pool = AveragePool2D(SHAPE, Window((2, 2), (2, 2)))
-    layers = [("a", CONVOLUTION, ("x",)), ("pool", pool, ("a",)), ("b", CONVOLUTION, ("pool",))]
+    layers: list[Node] = [("a", CONVOLUTION, ("x",)), ("pool", pool, ("a",)), ("b", CONVOLUTION, ("pool",))]
     followed = follow_consumers(graph_of(layers, "b"), {"a": FLOAT32, "b": A8W8}, {})
     assert followed["pool"].precision == FLOAT32
     assert "smaller behind this one" in followed["pool"].detail

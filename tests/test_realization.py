@@ -37,6 +37,7 @@ from tvm_hquant.operators import (
     Epilogue,
     MaxPool2D,
     Movement,
+    Operator,
     Unary,
     Window,
 )
@@ -50,9 +51,10 @@ BYTE = TensorFormat("uint8", 0.5, 3, 0, 255)
 SIGNED = TensorFormat("int8", 0.25, 0, -128, 127)
 WIDE = TensorFormat("uint16", 0.125, 300, 0, 65535)
 HALF = TensorFormat("float16")
+WITH_BIAS = Epilogue(has_bias=True)
 
 
-def convolution(weights: Array, epilogue: Epilogue = Epilogue(has_bias=True), size: int = 4) -> Layer:
+def convolution(weights: Array, epilogue: Epilogue = WITH_BIAS, size: int = 4) -> Layer:
     """A convolution called ``conv`` with the given weights [out, in, kh, kw] and a bias of 1, 2, 3…"""
     out_channels, in_channels, *kernel = weights.shape
     window = Window((kernel[0], kernel[1]))
@@ -88,7 +90,7 @@ def test_integer_layer_asks_for_an_integer_kernel(name: str, storage: TensorForm
         [(np.float64(storage.scale) * s / np.float64(BYTE.scale)).astype(np.float32) for s in codes.scales]
     )
     np.testing.assert_array_equal(constants.multiplier, expected)
-    np.testing.assert_array_equal(constants.offset, np.float32([2, 4, 6, 8]))
+    np.testing.assert_array_equal(constants.offset, np.array([2, 4, 6, 8], np.float32))
 
 
 def test_request_says_what_narrow_weights_prove() -> None:
@@ -129,7 +131,7 @@ def test_float_output_is_not_rounded() -> None:
     assert isinstance(constants, IntegerAnchorConstants)
     assert (constants.requantization.lower, constants.requantization.upper) == (0.0, 6.0)
     assert constants.requantization.zero_point == 0
-    np.testing.assert_array_equal(constants.offset, np.float32([1, 2]))
+    np.testing.assert_array_equal(constants.offset, np.array([1, 2], np.float32))
 
 
 def test_residual_brings_its_own_scale() -> None:
@@ -193,14 +195,14 @@ def test_corrected_bias_is_used() -> None:
     corrected = QuantizedWeights(plain.codes, plain.scales, plain.bias + np.float32(0.5))
     _, constants = realize_layer(layer, A8W8, [BYTE], BYTE, corrected)
     assert isinstance(constants, IntegerAnchorConstants)
-    np.testing.assert_array_equal(constants.offset, np.float32([3, 5, 7, 9]))
+    np.testing.assert_array_equal(constants.offset, np.array([3, 5, 7, 9], np.float32))
 
 
 def test_layers_without_weights() -> None:
     """One row for each kind of layer: what its kernel is asked for in codes and in floats."""
     shape = (1, 4, 4, 2)
     pool = AveragePool2D(shape, Window((2, 2), (2, 2)))
-    cases = [
+    cases: list[tuple[Operator, list[TensorFormat], TensorFormat, type]] = [
         (Add(shape, 0.0), [BYTE, SIGNED], WIDE, IntegerElementwiseConstants),
         (Add(shape, 0.0), [FLOAT32_FORMAT] * 2, FLOAT32_FORMAT, FloatElementwiseConstants),
         (pool, [BYTE], BYTE, IntegerElementwiseConstants),

@@ -55,7 +55,7 @@ def edit_weights(folder: Path, key: str, change: Callable[[Array], None]) -> Non
         arrays = {name: archive[name] for name in archive.files}
     change(arrays[key])
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
+    np.savez_compressed(buffer, **arrays)
     (folder / "plan.npz").write_bytes(buffer.getvalue())
     digest = hashlib.sha256(buffer.getvalue()).hexdigest()
     edit_plan(folder, lambda document: document["weights"].update(sha256=digest))

@@ -88,7 +88,7 @@ def follow_consumers(
         if layer.name in fixed:
             chosen[layer.name] = FollowedPrecision(fixed[layer.name], "chosen by the user", "")
         elif is_float_only(layer, wanted):
-            detail = f"{layer.operator_kind} has no kernel for {wanted.name} activations"
+            detail = _why_float_only(layer, wanted)
             chosen[layer.name] = FollowedPrecision(FLOAT32, "no kernel", detail)
         elif wanted.is_integer and _shrinks_float(graph, layer, anchors):
             detail = "made by a float layer and smaller behind this one: converted after it"
@@ -99,6 +99,15 @@ def follow_consumers(
             detail = "the layers that read it are in float" if graph.consumers[layer.name] else "makes a graph output"
             chosen[layer.name] = FollowedPrecision(wanted, "cast cost", detail)
     return chosen
+
+
+def _why_float_only(layer: Layer, wanted: Precision) -> str:
+    operator, name = layer.operator, layer.operator_kind
+    if isinstance(operator, Opaque):
+        return f"{operator.name.removeprefix('relax.')} is an operator that only TVM computes, in float32"
+    if isinstance(operator, Unary):
+        name = operator.function
+    return f"{name} has no kernel for {wanted.name} activations" if wanted != FLOAT32 else f"{name} is float32 only"
 
 
 def _without_weights(precision: Precision) -> Precision:

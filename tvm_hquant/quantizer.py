@@ -23,6 +23,7 @@ from tvm_hquant.plan import LayerDecision, PrecisionPlan
 from tvm_hquant.planning import make_plan
 from tvm_hquant.precision import A8W8, BFLOAT16, FLOAT16, FLOAT32, INT8, Precision, parse_precision
 from tvm_hquant.report.quantization_report import LayerReport, ModelRow, QuantizationReport, SampleCounts
+from tvm_hquant.search.expected_drop import ExpectedDrop
 from tvm_hquant.search.hierarchical import HierarchicalStrategy
 from tvm_hquant.search.problem import Assignment, SearchProblem, SearchResult, SearchStrategy
 from tvm_hquant.sensitivity.measured import SensitivityTable
@@ -115,6 +116,7 @@ class Quantizer:
             session.calibrate(roles.calibration)
         samples = random_samples(roles.calibration, SENSITIVITY_SAMPLES, options.seed)
         self.table = SensitivityTable(session, samples)
+        self._expected_drop = ExpectedDrop()
 
     # Search.
 
@@ -179,7 +181,9 @@ class Quantizer:
 
     def _joint_loss(self, assignment: Assignment) -> float:
         program = self.session.program({name: parse_precision(p) for name, p in assignment.items()})
-        return self.session.evaluate([program], self.roles.search, self.metric, "searching")[0].loss
+        metrics = [self.metric, METRICS["agreement"]]
+        own, agreement = self.session.evaluate_metrics([program], self.roles.search, metrics, "searching")[0]
+        return self._expected_drop.of(own, agreement) if self.metric.name == "top1" else own.loss
 
     # Plan.
 
