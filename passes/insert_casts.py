@@ -116,8 +116,7 @@ def _layer_with_formats(function: Any, inputs: Sequence[TensorFormat], output: T
     attributes = {**dict(function.attrs), FORMATS_ATTRIBUTE: encode((tuple(inputs), output))}
     builder = relax.BlockBuilder()
     parameters = [
-        relax.Var(p.name, relax.TensorType([int(d) for d in p.ty.shape], f.dtype if not f.is_integer else f.storage))
-        for p, f in zip(function.params, inputs, strict=True)
+        relax.Var(p.name, _stored_type(p.ty, f)) for p, f in zip(function.params, inputs, strict=True)
     ]
     with builder.function("layer", parameters, attributes, private=True):
         with builder.dataflow():
@@ -126,6 +125,13 @@ def _layer_with_formats(function: Any, inputs: Sequence[TensorFormat], output: T
             result = builder.emit_output(_emit_stored(builder, value, output))
         builder.emit_func_output(result)
     return builder.finalize()["layer"]
+
+
+def _stored_type(ty: Any, stored: TensorFormat) -> Any:
+    if stored == FLOAT32_FORMAT:
+        # Between operators that only TVM computes, tensors may be of other types, such as conditions and indices.
+        return ty
+    return relax.TensorType([int(d) for d in ty.shape], stored.storage if stored.is_integer else stored.dtype)
 
 
 def _conversion_function(name: str, shape: Shape, conversion: Conversion) -> Any:

@@ -54,7 +54,7 @@ from tvm_hquant.layers import LAYER_ATTRIBUTE, OPERATOR_ATTRIBUTE, constant_arra
 from tvm_hquant.local_response_normalization import find_local_response_normalizations
 from tvm_hquant.operator_codec import encode
 from tvm_hquant.operators import Add, AveragePool2D, Epilogue, LocalResponseNormalization, Opaque, Operator
-from tvm_hquant.relax_functions import function_identifier
+from tvm_hquant.relax_functions import function_identifier, tir_function_names, with_called_functions
 
 _WEIGHT_SUFFIX = re.compile(r"([._/]|__)(weights?|kernel|w)((_\d+)?|:0)$", re.IGNORECASE)
 
@@ -102,15 +102,12 @@ class _Partitioner:
             self.users.setdefault(output, []).append(len(self.bindings))
         self.definition = {b.var: b.value for b in self.bindings}
         self.grouped: set[int] = set()
-        self.taken_names: set[str] = set()
+        self.taken_names: set[str] = set(tir_function_names(mod))
         self.counters: dict[str, int] = {}
 
     def module(self) -> IRModule:
         groups = self._groups()
         builder = relax.BlockBuilder()
-        for global_var, function in self.mod.functions_items():
-            if global_var.name_hint != "main":
-                builder.add_func(function, global_var.name_hint)
         functions = {id(g): builder.add_func(_layer_function(g), function_identifier(g.name)) for g in groups}
         attributes = {k: v for k, v in dict(self.main.attrs).items() if k not in ("num_input", "params")}
         with builder.function("main", list(self.main.params), attributes):
@@ -121,7 +118,7 @@ class _Partitioner:
                     replaced[group.output] = builder.emit(call, name_hint=function_identifier(group.name))
                 output = builder.emit_output(self._output(self.main.body.body, replaced))
             builder.emit_func_output(output)
-        return builder.finalize()
+        return with_called_functions(builder.finalize(), self.mod)
 
     def _output(self, expression: Any, replaced: dict[Any, Any]) -> Any:
         if expression in self.definition and isinstance(self.definition[expression], relax.Tuple):

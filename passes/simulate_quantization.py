@@ -27,6 +27,7 @@ from tvm_hquant.kernel_calls import kernel_symbol
 from tvm_hquant.kernels.interface import Kernel
 from tvm_hquant.layers import read_layers
 from tvm_hquant.operators import Opaque
+from tvm_hquant.relax_functions import with_called_functions
 
 
 def simulate_quantization(kernels: Sequence[Kernel]) -> Any:
@@ -40,6 +41,6 @@ def simulate_quantization(kernels: Sequence[Kernel]) -> Any:
             if isinstance(layer.operator, Opaque):
                 function = mod[layer.function_name].with_attr("global_symbol", layer.function_name)
                 builder.add_func(function, layer.function_name)
-        return builder.get()
+        return with_called_functions(builder.get(), mod)
 
     return tvm.transform.module_pass(transform, opt_level=0, name="hquant.simulate_quantization")

@@ -153,7 +153,7 @@ def simulated(model: str, name: str) -> tuple[Array, ...]:
     """What the simulator gives for :func:`one_sample`."""
     session = shared_session(model)
     plan = named_plan(model, name)
-    program = session.builder.program(plan.precisions(), plan.scales)
+    program = session.builder.program(plan.precisions(), plan.scales, plan.layer_weights)
     session.engine.compile([program])
     return session.engine.run(one_sample(session), [program])[0]
 

@@ -66,7 +66,7 @@ def edit_manifest(folder: Path, change: Callable[[dict[str, Any]], None]) -> Non
 def expected_outputs(model: str, inputs: dict[str, Array]) -> tuple[Array, ...]:
     """What the simulator gives sample by sample, joined."""
     session, plan = shared_session(model), named_plan(model, "mixed")
-    program = session.builder.program(plan.precisions(), plan.scales)
+    program = session.builder.program(plan.precisions(), plan.scales, plan.layer_weights)
     session.engine.compile([program])
     count = len(next(iter(inputs.values())))
     rows = [session.engine.run({k: v[i : i + 1] for k, v in inputs.items()}, [program])[0] for i in range(count)]

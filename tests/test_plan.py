@@ -38,7 +38,7 @@ def edited(path: Path, change: Callable[[dict[str, Any]], None]) -> Path:
 def outputs_of(plan: PrecisionPlan) -> np.ndarray[Any, Any]:
     """What the residual model gives under a plan."""
     session = shared_session("residual")
-    program = session.builder.program(plan.precisions(), plan.scales)
+    program = session.builder.program(plan.precisions(), plan.scales, plan.layer_weights)
     session.engine.compile([program])
     return session.engine.run(one_sample(session), [program])[0][0]
 
@@ -100,7 +100,8 @@ def test_an_edited_precision_is_obeyed(tmp_path: Path) -> None:
     stored = named_plan("residual", "a8w8").weights["conv2"]
     assert made is not None
     np.testing.assert_array_equal(made.codes, stored.codes)
-    np.testing.assert_array_equal(outputs_of(plan), outputs_of(replace(plan, weights={}, weight_precisions={})))
+    conv1 = plan.layer_weights(read_layers(partitioned("residual")).by_name["conv1"], parse_precision("a8w8"))
+    assert conv1 is plan.weights["conv1"]
     assert not np.array_equal(outputs_of(plan), outputs_of(named_plan("residual", "mixed")))
 
 
@@ -116,12 +117,20 @@ def test_an_edited_scale_is_obeyed(tmp_path: Path) -> None:
 
 
 def test_weights_may_be_missing(tmp_path: Path) -> None:
-    """plan.json alone is a plan: codes are made from the model by the same rule."""
+    """plan.json alone is a plan: codes are made from the model by the same rule, with the model's own bias."""
     path = saved(tmp_path)
     (tmp_path / "plan.npz").unlink()
     plan = load_plan(path)
     assert plan.weights == {}
-    np.testing.assert_array_equal(outputs_of(plan), outputs_of(named_plan("residual", "mixed")))
+    graph = read_layers(partitioned("residual"))
+    for name, stored in named_plan("residual", "mixed").weights.items():
+        made = plan.layer_weights(graph.by_name[name], plan.precisions()[name])
+        assert made is not None
+        np.testing.assert_array_equal(made.codes, stored.codes)
+        np.testing.assert_array_equal(made.scales, stored.scales)
+        assert graph.by_name[name].bias is not None
+        np.testing.assert_array_equal(made.bias, graph.by_name[name].bias)
+    np.testing.assert_allclose(outputs_of(plan), outputs_of(named_plan("residual", "mixed")), atol=0.05)
 
 
 def test_completed_plan_holds_the_codes_of_its_present_precisions() -> None:

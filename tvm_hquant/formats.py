@@ -227,6 +227,8 @@ def _produced_format(
         own = scales.get(layer.name, {})
         # Among codes of one width the tensor's own scale comes first: it fits its range best.
         return max(wanted, key=lambda f: (f.q_max - f.q_min, f in own.values()))
+    if isinstance(layer.operator, Opaque):
+        return FLOAT32_FORMAT
     if len(floats) == len(wanted) and len(set(floats)) == 1:
         return floats[0]
     return FLOAT32_FORMAT

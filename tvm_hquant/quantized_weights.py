@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -28,6 +30,15 @@ class QuantizedWeights:
     codes: Array
     scales: Array
     bias: Array
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of all values: two layers of one shape with equal digests compute the same."""
+        state = hashlib.sha256()
+        for values in (self.codes, self.scales, self.bias):
+            state.update(f"{values.dtype.str}{values.shape}".encode())
+            state.update(np.ascontiguousarray(values).tobytes())
+        return state.hexdigest()
 
     def real(self) -> Array:
         """float32 [out_channels, in_channels / groups, kernel_h, kernel_w]: float32(code) · scale, of one point."""

@@ -199,7 +199,7 @@ class Quantizer:
         uniform = BASELINES if self.options.baselines else ()
         named: list[tuple[str, Program, str]] = [("float32", session.float_program, "")]
         named += [(f"uniform {precision.name}", *self._uniform(precision)) for precision in uniform]
-        program = session.builder.program(plan.precisions(), plan.scales)
+        program = session.builder.program(plan.precisions(), plan.scales, plan.layer_weights)
         named.append(("plan", program, ""))
         programs = [p for _, p, _ in named]
         metrics: list[Metric] = [self.metric, METRICS["agreement"]]

@@ -6,7 +6,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tvm import IRModule, relax
+from tvm import IRModule, relax, tirx
+from tvm.ir import GlobalVar
 
 from tvm_hquant.layers import LayerGraph
 
@@ -50,7 +51,7 @@ def rebuild_main(
     """
     main = mod["main"]
     names: dict[str, Any] = {}
-    taken: set[str] = {"main", *(g.name_hint for g in builder.get().get_global_vars())}
+    taken: set[str] = {"main", *(g.name_hint for g in builder.get().get_global_vars()), *tir_function_names(mod)}
     for layer, function in functions.items():
         identifier = function_identifier(layer)
         while identifier in taken:
@@ -68,5 +69,26 @@ def rebuild_main(
             is_tuple = isinstance(main.ret_ty, relax.TupleType)
             result = builder.emit_output(relax.Tuple(outputs) if is_tuple else outputs[0])
         builder.emit_func_output(result)
-    rebuilt = builder.finalize()
+    rebuilt = with_called_functions(builder.finalize(), mod)
     return rebuilt.with_attrs(dict(mod.attrs)) if mod.attrs else rebuilt
+
+
+def tir_function_names(mod: IRModule) -> list[str]:
+    """Names of the TIR functions of a module."""
+    return [g.name_hint for g, f in mod.functions_items() if isinstance(f, tirx.PrimFunc)]
+
+
+def with_called_functions(rebuilt: IRModule, mod: IRModule) -> IRModule:
+    """``rebuilt`` with the functions of ``mod`` that layers in it call.
+
+    TVM's importer writes operators that Relax has no name for, such as a reflecting pad, as calls of TIR functions.
+    """
+    present = set(rebuilt.get_global_vars())
+    called = {g for f in rebuilt.functions.values() if isinstance(f, relax.Function) for g in _called_functions(f)}
+    missing = {g: f for g, f in mod.functions_items() if g in called - present}
+    return IRModule({**dict(rebuilt.functions_items()), **missing}, attrs=rebuilt.attrs) if missing else rebuilt
+
+
+def _called_functions(function: Any) -> list[Any]:
+    calls = [b.value for block in function.body.blocks for b in block.bindings if isinstance(b.value, relax.Call)]
+    return [argument for call in calls for argument in call.args if isinstance(argument, GlobalVar)]

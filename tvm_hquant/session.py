@@ -107,11 +107,11 @@ class QuantizationSession:
                     made = make_observer(self.observer, name)
                     assert isinstance(made, MinMaxObserver)
                     observers[name] = made
-                means.observe(name, values)
                 try:
                     observers[name].observe(values)
                 except DataError as error:
                     raise DataError(f"calibration sample {samples} of {source.name}: {error}") from None
+                means.observe(name, values)
             samples += 1
         self.ranges = CalibratedRanges(observers, same_scale_groups(self.graph, observers), means.means(), samples)
         self._codes = frozenset()

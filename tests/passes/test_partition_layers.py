@@ -18,7 +18,9 @@ def test_conv_takes_bias_residual_and_clamp() -> None:
     """The epilogue that kernels fuse is exactly what ends up in the layer."""
     graph = read_layers(partition_layers()(residual_module()))
     conv1, conv2 = graph.by_name["conv1_weight"[:5]], graph.by_name["conv2"]
-    assert conv1.operator == Conv2D((1, 8, 8, 3), 8, Window((3, 3), padding=(1, 1, 1, 1)), 1, Epilogue(True, False, 0.0))
+    assert conv1.operator == Conv2D(
+        (1, 8, 8, 3), 8, Window((3, 3), padding=(1, 1, 1, 1)), 1, Epilogue(True, False, 0.0)
+    )
     assert conv2.operator.epilogue == Epilogue(False, True, 0.0)
     assert conv2.inputs == ("conv1", "conv1")
     assert graph.by_name["head"].operator == Dense(1, 8, 10, Epilogue(True))
@@ -30,9 +32,9 @@ def test_main_only_calls_layers() -> None:
     @I.ir_module
     class Before:
         @R.function
-        def main(
-            x: R.Tensor((1, 4, 4, 2), "float32"), stem_weight: R.Tensor((2, 2, 1, 1), "float32")
-        ) -> R.Tensor((1, 4, 4, 2), "float32"):
+        def main(x: R.Tensor((1, 4, 4, 2), "float32"), stem_weight: R.Tensor((2, 2, 1, 1), "float32")) -> R.Tensor(
+            (1, 4, 4, 2), "float32"
+        ):
             R.func_attr({"num_input": 1})
             with R.dataflow():
                 conv = R.nn.conv2d(x, stem_weight, data_layout="NHWC", kernel_layout="OIHW")
@@ -75,9 +77,9 @@ def test_residual_behind_an_activation_is_a_layer_of_its_own() -> None:
     @I.ir_module
     class Before:
         @R.function
-        def main(
-            x: R.Tensor((1, 4, 4, 2), "float32"), w: R.Tensor((2, 2, 1, 1), "float32")
-        ) -> R.Tensor((1, 4, 4, 2), "float32"):
+        def main(x: R.Tensor((1, 4, 4, 2), "float32"), w: R.Tensor((2, 2, 1, 1), "float32")) -> R.Tensor(
+            (1, 4, 4, 2), "float32"
+        ):
             R.func_attr({"num_input": 1})
             with R.dataflow():
                 conv = R.nn.conv2d(x, w, data_layout="NHWC", kernel_layout="OIHW")

@@ -14,7 +14,7 @@ from tvm_hquant.passes.simulate_quantization import simulate_quantization
 def kernels_of(model: str, name: str) -> list[Kernel]:
     """The kernels of all steps of a plan, one for each step."""
     session, plan = shared_session(model), named_plan(model, name)
-    program = session.builder.program(plan.precisions(), plan.scales)
+    program = session.builder.program(plan.precisions(), plan.scales, plan.layer_weights)
     families = families_for_target(host_spec().instruction_sets)
     requests = [step.request for step in program.steps if step.request is not None]
     return [select_kernel(families, request) for request in requests if not is_view(request)]
@@ -47,7 +47,9 @@ def test_no_value_of_a_plan_is_compiled_in() -> None:
         }
         for tensor, formats in plan.scales.items()
     }
-    programs = [session.builder.program(plan.precisions(), scales) for scales in (plan.scales, doubled)]
+    programs = [
+        session.builder.program(plan.precisions(), scales, plan.layer_weights) for scales in (plan.scales, doubled)
+    ]
     first, second = ([step.request for step in program.steps] for program in programs)
     assert first == second
     assert session.engine.compile([programs[0]]) >= 0

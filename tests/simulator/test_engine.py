@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from tests.planned_models import (
     PRECISIONS,
+    built_outputs,
     host_spec,
     named_plan,
     new_session,
@@ -23,6 +25,7 @@ from tests.planned_models import (
 )
 from tvm_hquant import numerics
 from tvm_hquant.calibration.data import open_data
+from tvm_hquant.compilation import lower
 from tvm_hquant.errors import DataError
 from tvm_hquant.kernel_calls import is_view
 from tvm_hquant.kernels.registry import families_for_target
@@ -59,7 +62,7 @@ def test_every_step_is_what_the_contract_says() -> None:
     """The tensors inside a program, not only its outputs, are those of the NumPy oracle."""
     session = shared_session("branches")
     plan = named_plan("branches", "mixed")
-    program = session.builder.program(plan.precisions(), plan.scales)
+    program = session.builder.program(plan.precisions(), plan.scales, plan.layer_weights)
     session.engine.compile([program])
     sample = one_sample(session)
     values = dict(enumerate(sample.values()))
@@ -172,6 +175,22 @@ def test_memory_does_not_grow_with_samples() -> None:
     for seed in range(20):
         session.engine.run(one_sample(session, seed), programs)
     assert buffers() == before
+
+
+def test_a_plan_is_simulated_with_its_own_weights() -> None:
+    """A plan.npz that another method made, or an older calibration: what is measured is what would be compiled."""
+    session = shared_session("residual")
+    plan = named_plan("residual", "a8w8")
+    weights = plan.weights["conv1"]
+    other = replace(plan, weights={**plan.weights, "conv1": replace(weights, bias=weights.bias + np.float32(1))})
+    programs = [session.builder.program(p.precisions(), p.scales, p.layer_weights) for p in (plan, other)]
+    session.engine.compile(programs)
+    own, others = session.engine.run(one_sample(session), programs)
+    assert not np.array_equal(own[0], others[0])
+    lowered = lower(session.mod, other, session.spec, families_for_target(session.spec.instruction_sets))
+    np.testing.assert_array_equal(built_outputs(lowered, *one_sample(session).values())[0], others[0])
+    same = session.program({layer.name: parse_precision("a8w8") for layer in session.graph.anchors})
+    assert [step.key for step in same.steps] == [step.key for step in programs[0].steps], "equal codes, equal values"
 
 
 def test_kernels_are_compiled_once() -> None:

@@ -84,13 +84,18 @@ class SimulationEngine:
         return len(new)
 
     def run(self, inputs: Mapping[str, Array], programs: Sequence[Program]) -> list[tuple[Array, ...]]:
-        """Outputs of every program for one sample (batch axis first, as the graph's inputs have it)."""
+        """Outputs of every program for one sample, or for as many as the graph's batch axis counts.
+
+        One sample for a graph with a larger batch is repeated to fill it, and only its own outputs come back.
+        """
         values = self._input_values(inputs)
+        batch, given = (int(next(iter(a.values())).shape[0]) for a in (self.graph.inputs, inputs))
+        kept = slice(given if given < batch else None)
         results = []
         for number, program in enumerate(programs):
             own = self._walk(program, values, keep=number == 0)
             available = {**values, **own} if number else values
-            results.append(tuple(available[key].numpy() for key in program.outputs))
+            results.append(tuple(available[key].numpy()[kept] for key in program.outputs))
             for step in program.steps:
                 # A view shares the memory of what it views, which is released itself; TVM's own operators bring their own.
                 if step.key in own and step.request is not None and not is_view(step.request):
@@ -104,7 +109,7 @@ class SimulationEngine:
         """
         values = self._input_values(inputs)
         self._walk(program, values, keep=True)
-        found = {name: inputs[name] for name in self.graph.inputs}
+        found = {name: np.from_dlpack(values[key]) for key, name in enumerate(self.graph.inputs)}
         for step in program.steps:
             if step.layer is not None:
                 found[step.tensor] = np.from_dlpack(values[step.key])
@@ -147,7 +152,13 @@ class SimulationEngine:
 
     def _input_values(self, inputs: Mapping[str, Array]) -> dict[int, Any]:
         # Keys of graph inputs are the first ones that a program builder gives, in order.
-        return {i: tvm.runtime.tensor(inputs[name], self._device) for i, name in enumerate(self.graph.inputs)}
+        values: dict[int, Any] = {}
+        for key, (name, tensor) in enumerate(self.graph.inputs.items()):
+            array = inputs[name]
+            if len(array) == 1 < tensor.shape[0]:
+                array = np.repeat(array, tensor.shape[0], axis=0)
+            values[key] = tvm.runtime.tensor(np.ascontiguousarray(array), self._device)
+        return values
 
     def _walk(self, program: Program, values: dict[int, Any], keep: bool) -> dict[int, Any]:
         """Runs the steps that ``values`` lacks. With ``keep`` they are added to it, else returned."""

@@ -52,7 +52,7 @@ class Program:
 
 
 class ProgramBuilder:
-    """Makes programs of one model, giving equal values equal keys and realizing each layer once per precision and formats.
+    """Makes programs of one model, giving equal values equal keys and realizing each layer once per codes and formats.
 
     ``weights`` gives weight codes; they are asked for once per layer and precision.
     """
@@ -64,8 +64,12 @@ class ProgramBuilder:
         self._codes: dict[tuple[str, str], QuantizedWeights | None] = {}
         self._realized: dict[object, tuple[KernelRequest, LayerConstants]] = {}
 
-    def program(self, precisions: Mapping[str, Precision], scales: TensorScales) -> Program:
+    def program(
+        self, precisions: Mapping[str, Precision], scales: TensorScales, weights: WeightSource | None = None
+    ) -> Program:
         """The steps under a precision for every layer.
+
+        ``weights`` gives the codes of a plan that brings its own, in place of the builder's.
 
         Raises:
             PrecisionError: a precision is impossible for a layer, or a scale is missing.
@@ -86,7 +90,8 @@ class ProgramBuilder:
             required = tuple(formats.required[layer.name, i] for i in range(len(layer.inputs)))
             inputs = tuple(read(t, f) for t, f in zip(layer.inputs, required, strict=True))
             produced = formats.produced[layer.name]
-            steps.append(self._layer(layer, precisions[layer.name], required, produced, inputs))
+            codes = self._layer_codes(layer, precisions[layer.name], weights)
+            steps.append(self._layer(layer, precisions[layer.name], codes, required, produced, inputs))
             keys[layer.name, produced] = steps[-1].key
         outputs = tuple(read(tensor, FLOAT32_FORMAT) for tensor in self.graph.outputs)
         return Program(tuple(steps), outputs, formats, formats.conversions(self.graph))
@@ -108,22 +113,25 @@ class ProgramBuilder:
         self,
         layer: Layer,
         precision: Precision,
+        codes: QuantizedWeights | None,
         required: tuple[TensorFormat, ...],
         produced: TensorFormat,
         inputs: tuple[int, ...],
     ) -> Step:
         # Without weights the precision's name says nothing that the formats do not say.
-        identity = (layer.name, precision.name if layer.is_anchor else "", required, produced)
+        arithmetic = (precision.name, codes.digest if codes is not None else "") if layer.is_anchor else ()
+        identity = (layer.name, arithmetic, required, produced)
         key = self._key((identity, inputs))
         if isinstance(layer.operator, Opaque):
             return Step(layer, layer.name, None, None, inputs, key, produced)
         if identity not in self._realized:
-            codes = self._layer_codes(layer, precision)
             self._realized[identity] = realize_layer(layer, precision, required, produced, codes)
         request, constants = self._realized[identity]
         return Step(layer, layer.name, request, constants, inputs, key, produced)
 
-    def _layer_codes(self, layer: Layer, precision: Precision) -> QuantizedWeights | None:
+    def _layer_codes(self, layer: Layer, precision: Precision, weights: WeightSource | None) -> QuantizedWeights | None:
+        if weights is not None:
+            return weights(layer, precision)
         identity = (layer.name, precision.name)
         if identity not in self._codes:
             self._codes[identity] = self._weights(layer, precision)
