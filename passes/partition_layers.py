@@ -24,8 +24,10 @@ After::
         lv4 = cls.max_pool2d_0(lv3)
 
 An anchor (convolution or dense layer with constant weights) takes its bias, then one residual addition, then one clamp,
-each only where nothing else reads the value in between. An addition takes a clamp. Local response normalization is the
-chain of operators that the importer spells it as. Every other operator is a layer of its own. ``FuseOpsByPattern`` matches the same shapes, but merges equal functions into one; a layer must keep its own.
+each only where nothing else reads the value in between. An addition takes a clamp. Local response normalization and
+activations such as HardSwish, which come as chains of elementwise operators, are one layer each. Every other operator is
+a layer of its own. ``FuseOpsByPattern`` matches the same shapes, but merges equal functions into one; a layer must keep
+its own.
 """
 
 from __future__ import annotations
@@ -53,8 +55,9 @@ from tvm_hquant.errors import ModelError
 from tvm_hquant.layers import LAYER_ATTRIBUTE, OPERATOR_ATTRIBUTE, constant_array, is_constant
 from tvm_hquant.local_response_normalization import find_local_response_normalizations
 from tvm_hquant.operator_codec import encode
-from tvm_hquant.operators import Add, AveragePool2D, Epilogue, LocalResponseNormalization, Opaque, Operator
+from tvm_hquant.operators import Add, AveragePool2D, Epilogue, LocalResponseNormalization, Opaque, Operator, Unary
 from tvm_hquant.relax_functions import function_identifier, tir_function_names, with_called_functions
+from tvm_hquant.unary_chains import find_activations
 
 _WEIGHT_SUFFIX = re.compile(r"([._/]|__)(weights?|kernel|w)((_\d+)?|:0)$", re.IGNORECASE)
 
@@ -129,10 +132,12 @@ class _Partitioner:
 
     def _groups(self) -> list[_Group]:
         ends: dict[int, _Group] = {}
-        for found in find_local_response_normalizations([(b.var, b.value) for b in self.bindings]):
-            indices, group = self._finish(list(found.indices), (found.data,), found.operator, None)
-            self.grouped.update(indices)
-            ends[indices[-1]] = group
+        pairs = [(b.var, b.value) for b in self.bindings]
+        for found in (*find_local_response_normalizations(pairs), *find_activations(pairs)):
+            if self._is_closed(found.indices):
+                indices, group = self._finish(list(found.indices), (found.data,), found.operator, None)
+                self.grouped.update(indices)
+                ends[indices[-1]] = group
         for index, binding in enumerate(self.bindings):
             if index in self.grouped:
                 continue
@@ -201,16 +206,19 @@ class _Partitioner:
     def _finish(
         self, indices: list[int], inputs: tuple[Any, ...], operator: Operator, weight_name: str | None
     ) -> tuple[list[int], _Group]:
-        base = _layer_name(weight_name) if weight_name else self._counted(operator, self.bindings[indices[0]].value)
+        call = self.bindings[indices[0]].value
+        base = _layer_name(weight_name) if weight_name else self._counted(operator, call, len(indices))
         name = self._unique(base)
         return indices, _Group(tuple(self.bindings[i] for i in indices), inputs, operator, name)
 
-    def _counted(self, operator: Operator, call: Any) -> str:
+    def _counted(self, operator: Operator, call: Any, chain_length: int) -> str:
         kind = operator_name(call).rsplit(".", 1)[-1] or type(operator).__name__.lower()
         if isinstance(operator, AveragePool2D) and operator.output_shape[1:3] == (1, 1):
             kind = "global_average_pool"
         if isinstance(operator, LocalResponseNormalization):
             kind = "local_response_normalization"
+        if isinstance(operator, Unary) and chain_length > 1:
+            kind = operator.function
         number = self.counters.get(kind, 0)
         self.counters[kind] = number + 1
         return f"{kind}_{number}"
@@ -240,6 +248,10 @@ class _Partitioner:
             and (shape_of(call.args[1]) or (1,))[-1] == channels
             and shape_of(call)[-1] == channels
         )
+
+    def _is_closed(self, indices: tuple[int, ...]) -> bool:
+        """Whether only these bindings read what they compute, but for the last one."""
+        return all(set(self.users.get(self.bindings[i].var, [])) <= set(indices) for i in indices[:-1])
 
     def _residual(self, index: int, value: Any) -> Any | None:
         call = self.bindings[index].value

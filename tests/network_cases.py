@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx
+import onnx.compose
 
 from tests.onnx_models import node, onnx_model, random_weights
 
@@ -24,14 +25,57 @@ class NetworkCase:
     opaque: frozenset[str] = frozenset()
 
 
+_LEFT_TO_TVM = {
+    "mobilenet_v3": "multiply",
+    "efficientnet": "multiply",
+    "transformer": "matmul multiply nn.layer_norm",
+    "unet": "nn.conv2d_transpose",
+    "conv1d": "add max nn.conv1d",
+    "selu": "multiply",
+    "softplus": "abs add log negative",
+    "abs": "abs",
+    "mish": "add log multiply",
+    "thresholdedrelu": "astype greater multiply",
+    "softsign": "abs add divide",
+    "neg": "negative",
+    "floor": "floor",
+    "sqrt": "sqrt",
+    "prelu": "nn.prelu",
+    "log_softmax": "nn.log_softmax",
+    "resize_linear": "image.resize2d",
+    "pad_reflect": "call_tir",
+    "pad_edge": "call_tir",
+    "depth_to_space": "call_tir",
+    "expand": "broadcast_to",
+    "subtract": "subtract",
+    "multiply": "multiply",
+    "divide": "divide",
+    "lp_pool": "abs multiply power",
+    "mean_over_channels": "add mean",
+    "mean_over_rows": "mean",
+    "sum_over_all": "sum",
+    "instance_norm": "add divide sqrt subtract variance",
+    "cast": "astype floor_mod greater_equal isfinite logical_not permute_dims subtract where",
+    "greater_where": "greater where",
+    "arg_max": "add argmax astype",
+    "scalar_output": "mean",
+    "embedding": "add less mean take where",
+    "shared_weights": "abs subtract",
+}
+"""For each model the operators that no kernel of this project computes: they stay in float32."""
+
+
 def _case(
     name: str,
     nodes: Sequence[Any],
     weights: Mapping[str, Array] | None = None,
-    opaque: str = "",
     **options: Any,
 ) -> NetworkCase:
-    return NetworkCase(name, onnx_model(nodes, weights, **options), frozenset(opaque.split()))
+    return _named(name, onnx_model(nodes, weights, **options))
+
+
+def _named(name: str, model: Any) -> NetworkCase:
+    return NetworkCase(name, model, frozenset(f"relax.{o}" for o in _LEFT_TO_TVM.get(name, "").split()))
 
 
 _SAME = {"pads": [1, 1, 1, 1]}
@@ -40,7 +84,9 @@ _STEM_NODE = node("Conv", "x stem_w stem_b", "stem", **_SAME)
 _HEAD = random_weights(2, head_w=(8, 8, 1, 1))
 
 
-def _between(name: str, nodes: Sequence[Any], weights: Mapping[str, Array] | None = None, **options: Any) -> NetworkCase:
+def _between(
+    name: str, nodes: Sequence[Any], weights: Mapping[str, Array] | None = None, **options: Any
+) -> NetworkCase:
     """Nodes from ``stem`` [1, 8, 8, 8] to ``last`` [1, 8, …] between two convolutions."""
     every = [_STEM_NODE, *nodes, node("Conv", "last head_w", "y")]
     return _case(name, every, {**_STEM, **_HEAD, **(weights or {})}, **options)
@@ -56,7 +102,9 @@ def block_cases() -> list[NetworkCase]:
 
 
 def _mobilenet_v3() -> NetworkCase:
-    weights = random_weights(3, up=(16, 8, 1, 1), dw=(16, 1, 3, 3), s1=(4, 16, 1, 1), s2=(16, 4, 1, 1), down=(8, 16, 1, 1))
+    weights = random_weights(
+        3, up=(16, 8, 1, 1), dw=(16, 1, 3, 3), s1=(4, 16, 1, 1), s2=(16, 4, 1, 1), down=(8, 16, 1, 1)
+    )
     return _between(
         "mobilenet_v3",
         [
@@ -121,7 +169,7 @@ def _autoencoder() -> NetworkCase:
 
 def _transformer() -> NetworkCase:
     names = ("wq", "wk", "wv", "wo")
-    weights = random_weights(6, **{n: (16, 16) for n in names}, w1=(16, 32), b1=(32,), w2=(32, 16), b2=(16,))
+    weights = random_weights(6, **dict.fromkeys(names, (16, 16)), w1=(16, 32), b1=(32,), w2=(32, 16), b2=(16,))
     weights |= random_weights(7, g1=(16,), s1=(16,), g2=(16,), s2=(16,))
     weights["scale"] = np.float32(0.35)
     weights |= _integers(split=[1, 6, 2, 8], joined=[1, 6, 16])
@@ -149,7 +197,13 @@ def _transformer() -> NetworkCase:
         node("Add", "m4 b2", "m5"),
         node("Add", "h m5", "y"),
     ]
-    return _case("transformer", nodes, weights, "relax.nn.layer_norm relax.matmul relax.multiply", inputs={"x": (1, 6, 16)}, opset=20)
+    return _case(
+        "transformer",
+        nodes,
+        weights,
+        inputs={"x": (1, 6, 16)},
+        opset=20,
+    )
 
 
 def _dense_net() -> NetworkCase:
@@ -183,7 +237,6 @@ def _unet() -> NetworkCase:
             node("Relu", "m", "last"),
         ],
         weights,
-        opaque="relax.nn.conv2d_transpose",
     )
 
 
@@ -217,22 +270,19 @@ def activation_cases() -> list[NetworkCase]:
     ]
     simple = [
         ("Relu", {}), ("Sigmoid", {}), ("Tanh", {}), ("Exp", {}), ("Elu", {"alpha": 0.7}), ("Selu", {}), ("Softplus", {}),
-        ("LeakyRelu", {"alpha": 0.1}), ("HardSigmoid", {"alpha": 0.25}), ("HardSwish", {}), ("Abs", {}), ("Sqrt", {}),
+        ("LeakyRelu", {"alpha": 0.1}), ("HardSigmoid", {"alpha": 0.25}), ("HardSwish", {}), ("Abs", {}),
         ("Mish", {}), ("ThresholdedRelu", {"alpha": 0.3}), ("Softsign", {}), ("Erf", {}), ("Neg", {}), ("Floor", {}),
     ]  # fmt: skip
-    cases = [
-        _between(f"{kind.lower()}", [node(kind, "stem", "last", **options)], opset=18)
-        for kind, options in simple
-        if kind != "Sqrt"
-    ]
-    cases.append(_between("sqrt", [node("Relu", "stem", "r"), node("Sqrt", "r", "last")]))
+    cases = [_between(kind.lower(), [node(kind, "stem", "last", **options)], opset=20) for kind, options in simple]
+    cases.append(_between("sqrt", [node("Relu", "stem", "r"), node("Sqrt", "r", "last")], opset=20))
     cases.append(_between("gelu", [node("Gelu", "stem", "last")], opset=20))
     cases.append(_between("gelu_tanh", [node("Gelu", "stem", "last", approximate="tanh")], opset=20))
-    cases.append(_between("gelu_by_erf", erf, constants))
-    cases.append(_between("prelu", [node("PRelu", "stem slope", "last")], slopes))
-    cases.append(_between("clip_with_only_min", [node("Clip", "stem lo", "last")], constants))
-    cases.append(_between("softmax_in_the_middle", [node("Softmax", "stem", "last", axis=1)]))
-    cases.append(_between("log_softmax", [node("LogSoftmax", "stem", "last", axis=1)]))
+    cases.append(_between("gelu_by_erf", erf, constants, opset=20))
+    cases.append(_between("prelu", [node("PRelu", "stem slope", "last")], slopes, opset=20))
+    cases.append(_between("prelu_of_one_slope", [node("PRelu", "stem half", "last")], constants, opset=20))
+    cases.append(_between("clip_with_only_min", [node("Clip", "stem lo", "last")], constants, opset=20))
+    cases.append(_between("softmax_in_the_middle", [node("Softmax", "stem", "last", axis=1)], opset=20))
+    cases.append(_between("log_softmax", [node("LogSoftmax", "stem", "last", axis=1)], opset=20))
     return cases
 
 
@@ -255,12 +305,12 @@ def operator_cases() -> list[NetworkCase]:
         _between("pad_edge", [node("Pad", "stem pads", "last", mode="edge")], ends),
         _between("pad_before_pool", [node("Pad", "stem pads", "p"), node("MaxPool", "p", "last", **half)], ends),
         _between("depth_to_space", [node("DepthToSpace", "stem", "d", blocksize=2), node("Tile", "d rep", "last")],
-                 _integers(rep=[1, 4, 1, 1])),  # fmt: skip
+                 _integers(rep=[1, 4, 1, 1])),
         _between("space_to_depth", [node("SpaceToDepth", "stem", "d", blocksize=2), node("Conv", "d wide", "last")],
-                 random_weights(13, wide=(8, 32, 1, 1))),  # fmt: skip
+                 random_weights(13, wide=(8, 32, 1, 1))),
         _between("transpose", [node("Transpose", "stem", "last", perm=[0, 1, 3, 2])]),
         _between("expand", [node("GlobalAveragePool", "stem", "g"), node("Expand", "g shape", "last")],
-                 _integers(shape=[1, 8, 4, 4])),  # fmt: skip
+                 _integers(shape=[1, 8, 4, 4])),
         _between("subtract", [node("Relu", "stem", "r"), node("Sub", "stem r", "last")]),
         _between("multiply", [node("Relu", "stem", "r"), node("Mul", "stem r", "last")]),
         _between("divide", [node("Exp", "stem", "r"), node("Div", "stem r", "last")]),
@@ -278,7 +328,7 @@ def operator_cases() -> list[NetworkCase]:
         _between("instance_norm", [node("InstanceNormalization", "stem t u_variance", "last")], eight),
         _between("lrn", [node("LRN", "stem", "last", size=3, alpha=0.3, beta=0.6, bias=2.0)]),
         _between("identity_and_dropout", [node("Identity", "stem", "i"), node("Dropout", "i", "last")]),
-        _between("cast", [node("Cast", "stem", "i", to=onnx.TensorProto.INT32), node("Cast", "i", "last", to=onnx.TensorProto.FLOAT)]),
+        _between("cast", [node("Cast", "stem", "i", to=6), node("Cast", "i", "last", to=1)]),
         _between("greater_where", [node("Greater", "stem c", "g"), node("Where", "g stem c", "last")], eight),
         _between("arg_max", [node("ArgMax", "stem", "i", axis=1), node("Cast", "i", "f", to=1), node("Add", "f stem", "last")]),
     ]  # fmt: skip
@@ -298,8 +348,10 @@ def structure_cases() -> list[NetworkCase]:
               weights, outputs="y q"),
         _case("output_that_is_read", [left, node("Conv", "a u", "y")], {**weights, **random_weights(15, u=(8, 8, 1, 1))},
               outputs="a y"),
-        _case("one_tensor_twice", [left, node("Relu", "a", "y")], weights, outputs="y y"),
+        _case("one_tensor_under_two_names", [left, node("Relu", "a", "y"), node("Identity", "y", "q")], weights, outputs="y q"),
         _case("input_as_output", [left, node("Relu", "a", "y"), node("Identity", "x", "q")], weights, outputs="y q"),
+        _case("scalar_output", [left, node("ReduceMean", "a", "y", keepdims=0)], weights),
+        _words(),
         _case("no_weights", [node("MaxPool", "x", "p", kernel_shape=[2, 2]), node("Sigmoid", "p", "y")]),
         _case("flatten_then_gemm", [left, node("Flatten", "a", "f"), node("Gemm", "f fw", "y")], weights),
         _case("dense_on_three_axes", [node("MatMul", "x k", "m"), node("Relu", "m", "y")], weights, inputs={"x": (1, 7, 6)}),
@@ -310,6 +362,19 @@ def structure_cases() -> list[NetworkCase]:
         _case("shared_weights", [left, node("Conv", "z w", "b", **_SAME), node("Sub", "a b", "d"), node("Abs", "d", "y")],
               weights, inputs=two),
     ]  # fmt: skip
+
+
+def _words() -> NetworkCase:
+    """Whole numbers in: a mean of embeddings."""
+    nodes = [
+        node("Gather", "table x", "e"),
+        node("ReduceMean", "e", "m", axes=[1], keepdims=0),
+        node("Gemm", "m fw", "y"),
+    ]
+    weights = random_weights(17, table=(10, 6), fw=(6, 5))
+    model = onnx_model(nodes, weights, inputs={"x": (1, 7)}, dtype=onnx.TensorProto.INT64)
+    model.graph.output[0].type.tensor_type.elem_type = onnx.TensorProto.FLOAT
+    return _named("embedding", model)
 
 
 def opset_cases() -> list[NetworkCase]:
@@ -339,6 +404,24 @@ def opset_cases() -> list[NetworkCase]:
     return cases
 
 
+def merged_cases(name: str, cases: Sequence[NetworkCase], opset: int) -> NetworkCase:
+    """All cases side by side in one model of one opset: kernels that they share are compiled once."""
+    graph = onnx.GraphProto(name=name)
+    for case in cases:
+        part = onnx.compose.add_prefix_graph(case.model.graph, f"{case.name}_")
+        graph.node.extend(part.node)
+        graph.initializer.extend(part.initializer)
+        graph.input.extend(part.input)
+        graph.output.extend(part.output)
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", opset)], ir_version=8)
+    return NetworkCase(name, model, frozenset().union(*(case.opaque for case in cases)))
+
+
 def network_cases() -> list[NetworkCase]:
-    """All of them."""
-    return [*block_cases(), *activation_cases(), *operator_cases(), *structure_cases(), *opset_cases()]
+    """All of them, single operators merged into two models."""
+    return [
+        *block_cases(),
+        merged_cases("activations", activation_cases(), 20),
+        merged_cases("operators", operator_cases(), 13),
+        *structure_cases(),
+    ]

@@ -105,6 +105,16 @@ def test_an_edited_precision_is_obeyed(tmp_path: Path) -> None:
     assert not np.array_equal(outputs_of(plan), outputs_of(named_plan("residual", "mixed")))
 
 
+def test_codes_cannot_pass_for_another_precision(tmp_path: Path) -> None:
+    """``sed s/a8w8/a8w4/`` over the whole file: the 8-bit codes beside it are not taken for 4-bit ones."""
+    path = saved(tmp_path, "a8w8")
+    path.write_text(path.read_text(encoding="utf-8").replace("a8w8", "a8w4"), encoding="utf-8")
+    layer = read_layers(partitioned("residual")).by_name["conv1"]
+    made = load_plan(path).layer_weights(layer, parse_precision("a8w4"))
+    assert made is not None
+    assert np.unique(made.codes).size <= 16
+
+
 def test_an_edited_scale_is_obeyed(tmp_path: Path) -> None:
     """Scales in the file are what runs, not a copy for show."""
 
@@ -152,9 +162,9 @@ def test_completed_plan_holds_the_codes_of_its_present_precisions() -> None:
 WRONG: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "no layers": (lambda d: d.pop("layers"), "the field 'layers' is missing"),
     "no model": (lambda d: d.pop("model"), "the field 'model' is missing"),
-    "no precision": (lambda d: d["layers"]["conv1"].pop("precision"), "the field 'precision' is missing"),
+    "no precision": (lambda d: d["layers"]["conv1"].pop("precision"), "layer conv1: the field 'precision' is missing"),
     "unknown precision": (lambda d: d["layers"]["conv1"].update(precision="a9"), "unknown precision 'a9'"),
-    "a number as precision": (lambda d: d["layers"]["conv1"].update(precision=8), "wrong form"),
+    "a number as precision": (lambda d: d["layers"]["conv1"].update(precision=8), "layer conv1: unknown precision '8'"),
     "layers as a list": (lambda d: d.update(layers=["conv1"]), "wrong form"),
     "another version": (lambda d: d.update(version=99), "version 99 is not supported"),
     "no scale": (lambda d: d["tensors"]["x"]["uint8"].pop("scale"), "the field 'scale' is missing"),
@@ -226,3 +236,11 @@ def test_plan_of_another_model_is_refused() -> None:
         plan.check_model(read_layers(partitioned("branches")))
     with pytest.raises(PlanError, match="shapes or weights differ"):
         replace(plan, fingerprint="0" * 64).check_model(read_layers(partitioned("residual")))
+
+
+def test_misspelt_layer_is_found() -> None:
+    """The model is the right one, so an unknown name is a slip of the person who edited: the likely name is said."""
+    plan = named_plan("residual", "a8w8")
+    layers = {name.replace("conv2", "conv_2"): decision for name, decision in plan.layers.items()}
+    with pytest.raises(PlanError, match=r"edited wrongly: .*; write conv2 for conv_2"):
+        replace(plan, layers=layers).check_model(read_layers(partitioned("residual")))

@@ -171,8 +171,12 @@ def test_a_plan_without_a_layer(residual: Path) -> None:
 
 def test_a_library_of_another_plan_is_explained(residual: Path, artifacts: dict[str, Artifact]) -> None:
     """The library of another model in this folder: it has not the kernels that this plan asks for."""
+    library = (artifacts["branches"].folder / "model.so").read_bytes()
     (residual / "model.so").unlink()
-    (residual / "model.so").write_bytes((artifacts["branches"].folder / "model.so").read_bytes())
+    (residual / "model.so").write_bytes(library)
+    manifest = json.loads((residual / "manifest.json").read_text(encoding="utf-8"))
+    manifest["files"]["model.so"] = hashlib.sha256(library).hexdigest()
+    (residual / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
     with pytest.raises(ArtifactError, match=r"the library has no kernel .*compile the model again"):
         verify_artifact(load_artifact(residual))
 

@@ -9,12 +9,13 @@ from typing import Any
 from tvm import IRModule
 
 from tvm_hquant.artifact import compile_artifact
+from tvm_hquant.calibration.data import open_data
 from tvm_hquant.compilation import StageObserver, lower
-from tvm_hquant.errors import DataError
+from tvm_hquant.errors import DataError, PrecisionError
 from tvm_hquant.kernels.registry import families_for_target, host_instruction_sets
 from tvm_hquant.plan import PrecisionPlan, load_plan
-from tvm_hquant.planning import make_plan, uniform_decisions
-from tvm_hquant.precision import parse_precision
+from tvm_hquant.planning import make_plan, uniform_decisions, with_calibration
+from tvm_hquant.precision import REALIZED, Precision, parse_precision
 from tvm_hquant.preparation import prepare_module
 from tvm_hquant.quantizer import Options, QuantizationResult, Quantizer, assign_roles
 from tvm_hquant.report.quantization_report import QuantizationReport
@@ -110,7 +111,7 @@ def quantize(
         metric, max_drop, tuple(precisions) if precisions else Options().precisions, fixed, seed, baselines
     )
     if precision is not None:
-        wanted = parse_precision(precision).name
+        wanted = _realized(precision).name
         options = Options(metric, max_drop, (wanted, "float32"), fixed, seed, baselines)
         strategy = UniformStrategy(wanted)
     roles = assign_roles(calibration, evaluation, session.signature, seed)
@@ -173,19 +174,35 @@ def lowered_module(result: QuantizationResult) -> IRModule:
 def _with_plan(
     session: QuantizationSession, plan: PrecisionPlan, calibration: Any, evaluation: Any, name: str, options: Options
 ) -> QuantizationResult:
+    plan.check_model(session.graph)
+    if calibration is not None:
+        calibration = open_data(calibration, session.signature)
+        session.calibrate(calibration)
+        plan = with_calibration(session, plan)
     plan = plan.completed(session.graph, session.spec.rules.weight_scales == "per-channel")
     if evaluation is None:
         return QuantizationResult(session.mod, plan, None, session.spec)
-    roles = assign_roles(calibration if calibration is not None else evaluation, evaluation, session.signature, 0)
-    session.calibrate(roles.calibration)
+    if calibration is None:
+        raise DataError(
+            "evaluation data without calibration data: the uniform quantizations that the plan is measured beside need "
+            "both; give --calibration too, or leave --evaluation out"
+        )
+    roles = assign_roles(calibration, evaluation, session.signature, options.seed)
     return QuantizationResult(session.mod, plan, Quantizer(session, roles, options).report(plan, name), session.spec)
+
+
+def _realized(name: str) -> Precision:
+    precision = parse_precision(name)
+    if not precision.is_realized:
+        raise PrecisionError(f"{precision.name} is simulated only and has no kernel: use one of {', '.join(REALIZED)}")
+    return precision
 
 
 def _without_data(session: QuantizationSession, precision: str | None) -> QuantizationResult:
     """A uniform plan in a precision that needs no ranges of activations."""
     if precision is None:
         raise DataError("no calibration data: give --calibration, or a precision that needs none (w8 … w2, float32)")
-    wanted = parse_precision(precision)
+    wanted = _realized(precision)
     if wanted.needs_calibration:
         raise DataError(
             f"{wanted.name} needs calibration data: give --calibration, or use w8 … w2 or a float precision"

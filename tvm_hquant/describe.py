@@ -33,6 +33,7 @@ _UNARY_WITHOUT_PARAMETERS = {
     "relax.sigmoid": "sigmoid",
     "relax.tanh": "tanh",
     "relax.exp": "exp",
+    "relax.erf": "erf",
     "relax.nn.gelu": "gelu",
     "relax.nn.gelu_tanh": "gelu_tanh",
     "relax.nn.silu": "silu",
@@ -194,9 +195,22 @@ def _average_pool(call: Any) -> Operator | None:
 
 def _mean(call: Any) -> Operator | None:
     shape = shape_of(call.args[0])
-    if len(shape) != 4 or sorted(int(a) % 4 for a in call.attrs.axis) != [1, 2] or not bool(call.attrs.keepdims):
+    axes = call.attrs.axis if call.attrs.axis is not None else range(len(shape))
+    if len(shape) != 4 or sorted(int(a) % 4 for a in axes) != [1, 2] or not bool(call.attrs.keepdims):
         return None
     return AveragePool2D(shape, Window((shape[1], shape[2])))
+
+
+def _max(call: Any) -> Operator | None:
+    average = _mean(call)
+    return MaxPool2D(average.input_shape, average.window) if isinstance(average, AveragePool2D) else None
+
+
+def _prelu(call: Any) -> Operator | None:
+    slopes = constant_array(call.args[1]) if is_constant(call.args[1]) else None
+    if slopes is None or not slopes.size or (slopes != slopes.flat[0]).any():
+        return None
+    return Unary(shape_of(call), "leaky_relu", (float(slopes.flat[0]),))
 
 
 def _concat(call: Any) -> Operator | None:
@@ -262,6 +276,8 @@ _DESCRIPTIONS = {
     "relax.nn.max_pool2d": _max_pool,
     "relax.nn.avg_pool2d": _average_pool,
     "relax.mean": _mean,
+    "relax.max": _max,
+    "relax.nn.prelu": _prelu,
     "relax.concat": _concat,
     "relax.reshape": _reshape,
     "relax.flatten": _reshape,

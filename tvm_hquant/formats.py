@@ -211,7 +211,7 @@ def _codes(scales: TensorScales, tensor: str, precision: Precision, reader: str)
     except KeyError:
         raise PrecisionError(
             f"layer {reader} in {precision.name} reads {tensor}, whose {codes_name(precision)} scale is not known: "
-            "calibrate, or give the tensor that scale in the plan"
+            "give calibration data, or that scale in the plan"
         ) from None
 
 

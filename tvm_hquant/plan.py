@@ -7,6 +7,7 @@ multipliers, offsets and limits of the kernels are derived from these and stand 
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import io
 import json
@@ -19,7 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tvm_hquant.errors import HQuantError, PlanError
+from tvm_hquant.errors import HQuantError, PlanError, PrecisionError
 from tvm_hquant.formats import TensorScales
 from tvm_hquant.layers import Layer, LayerGraph
 from tvm_hquant.precision import Arithmetic, Precision, parse_precision
@@ -115,6 +116,8 @@ class PrecisionPlan:
                 parts.append(f"it names layers that the model does not have ({_some(unknown)})")
             if missing:
                 parts.append(f"it has no decision for layers of the model ({_some(missing)})")
+            if self.fingerprint == graph.fingerprint:
+                raise PlanError(f"the plan was edited wrongly: {' and '.join(parts)}{_guess(unknown, missing)}")
             raise PlanError(f"the plan is for another model: {' and '.join(parts)}; make one with 'hquant compile'")
         if self.fingerprint != graph.fingerprint:
             raise PlanError(
@@ -136,13 +139,24 @@ class PrecisionPlan:
                 name: {codes: _scale_entry(f) for codes, f in formats.items()} for name, formats in self.scales.items()
             },
             "groups": [list(group) for group in self.groups],
-            "weights": {"file": "plan.npz", "sha256": weights_sha256, "precisions": dict(self.weight_precisions)},
+            "weights": {"file": "plan.npz", "sha256": weights_sha256},
         }
         return _one_line_per_entry(document)
 
+    def weights_bytes(self) -> bytes:
+        """The content of ``plan.npz``."""
+        arrays: dict[str, npt.NDArray[Any]] = {}
+        for name, w in self.weights.items():
+            arrays[f"{name}/codes"], arrays[f"{name}/scales"], arrays[f"{name}/bias"] = w.codes, w.scales, w.bias
+            # It stands here, not in plan.json, so that nobody can make codes of one precision pass for another's.
+            arrays[f"{name}/precision"] = np.array(self.weight_precisions[name])
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
+        return buffer.getvalue()
+
     def save(self, folder: Path) -> None:
         """Writes ``plan.json`` and ``plan.npz`` into a folder that exists."""
-        data = _weights_bytes(self.weights)
+        data = self.weights_bytes()
         (folder / "plan.npz").write_bytes(data)
         (folder / "plan.json").write_text(self.to_json(hashlib.sha256(data).hexdigest()), encoding="utf-8")
 
@@ -163,8 +177,8 @@ def load_plan(path: Path | str) -> PrecisionPlan:
     return plan_from_text(text, f"the plan {path}", data)
 
 
-def plan_from_text(text: str, what: str, weights: bytes | Mapping[str, QuantizedWeights] | None) -> PrecisionPlan:
-    """A plan from the text of ``plan.json`` and its weights: the bytes of ``plan.npz``, or the codes by layer.
+def plan_from_text(text: str, what: str, weights: bytes | None) -> PrecisionPlan:
+    """A plan from the text of ``plan.json`` and its weights, the bytes of ``plan.npz``.
 
     Raises:
         PlanError: a field is missing or wrong, or the bytes are not the ones that belong to it; ``what`` names the plan.
@@ -180,15 +194,12 @@ def plan_from_text(text: str, what: str, weights: bytes | Mapping[str, Quantized
         raise PlanError(f"{what} has the wrong form: {wrong}; see docs/plan.md") from None
 
 
-def _from_document(document: Any, stored: bytes | Mapping[str, QuantizedWeights] | None) -> PrecisionPlan:
+def _from_document(document: Any, stored: bytes | None) -> PrecisionPlan:
     if not isinstance(document, dict):
         raise PlanError("expected an object with version, model, target, layers and tensors")
     if document["version"] != PLAN_VERSION:
         raise PlanError(f"version {document['version']!r} is not supported, only {PLAN_VERSION}; make the plan again")
-    layers = {
-        name: LayerDecision(parse_precision(d["precision"]).name, str(d.get("reason", "")), str(d.get("detail", "")))
-        for name, d in document["layers"].items()
-    }
+    layers = {name: _decision(name, entry) for name, entry in document["layers"].items()}
     scales = {
         name: {codes: _scale_format(name, codes, entry) for codes, entry in formats.items()}
         for name, formats in document["tensors"].items()
@@ -196,15 +207,23 @@ def _from_document(document: Any, stored: bytes | Mapping[str, QuantizedWeights]
     groups = tuple(tuple(group) for group in document.get("groups", []))
     _check_groups(groups, scales)
     weights_entry = document.get("weights", {})
-    weights: Mapping[str, QuantizedWeights] = {}
-    if isinstance(stored, bytes):
+    weights: dict[str, QuantizedWeights] = {}
+    precisions: dict[str, str] = {}
+    if stored is not None:
         if weights_entry.get("sha256") not in (None, hashlib.sha256(stored).hexdigest()):
             raise PlanError("plan.npz beside it is not the file that belongs to it (its SHA-256 differs)")
-        weights = _weights_from_bytes(stored)
-    elif stored is not None:
-        weights = stored
-    precisions = {k: v for k, v in weights_entry.get("precisions", {}).items() if k in weights}
+        weights, precisions = _weights_from_bytes(stored)
     return PrecisionPlan(document["model"], document["target"], layers, scales, groups, weights, precisions)
+
+
+def _decision(layer: str, entry: Any) -> LayerDecision:
+    if not isinstance(entry, dict) or "precision" not in entry:
+        raise PlanError(f"layer {layer}: the field 'precision' is missing; see docs/plan.md")
+    try:
+        precision = parse_precision(str(entry["precision"]))
+    except PrecisionError as error:
+        raise PlanError(f"layer {layer}: {error}") from None
+    return LayerDecision(precision.name, str(entry.get("reason", "")), str(entry.get("detail", "")))
 
 
 def _check_groups(groups: tuple[tuple[str, ...], ...], scales: TensorScales) -> None:
@@ -246,25 +265,23 @@ def _one_line_per_entry(document: Mapping[str, Any]) -> str:
     return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
-def _weights_bytes(weights: Mapping[str, QuantizedWeights]) -> bytes:
-    arrays: dict[str, npt.NDArray[Any]] = {}
-    for name, w in weights.items():
-        arrays[f"{name}/codes"], arrays[f"{name}/scales"], arrays[f"{name}/bias"] = w.codes, w.scales, w.bias
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
-    return buffer.getvalue()
-
-
-def _weights_from_bytes(data: bytes) -> dict[str, QuantizedWeights]:
+def _weights_from_bytes(data: bytes) -> tuple[dict[str, QuantizedWeights], dict[str, str]]:
+    """Codes, and the precisions that they were made for, by layer."""
     try:
         with np.load(io.BytesIO(data), allow_pickle=False) as archive:
             names = sorted({key.rpartition("/")[0] for key in archive.files})
-            return {
+            weights = {
                 name: QuantizedWeights(archive[f"{name}/codes"], archive[f"{name}/scales"], archive[f"{name}/bias"])
                 for name in names
             }
+            return weights, {name: str(archive[f"{name}/precision"]) for name in names}
     except (OSError, EOFError, KeyError, TypeError, AttributeError, ValueError, zipfile.BadZipFile) as error:
         raise PlanError(f"plan.npz beside it is damaged ({error}); make the plan again") from None
+
+
+def _guess(unknown: list[str], missing: list[str]) -> str:
+    close = difflib.get_close_matches(unknown[0], missing, n=1) if unknown else []
+    return f"; write {close[0]} for {unknown[0]}" if close else "; 'hquant inspect' lists the layers"
 
 
 def _some(names: list[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from tvm_hquant.errors import PrecisionError
 from tvm_hquant.formats import follow_consumers
@@ -35,6 +36,24 @@ def make_plan(session: QuantizationSession, decisions: Mapping[str, LayerDecisio
         stored,
         {name: anchors[name].name for name in stored},
     )
+
+
+def with_calibration(session: QuantizationSession, plan: PrecisionPlan) -> PrecisionPlan:
+    """A plan with what a calibrated session knows and the plan lacks for its precisions: a person has changed some.
+
+    The plan's own scales and codes stay as they are.
+    """
+    precisions = plan.precisions()
+    known = session.scales(precisions.values())
+    scales = {name: {**known.get(name, {}), **plan.scales.get(name, {})} for name in {**plan.scales, **known}}
+    weights = dict(plan.weights)
+    made_for = dict(plan.weight_precisions)
+    for layer in session.graph.anchors:
+        precision = precisions[layer.name]
+        codes = session.layer_weights(layer, precision)
+        if codes is not None and made_for.get(layer.name) != precision.name:
+            weights[layer.name], made_for[layer.name] = codes, precision.name
+    return replace(plan, scales=scales, weights=weights, weight_precisions=made_for)
 
 
 def uniform_decisions(session: QuantizationSession, precision: Precision) -> dict[str, LayerDecision]:

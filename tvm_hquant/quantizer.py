@@ -6,6 +6,7 @@ strategy, make a quantizer with it, then ``simulate()`` or ``quantize()``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -17,7 +18,7 @@ from tvm_hquant.calibration.data import open_data
 from tvm_hquant.calibration.samples import DataSource, count_samples
 from tvm_hquant.calibration.split import count_shared_samples, random_samples, split_calibration, two_fold
 from tvm_hquant.cost.predicted import predicted_cycles, weight_bytes
-from tvm_hquant.errors import PrecisionError
+from tvm_hquant.errors import BudgetError, PrecisionError
 from tvm_hquant.layers import Layer
 from tvm_hquant.plan import LayerDecision, PrecisionPlan
 from tvm_hquant.planning import make_plan
@@ -61,6 +62,10 @@ class Options:
     fixed: Mapping[str, str] | None = None
     seed: int = 0
     baselines: bool = True
+
+    def __post_init__(self) -> None:
+        if math.isnan(self.max_drop):
+            raise BudgetError("the loss budget max_drop is not a number: give one, such as 0.01")
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import tvm
 from tvm import IRModule, relax
 from tvm.runtime import tensor as runtime_tensor
@@ -21,7 +22,6 @@ from tvm_hquant.kernels.registry import families_for_target
 from tvm_hquant.layers import LAYER_ATTRIBUTE, read_layers
 from tvm_hquant.plan import PrecisionPlan, plan_from_text
 from tvm_hquant.preparation import preparation_pipeline
-from tvm_hquant.quantized_weights import QuantizedWeights
 from tvm_hquant.target_spec import TargetSpec, read_target_spec
 
 PLAN_ATTRIBUTE = "hquant.plan"
@@ -32,14 +32,11 @@ PIPELINE_NAME = "hquant"
 
 def attach_plan(mod: IRModule, plan: PrecisionPlan, spec: TargetSpec) -> IRModule:
     """The module with plan and spec as attributes, for the pipeline ``hquant``."""
-    weights: dict[str, Any] = {}
-    for name, w in plan.weights.items():
-        weights.update({f"{name}/codes": w.codes, f"{name}/scales": w.scales, f"{name}/bias": w.bias})
     return mod.with_attrs(
         {
             PLAN_ATTRIBUTE: plan.to_json(),
             SPEC_ATTRIBUTE: spec.to_toml(),
-            WEIGHTS_ATTRIBUTE: {key: runtime_tensor(array) for key, array in weights.items()},
+            WEIGHTS_ATTRIBUTE: runtime_tensor(np.frombuffer(plan.weights_bytes(), np.uint8)),
         }
     )
 
@@ -54,7 +51,9 @@ def hquant_pipeline() -> Any:
     def transform(mod: IRModule, _context: Any) -> IRModule:
         if not mod.attrs or PLAN_ATTRIBUTE not in mod.attrs or SPEC_ATTRIBUTE not in mod.attrs:
             raise PlanError("the module carries no plan: call hq.attach_plan(mod, plan, spec) before tvm.compile")
-        plan = plan_from_text(str(mod.attrs[PLAN_ATTRIBUTE]), "the attached plan", _weights(mod))
+        plan = plan_from_text(
+            str(mod.attrs[PLAN_ATTRIBUTE]), "the attached plan", mod.attrs[WEIGHTS_ATTRIBUTE].numpy().tobytes()
+        )
         spec = read_target_spec(str(mod.attrs[SPEC_ATTRIBUTE]), "the attached target spec")
         bare = mod.without_attr(PLAN_ATTRIBUTE).without_attr(SPEC_ATTRIBUTE).without_attr(WEIGHTS_ATTRIBUTE)
         if not any(f.attrs and LAYER_ATTRIBUTE in f.attrs for _, f in bare.functions_items()):
@@ -65,12 +64,6 @@ def hquant_pipeline() -> Any:
         return build_pipeline(spec.tvm_target())(bare)
 
     return tvm.transform.module_pass(transform, opt_level=0, name="hquant.pipeline")
-
-
-def _weights(mod: IRModule) -> dict[str, QuantizedWeights]:
-    arrays = {str(k): v.numpy() for k, v in dict(mod.attrs[WEIGHTS_ATTRIBUTE]).items()}
-    names = sorted({key.rpartition("/")[0] for key in arrays})
-    return {n: QuantizedWeights(arrays[f"{n}/codes"], arrays[f"{n}/scales"], arrays[f"{n}/bias"]) for n in names}
 
 
 def _register() -> None:

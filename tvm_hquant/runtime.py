@@ -7,6 +7,7 @@ This module imports nothing of the compiler: it works where only TVM's runtime l
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -44,6 +45,8 @@ def read_manifest(folder: Path | str) -> dict[str, Any]:
         ArtifactError: the folder or its manifest is missing or cannot be read.
     """
     path = Path(folder) / "manifest.json"
+    if Path(folder).is_file():
+        raise ArtifactError(f"{folder} is not an artifact but a file: give the folder that 'hquant compile' wrote")
     if not Path(folder).is_dir():
         raise ArtifactError(
             f"{folder} is not an artifact: there is no such folder; 'hquant compile … -o {folder}' makes it"
@@ -111,6 +114,12 @@ class Artifact:
         path = self.folder / self.manifest["library"]
         if not path.is_file():
             raise ArtifactError(f"{self.folder} is incomplete: {path.name} is missing; compile the model again")
+        # The loader maps a library into memory: one that is cut short would end the process when it runs.
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != self.manifest.get("files", {}).get(path.name, found):
+            raise ArtifactError(f"cannot load {path}: it is damaged, or another file than manifest.json has the SHA-256 "
+                                "of; copy or compile it again")  # fmt: skip
         use_all_cores()
         import tvm
 
@@ -259,12 +268,17 @@ def check_destination(target: Path) -> None:
     """Makes sure that an artifact may be written to a folder.
 
     Raises:
-        ArtifactError: something else stands there.
+        ArtifactError: something else stands there, or the folder around it is not writable.
     """
     if target.exists() and not target.is_dir():
         raise ArtifactError(f"{target} is a file: give a folder for the artifact")
     if target.is_dir() and any(target.iterdir()) and not (target / "manifest.json").exists():
         raise ArtifactError(f"{target} is a folder with other files in it: give a new folder for the artifact")
+    parent = next(p for p in Path(os.path.abspath(target)).parents if p.exists())
+    if not parent.is_dir():
+        raise ArtifactError(f"cannot write the artifact {target}: {parent} is a file")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise ArtifactError(f"cannot write the artifact {target}: the folder {parent} is not writable")
 
 
 def _padded(array: Array, batch: int) -> Array:

@@ -201,6 +201,7 @@ def test_kernels_are_compiled_once() -> None:
     assert session.engine.compile(programs) == 0
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered")
 def test_bad_activations_name_tensor_and_sample() -> None:
     """A model that overflows on one calibration sample: which tensor, which sample, from which source."""
     session = new_session(partitioned("residual"))

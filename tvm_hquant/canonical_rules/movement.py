@@ -12,6 +12,14 @@ from tvm_hquant.describe import operator_name, shape_of
 from tvm_hquant.graph_rewriting import Graph
 
 
+_REPEATING_RESIZES = {
+    ("nearest_neighbor", "asymmetric", "floor"),
+    ("nearest_neighbor", "half_pixel", "round_prefer_floor"),
+    ("nearest_neighbor", "half_pixel", "round_prefer_ceil"),
+}
+"""(method, coordinates, rounding) under which output i of k times as many comes from input i // k."""
+
+
 def spell_reshape(call: Any, graph: Graph) -> Any | None:
     """Flatten, squeeze and expand_dims are reshapes; a reshape of a reshape is one; one to the own shape is nothing."""
     name = operator_name(call)
@@ -120,6 +128,29 @@ def spell_split_as_slices(element: Any, graph: Graph) -> Any | None:
     lengths = [int(field.shape[axis]) for field in call.ty.fields]
     begin = sum(lengths[: element.index])
     return relax.op.strided_slice(call.args[0], [axis], [begin], [begin + lengths[element.index]], [1])
+
+
+def spell_upsampling(call: Any, graph: Graph) -> Any | None:
+    """``R.image.resize2d`` that repeats every row and column a whole number of times becomes two ``R.take``."""
+    if operator_name(call) != "relax.image.resize2d" or str(call.attrs.layout) != "NCHW":
+        return None
+    way = (str(call.attrs.method), str(call.attrs.coordinate_transformation_mode), str(call.attrs.rounding_method))
+    if way not in _REPEATING_RESIZES:
+        return None
+    (_, _, height, width), (_, _, out_height, out_width) = shape_of(call.args[0]), shape_of(call)
+    if out_height % height or out_width % width:
+        return None
+    rows, columns = np.arange(out_height) * height // out_height, np.arange(out_width) * width // out_width
+    taken = graph.emit(relax.op.take(call.args[0], relax.const(rows, "int64"), axis=2, mode="clip"))
+    return relax.op.take(taken, relax.const(columns, "int64"), axis=3, mode="clip")
+
+
+def spell_static_shape(call: Any, graph: Graph) -> Any | None:
+    """The shape of a tensor as numbers, which the importer of Gather computes with, is constant."""
+    if operator_name(call) != "relax.shape_to_tensor":
+        return None
+    source = graph.definition_of(call.args[0], "relax.shape_of", used_once=False)
+    return None if source is None else relax.const(np.array(shape_of(source.args[0]), np.int64), "int64")
 
 
 def drop_empty_pad(call: Any, graph: Graph) -> Any | None:

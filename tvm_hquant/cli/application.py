@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from importlib.metadata import version as package_version
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from typer.core import TyperGroup
 
 from tvm_hquant.cli.compile_command import compile_command, quickstart_command
 from tvm_hquant.cli.inspect_command import inspect_command
@@ -16,24 +14,8 @@ from tvm_hquant.cli.run_command import run_command
 from tvm_hquant.cli.targets import targets_app
 from tvm_hquant.cli.verify_command import verify_command
 
-INTERRUPTED = 130
-"""Exit code after Ctrl-C, as shells have it."""
-
-
-class _Commands(TyperGroup):
-    """Says that it was interrupted, which typer does not."""
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except KeyboardInterrupt:
-            print("hquant: interrupted; no artifact was written", file=sys.stderr)
-            raise SystemExit(INTERRUPTED) from None
-
-
 application = typer.Typer(
     name="hquant",
-    cls=_Commands,
     help="Turns a float model into the fastest mixed-precision module that a target runs within a loss budget.",
     epilog="Every command takes --debug: the Python traceback of an error.",
     no_args_is_help=True,

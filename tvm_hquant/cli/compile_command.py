@@ -43,7 +43,9 @@ def compile_command(
             "By default top1 with labels, kl without.",
         ),
     ] = None,
-    max_drop: Annotated[float, typer.Option("--max-drop", help="The loss budget, in the unit of --metric: 0.01 of top1 is one point.")] = 0.01,
+    max_drop: Annotated[
+        float, typer.Option("--max-drop", help="The loss budget, in the unit of --metric; 0.01 of top1 is a point.")
+    ] = 0.01,
     plan: Annotated[Path | None, typer.Option("--plan", help="Use exactly this plan.json; no search.")] = None,
     precision: Annotated[
         str | None,
@@ -138,10 +140,19 @@ def _check_options(plan: Path | None, precision: str | None) -> None:
 def _ir_writer(folder: Path | None) -> Any:
     if folder is None:
         return None
-    folder.mkdir(parents=True, exist_ok=True)
+    from tvm_hquant.errors import ArtifactError
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ArtifactError(f"cannot write to --dump-ir {folder}: {error.strerror or error}") from None
     numbers = iter(range(100))
 
     def write(stage: str, module: Any) -> None:
-        (folder / f"{next(numbers):02}_{stage}.py").write_text(module.script(), encoding="utf-8")
+        path = folder / f"{next(numbers):02}_{stage}.py"
+        try:
+            path.write_text(module.script(), encoding="utf-8")
+        except OSError as error:
+            raise ArtifactError(f"cannot write {path}: {error.strerror or error}") from None
 
     return write

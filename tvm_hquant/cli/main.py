@@ -3,40 +3,63 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+from types import FrameType
+from typing import NoReturn
 
 from tvm_hquant.errors import HQuantError
 
 BUDGET_MISSED = 3
 """Exit code when an artifact was written, but no plan kept the loss budget."""
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it."""
+
+
+class _Interruption:
+    """Ctrl-C, and that it was pressed: inside a call of TVM it comes back as some other error."""
+
+    def __init__(self) -> None:
+        self.happened = False
+
+    def __call__(self, _signal: int, _frame: FrameType | None) -> NoReturn:
+        self.happened = True
+        raise KeyboardInterrupt
 
 
 def main() -> None:
     """Entry point of the ``hquant`` script."""
     debug = "--debug" in sys.argv[1:] or bool(os.environ.get("HQUANT_DEBUG"))
     arguments = [a for a in sys.argv[1:] if a != "--debug"]
+    interruption = _Interruption()
+    before = signal.signal(signal.SIGINT, interruption)
     try:
         from tvm_hquant.cli.application import application
 
         application(args=arguments, prog_name="hquant")
-    except HQuantError as error:
-        if debug:
+    except BaseException as error:
+        if interruption.happened:
+            _fail("interrupted; no artifact was written", INTERRUPTED)
+        message = _message(error)
+        if message is None or debug:
             raise
-        _fail(str(error))
-    except MemoryError:
-        if debug:
-            raise
-        _fail("this machine has too little memory for that: use fewer samples or a smaller --input-shapes")
-    except KeyboardInterrupt:
-        _fail("interrupted; no artifact was written", code=130)
-    except OSError as error:
-        if debug:
-            raise
-        where = f"{error.filename}: " if error.filename else ""
-        _fail(f"{where}{error.strerror or error}")
+        _fail(message)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
-def _fail(message: str, code: int = 2) -> None:
+def _message(error: BaseException) -> str | None:
+    """What a user is told; None for an error that is none of the user's."""
+    if isinstance(error, HQuantError):
+        return str(error)
+    if isinstance(error, MemoryError):
+        return "this machine has too little memory for that: use fewer samples or a smaller --input-shapes"
+    if isinstance(error, OSError):
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror or str(error)
+    return None
+
+
+def _fail(message: str, code: int = 2) -> NoReturn:
     print(f"hquant: {message}", file=sys.stderr)
     raise SystemExit(code)
 

@@ -9,7 +9,6 @@ from typing import Annotated
 import typer
 
 
-
 def run_command(
     artifact: Annotated[Path, typer.Argument(help="Folder of an artifact.", show_default=False)],
     inputs: Annotated[
@@ -33,7 +32,8 @@ def run_command(
     results = loaded.run(arrays)
     if outputs is not None:
         try:
-            np.savez(outputs, **results)  # type: ignore[arg-type]
+            with outputs.open("wb") as file:
+                np.savez(file, **results)  # type: ignore[arg-type]
         except OSError as error:
             raise DataError(f"cannot write {outputs}: {error.strerror or error}") from None
     for name, array in results.items():

@@ -34,7 +34,7 @@ class HierarchicalStrategy:
         return "hierarchical"
 
     def search(self, problem: SearchProblem) -> SearchResult:
-        """The assignment with the fewest promoted layers that keeps the budget.
+        """The assignment that keeps the budget with the fewest promotions along the ranking.
 
         If none does, the one with the smallest loss, with ``within_budget`` False.
         """

@@ -90,7 +90,7 @@ class SimulationEngine:
         """
         values = self._input_values(inputs)
         batch, given = (int(next(iter(a.values())).shape[0]) for a in (self.graph.inputs, inputs))
-        kept = slice(given if given < batch else None)
+        kept = slice(given) if given < batch else ()
         results = []
         for number, program in enumerate(programs):
             own = self._walk(program, values, keep=number == 0)

@@ -94,7 +94,7 @@ def _check_llvm_names(where: str, options: Mapping[str, Any]) -> None:
     if cpu is not None and cpu not in (cpus := [str(c) for c in codegen.llvm_get_cpu_archlist(plain)]):
         raise TargetSpecError(
             f"{where}.mcpu: LLVM knows no CPU {cpu!r} for {triple or 'this machine'}{_similar(cpu, cpus)}; "
-            f"it knows {', '.join(cpus)}"
+            f"'llc -mtriple={triple or '…'} -mcpu=help' lists the {len(cpus)} that it knows"
         )
     for attribute in options.get("mattr", []):
         # LLVM lists a feature once it is switched on; one that it does not know stays absent.
