@@ -115,7 +115,7 @@ def low_bit_share(session: Any, program: Any) -> float:
     anchors = session.graph.anchors
     total = sum(layer.macs for layer in anchors)
     low = sum(layer.macs for layer in anchors if is_low_bit(program.formats.precisions[layer.name]))
-    return low / total
+    return float(low / total)
 
 
 def _print(rows: list[dict[str, Any]]) -> None:

@@ -115,9 +115,7 @@ def _plan_calls(graph: LayerGraph, formats: GraphFormats) -> list[tuple[str, tup
 def _layer_with_formats(function: Any, inputs: Sequence[TensorFormat], output: TensorFormat) -> Any:
     attributes = {**dict(function.attrs), FORMATS_ATTRIBUTE: encode((tuple(inputs), output))}
     builder = relax.BlockBuilder()
-    parameters = [
-        relax.Var(p.name, _stored_type(p.ty, f)) for p, f in zip(function.params, inputs, strict=True)
-    ]
+    parameters = [relax.Var(p.name, _stored_type(p.ty, f)) for p, f in zip(function.params, inputs, strict=True)]
     with builder.function("layer", parameters, attributes, private=True):
         with builder.dataflow():
             real = [_emit_real(builder, p, f) for p, f in zip(parameters, inputs, strict=True)]

@@ -53,11 +53,11 @@ from tvm_hquant.describe import (
 )
 from tvm_hquant.errors import ModelError
 from tvm_hquant.layers import LAYER_ATTRIBUTE, OPERATOR_ATTRIBUTE, constant_array, is_constant
-from tvm_hquant.local_response_normalization import find_local_response_normalizations
+from tvm_hquant.local_response_normalization import FoundNormalization, find_local_response_normalizations
 from tvm_hquant.operator_codec import encode
 from tvm_hquant.operators import Add, AveragePool2D, Epilogue, LocalResponseNormalization, Opaque, Operator, Unary
 from tvm_hquant.relax_functions import function_identifier, tir_function_names, with_called_functions
-from tvm_hquant.unary_chains import find_activations
+from tvm_hquant.unary_chains import FoundActivation, find_activations
 
 _WEIGHT_SUFFIX = re.compile(r"([._/]|__)(weights?|kernel|w)((_\d+)?|:0)$", re.IGNORECASE)
 
@@ -133,7 +133,10 @@ class _Partitioner:
     def _groups(self) -> list[_Group]:
         ends: dict[int, _Group] = {}
         pairs = [(b.var, b.value) for b in self.bindings]
-        for found in (*find_local_response_normalizations(pairs), *find_activations(pairs)):
+        chains: list[FoundNormalization | FoundActivation] = []
+        chains += find_local_response_normalizations(pairs)
+        chains += find_activations(pairs)
+        for found in chains:
             if self._is_closed(found.indices):
                 indices, group = self._finish(list(found.indices), (found.data,), found.operator, None)
                 self.grouped.update(indices)

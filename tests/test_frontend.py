@@ -1,4 +1,3 @@
-# ruff: noqa: N805 (a TVMScript module is written as a class, but its functions have no self)
 """The frontend: what an imported module looks like, and what is said about models that cannot be imported."""
 
 from __future__ import annotations

@@ -95,4 +95,3 @@ def lower(
         if observe is not None:
             observe(name, mod)
     return mod
-

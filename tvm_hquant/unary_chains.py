@@ -128,7 +128,7 @@ def _matching_function(data: Any, chain: Sequence[tuple[Any, Any]]) -> tuple[str
     values = _evaluate(data, chain, _GRID)
     if not np.all(np.isfinite(values)):
         return None
-    slope_below = float(np.float32(-_evaluate(data, chain, np.float64([-30.0]))[0]))
+    slope_below = float(np.float32(-_evaluate(data, chain, np.array([-30.0]))[0]))
     candidates: list[tuple[str, tuple[float, ...]]] = [
         (name, ()) for name in ("hard_swish", "silu", "gelu", "gelu_tanh", "sigmoid", "tanh")
     ]
@@ -144,7 +144,7 @@ def _evaluate(data: Any, chain: Sequence[tuple[Any, Any]], x: Doubles) -> Double
     known: dict[Any, Any] = {data: x}
     with np.errstate(all="ignore"):
         for var, value in chain:
-            arguments = [known[a] if isinstance(a, relax.Var) else _number(a) for a in value.args[:2]]
+            arguments: list[Any] = [known[a] if isinstance(a, relax.Var) else _number(a) for a in value.args[:2]]
             bounds = clip_bounds(value)
             if bounds is not None:
                 known[var] = np.clip(arguments[0], *bounds)

@@ -25,7 +25,7 @@ class Convolution:
 
     @T.prim_func(private=True)
     def conv(
-        x: T.Buffer((HEIGHT, HEIGHT, INPUTS), "int8"),  # noqa: N805 - TVMScript
+        x: T.Buffer((HEIGHT, HEIGHT, INPUTS), "int8"),
         w: T.Buffer((3, 3, INPUTS, OUTPUTS), "int8"),
         y: T.Buffer((HEIGHT - 2, HEIGHT - 2, OUTPUTS), "int32"),
     ):
@@ -35,7 +35,7 @@ class Convolution:
                 y[i, j, o] = y[i, j, o] + T.Cast("int32", x[i + kh, j + kw, c]) * T.Cast("int32", w[kh, kw, c, o])
 
     @R.function
-    def main(x: R.Tensor((HEIGHT, HEIGHT, INPUTS), "int8"), w: R.Tensor((3, 3, INPUTS, OUTPUTS), "int8")):  # noqa: N805
+    def main(x: R.Tensor((HEIGHT, HEIGHT, INPUTS), "int8"), w: R.Tensor((3, 3, INPUTS, OUTPUTS), "int8")):
         cls = Convolution
         return R.call_tir(cls.conv, (x, w), out_ty=R.Tensor((HEIGHT - 2, HEIGHT - 2, OUTPUTS), "int32"))
 

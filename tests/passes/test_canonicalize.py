@@ -1,4 +1,3 @@
-# ruff: noqa: N805 (a TVMScript module is written as a class, but its functions have no self)
 """canonicalize: what it leaves of each spelling, that it changes no output, and how it names weights."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# ruff: noqa: N805 (a TVMScript module is written as a class, but its functions have no self)
 """convert_layout: structure before and after, real networks against ONNX Runtime, names of weights."""
 
 from __future__ import annotations

@@ -8,7 +8,9 @@ from tvm_hquant.search.expected_drop import TYPICAL_LOSS, ExpectedDrop
 from tvm_hquant.simulator.metrics import METRICS, MetricAccumulator, Score
 
 
-def scores(right_before: list[int], right_after: list[int], same: list[int]) -> tuple[MetricAccumulator, MetricAccumulator]:
+def scores(
+    right_before: list[int], right_after: list[int], same: list[int]
+) -> tuple[MetricAccumulator, MetricAccumulator]:
     """Top-1 and agreement accumulators."""
     pairs = [Score(float(a), float(b)) for a, b in zip(right_before, right_after, strict=True)]
     agreement = [Score(1.0, float(s)) for s in same]

@@ -11,7 +11,6 @@ from tvm import relax, tirx
 from tvm_hquant.describe import operator_name, shape_of
 from tvm_hquant.graph_rewriting import Graph
 
-
 _REPEATING_RESIZES = {
     ("nearest_neighbor", "asymmetric", "floor"),
     ("nearest_neighbor", "half_pixel", "round_prefer_floor"),

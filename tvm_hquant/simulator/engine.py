@@ -89,7 +89,7 @@ class SimulationEngine:
         One sample for a graph with a larger batch is repeated to fill it, and only its own outputs come back.
         """
         values = self._input_values(inputs)
-        batch, given = (int(next(iter(a.values())).shape[0]) for a in (self.graph.inputs, inputs))
+        batch, given = next(iter(self.graph.inputs.values())).shape[0], len(next(iter(inputs.values())))
         kept = slice(given) if given < batch else ()
         results = []
         for number, program in enumerate(programs):
