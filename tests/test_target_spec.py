@@ -379,6 +379,7 @@ class TestShipped:
             "cortex-a72",
             "cortex-a76",
             "jetson-orin",
+            "cuda-sm90",
             "generic-int8-npu",
         } <= set(SHIPPED)
 
@@ -387,7 +388,7 @@ class TestShipped:
         """Protects every shipped spec: its name is its file's, and TVM and LLVM know its target, CPU and features."""
         shipped = load_target_spec(name)
         assert shipped.name == name
-        assert shipped.tvm_target().kind.name == ("cuda" if name == "jetson-orin" else "llvm")
+        assert shipped.tvm_target().kind.name == ("cuda" if name in ("jetson-orin", "cuda-sm90") else "llvm")
 
     @pytest.mark.parametrize("name", SHIPPED)
     def test_nothing_unoffered_is_listed(self, name: str) -> None:

@@ -19,6 +19,7 @@ import tvm
 from tvm import IRModule
 
 from tvm_hquant.compilation import StageObserver, build_module, lower
+from tvm_hquant.cuda_compilation import find_nvcc, pack_machine_code, source_kept
 from tvm_hquant.errors import ArtifactError, ToolchainError
 from tvm_hquant.formats import assign_formats
 from tvm_hquant.kernel_calls import KERNEL_ATTRIBUTE
@@ -56,7 +57,8 @@ def compile_artifact(
     plan = plan.completed(graph, spec.rules.weight_scales == "per-channel")
     families = families_for_target(spec.instruction_sets)
     lowered = lower(module, plan, spec, families, observe)
-    executable = build_module(lowered, spec.tvm_target(), spec.name)
+    with source_kept():
+        executable = build_module(lowered, spec.tvm_target(), spec.name)
     folder = Path(tempfile.mkdtemp(prefix="tvm_hquant_"))
     try:
         _check_space(folder, graph)
@@ -91,11 +93,13 @@ def _check_space(folder: Path, graph: LayerGraph) -> None:
 
 
 def check_linker(spec: TargetSpec) -> None:
-    """Makes sure that this machine has the compiler with which libraries for a target are linked.
+    """Makes sure that this machine has the compilers with which libraries for a target are made and linked.
 
     Raises:
         ToolchainError: it has not.
     """
+    if spec.tvm_target().kind.name == "cuda":
+        find_nvcc()
     compiler = spec.target.cross_compiler
     if compiler is not None and shutil.which(compiler) is None:
         raise ToolchainError(
@@ -108,12 +112,13 @@ def check_linker(spec: TargetSpec) -> None:
 
 def _export(executable: Any, path: Path, spec: TargetSpec) -> None:
     check_linker(spec)
-    compiler = spec.target.cross_compiler
+    options: dict[str, Any] = {}
+    if (compiler := spec.target.cross_compiler) is not None:
+        options["fcompile"] = tvm.support.cc.cross_compiler(compiler)
+    if (target := spec.tvm_target()).kind.name == "cuda":
+        options["fpack_imports"] = pack_machine_code(str(target.attrs["arch"]))
     try:
-        if compiler is None:
-            executable.export_library(str(path))
-        else:
-            executable.export_library(str(path), fcompile=tvm.support.cc.cross_compiler(compiler))
+        executable.export_library(str(path), **options)
     except RuntimeError as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ToolchainError(f"cannot link {path.name} for {spec.name}: {lines[-1]}") from error

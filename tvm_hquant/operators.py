@@ -7,7 +7,7 @@ Ceil-mode and automatic padding are resolved to explicit padding before an opera
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 Shape = tuple[int, ...]
 
@@ -267,8 +267,3 @@ Operator = (
     Conv2D | Dense | Add | MaxPool2D | AveragePool2D | Concat | Unary | Movement | Softmax
     | LocalResponseNormalization | Opaque | Convert
 )  # fmt: skip
-
-
-def with_epilogue(operator: Anchor, epilogue: Epilogue) -> Anchor:
-    """The same anchor with another epilogue."""
-    return replace(operator, epilogue=epilogue)

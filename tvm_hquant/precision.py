@@ -69,11 +69,6 @@ class Precision:
         """Whether a compiled module can have this precision; otherwise it is only simulated."""
         return self.name in _REALIZED_NAMES
 
-    @property
-    def bits_per_weight(self) -> int:
-        """Bits that one weight occupies, all its points together."""
-        return self.weight_bits
-
 
 def _integer(name: str, activation_bits: int, weight_bits: int) -> Precision:
     return Precision(name, Arithmetic.INTEGER, activation_bits, weight_bits)

@@ -123,6 +123,11 @@ class Artifact:
         use_all_cores()
         import tvm
 
+        if self.manifest["target"]["device"] == "cuda" and not tvm.cuda().exist:
+            raise ArtifactError(
+                f"the artifact for {self.manifest['target']['name']} needs an NVIDIA GPU, and TVM finds none on this machine: "
+                "run it on its target (with the driver installed), or compile the model with '--target host'"
+            )
         try:
             return tvm.runtime.load_module(str(path))
         except (RuntimeError, OSError) as error:

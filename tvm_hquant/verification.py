@@ -92,7 +92,7 @@ class _Board:
                 f"cannot use the RPC server at {rpc}: {lines[-1]}; start it on the board with "
                 f"'python3 -m tvm.exec.rpc_server --port {port}'"
             ) from None
-        self.device = session.cpu(0)
+        self.device = session.cuda(0) if artifact.manifest["target"]["device"] == "cuda" else session.cpu(0)
         self.machine = tvm.relax.VirtualMachine(self.library, self.device)
 
     def function(self, symbol: str) -> Any:

@@ -39,7 +39,7 @@ def compile_command(
         str | None,
         typer.Option(
             "--metric",
-            help="What the budget counts: top1 or agreement (a fraction), kl or mse (an absolute bound), sqnr (dB lost). "
+            help="What the budget counts: top1 or agreement (a fraction), kl or mse (an absolute bound), sqnr (dB below 150). "
             "By default top1 with labels, kl without.",
         ),
     ] = None,

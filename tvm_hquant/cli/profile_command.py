@@ -15,7 +15,9 @@ from tvm_hquant.cli.arguments import (
     parse_input_shapes,
 )
 from tvm_hquant.cli.progress import terminal_progress
-from tvm_hquant.cli.tables import print_table
+from tvm_hquant.cli.tables import Footnotes, print_table
+
+_LONG = 40
 
 
 def profile_command(
@@ -45,6 +47,7 @@ def profile_command(
     )
     names = tuple(p.strip() for p in precisions.split(",") if p.strip())
     profiled = profile_layers(session, calibration, names, samples)
+    notes = Footnotes()
     rows = [
         (
             layer.name,
@@ -53,11 +56,12 @@ def profile_command(
             "" if entry.loss is None else f"{entry.loss:.3g}",
             f"{entry.weight_bytes / 1e3:.1f}",
             "" if entry.microseconds is None else f"{entry.microseconds:.1f}",
-            entry.remark,
+            notes.mark(entry.remark) if len(entry.remark) > _LONG else entry.remark,
         )
         for layer in profiled
         for entry in layer.entries
     ]
     columns = ("layer", "operator", "precision", "loss (kl)", "weights, kB", "time here, µs", "")
     print_table(columns, rows, f"{model.name} on {target}: each layer alone in each precision")
+    notes.print()
     typer.echo("times are medians of this machine's kernels, conversions not included")

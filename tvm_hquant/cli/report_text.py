@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import typer
 
 from tvm_hquant.cli.tables import print_table
@@ -23,10 +25,12 @@ def print_report(report: QuantizationReport, verbose: bool) -> None:
     rows = [_row(report, row) for row in report.rows]
     columns = ("", report.metric, "loss (95 % interval)", "agreement", "MACs ≤ 8 bits", "weights", "casts", "")
     print_table(columns, rows, title)
-    promoted = [layer for layer in report.layers if layer.reason == "sensitive"]
-    with_weights = [layer for layer in report.layers if layer.macs]
+    precisions = Counter(layer.precision for layer in report.layers if layer.macs)
+    promoted = sum(1 for layer in report.layers if layer.reason == "sensitive")
+    named = ", ".join(f"{count} {name}" for name, count in precisions.most_common()) or "none"
     kinds = ", ".join(f"{count} {kind}" for kind, count in report.conversions.items()) or "none"
-    typer.echo(f"{len(promoted)} of {len(with_weights)} layers with weights promoted; casts: {kinds}")
+    because = f", {promoted} of them promoted as sensitive" if promoted else ""
+    typer.echo(f"layers with weights: {named}{because}; casts: {kinds}")
     if counts.shared:
         typer.echo(f"warning: {counts.shared} evaluation samples are in the calibration data too", err=True)
     for pattern in report.unused_rules:

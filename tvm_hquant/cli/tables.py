@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
     """Prints rows under column headings to standard output; without a terminal nothing is cut, wrapped or coloured."""
+    used = [i for i, column in enumerate(columns) if column or any(row[i] for row in rows)]
+    columns, rows = [columns[i] for i in used], [[row[i] for i in used] for row in rows]
     if sys.stdout.isatty():
         _draw_table(columns, rows, title)
         return
@@ -19,11 +21,14 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: st
 
 
 def _draw_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str) -> None:
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(*columns, title=title or None, title_justify="left")
+    table = Table(title=title or None, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        table.add_column(column, overflow="fold")  # names are wrapped, never cut: they can be copied
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     Console().print(table)

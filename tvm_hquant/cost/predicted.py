@@ -10,19 +10,16 @@ from tvm_hquant.target_spec import TargetSpec
 
 
 def predicted_cycles(spec: TargetSpec, layer: Layer, precision: Precision) -> float:
-    """Cycles of one core for one call: the larger of computing and of moving weights and activations from memory.
+    """Cycles of one core for one call: multiply-accumulates (elements, without weights) over the spec's rate.
 
-    The roofline model (Williams et al. 2009), with the rates and the bandwidth of the spec.
+    Memory has no part in it. The bandwidth in a detected spec is measured anew each time, and a search that ranks by it
+    would not find the same plan twice.
 
     Raises:
         PrecisionError: the spec does not offer the precision for the operator.
     """
-    kind = layer.operator_kind
-    unit = spec.unit_for(precision.name, kind)
     work = layer.macs or math.prod(layer.operator.output_shape)
-    compute = work / spec.macs_per_cycle(precision.name, kind)
-    cycles_per_byte = unit.clock_ghz / spec.memory.bandwidth_gb_per_s
-    return max(compute, layer_bytes(layer, precision) * cycles_per_byte)
+    return work / spec.macs_per_cycle(precision.name, layer.operator_kind)
 
 
 def weight_bytes(layer: Layer, precision: Precision) -> float:
@@ -33,8 +30,3 @@ def weight_bytes(layer: Layer, precision: Precision) -> float:
     if precision.arithmetic is Arithmetic.FLOAT:
         return layer.parameter_count * precision.weight_bits / 8 + 4 * channels
     return layer.parameter_count * precision.weight_bits / 8 + 4 * channels * (1 + precision.weight_points)
-
-
-def layer_bytes(layer: Layer, precision: Precision) -> float:
-    """Bytes that one call moves: weights, and the output once written and once read."""
-    return weight_bytes(layer, precision) + 2 * math.prod(layer.operator.output_shape) * precision.activation_bits / 8

@@ -14,7 +14,7 @@ from tvm_hquant.simulator.metrics import MetricAccumulator
 
 TYPICAL_LOSS = 0.15
 """Net losses per changed sample of networks with 60 to 90 % top-1, as seen on image classifiers."""
-TYPICAL_WEIGHT = 40.0
+TYPICAL_WEIGHT = 100.0
 """Changed samples that the typical value counts for."""
 
 

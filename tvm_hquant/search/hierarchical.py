@@ -4,11 +4,12 @@ Source: X. Mao, "Hierarchical Quantization Algorithm for Deep Learning Network M
 layer loses when it alone is quantized, (2) quantize the layers with large losses in 16 bits instead, again until the
 loss is small enough, (3) connect the layers.
 
-Differences to the paper, and why: layers are ranked by the loss that 16 bits remove per cycle that they cost, so that
-cheap sensitive layers (depthwise ones, the first one) come before expensive ones and most of the work stays in 8 bits;
-the number of promoted layers is found by bisection over that ranking instead of one layer at a time (a dozen joint
-evaluations instead of one per layer); which 16-bit precision a layer gets is decided per layer, the cheapest that removes
-most of its loss; and layers whose 16 bits are not enough go on to the most exact precision that the target has.
+Differences to the paper, and why: what is ranked is not layers but promotions, by the loss that each removes per cycle
+that it adds, so that cheap sensitive layers (depthwise ones, the first ones) come before expensive ones and most of the
+work stays in 8 bits; a layer may be promoted again, to the most exact precision of the target in the end (of each layer's
+precisions those on the convex hull of cost and loss count, as in the greedy solution of the multiple-choice knapsack
+problem, E. Zemel 1980); and how many promotions it takes is found by bisection instead of one by one, with a dozen joint
+evaluations instead of one per layer.
 """
 
 from __future__ import annotations
@@ -21,104 +22,105 @@ from tvm_hquant.search.problem import Assignment, SearchProblem, SearchResult, S
 
 @dataclass(frozen=True)
 class HierarchicalStrategy:
-    """Promotes the layers where 16 bits remove most loss for their cost, until the budget holds.
-
-    Attributes:
-        removed_loss: a 16-bit precision is good enough for a layer when it removes this fraction of the layer's loss.
-    """
-
-    removed_loss: float = 0.9
+    """Makes the promotions that remove most loss for their cost, until the budget holds."""
 
     @property
     def name(self) -> str:
         return "hierarchical"
 
     def search(self, problem: SearchProblem) -> SearchResult:
-        """The assignment that keeps the budget with the fewest promotions along the ranking.
+        """The assignment that keeps the budget with the fewest promotions in the order of their worth.
 
         If none does, the one with the smallest loss, with ``within_budget`` False.
         """
-        return _Search(problem, self.removed_loss).run()
+        return _Search(problem).run()
+
+
+@dataclass(frozen=True)
+class Promotion:
+    """One step up of one layer. ``worth`` is the loss that it removes per cycle that it adds."""
+
+    worth: float
+    layer: str
+    precision: str
+
+
+def promotions_of(layer: str, points: list[tuple[str, float, float]]) -> list[Promotion]:
+    """The promotions of one layer along the lower convex hull of its precisions.
+
+    Args:
+        layer: its name.
+        points: (precision, cost, loss), the starting point first.
+
+    Returns:
+        Promotions in order, each worth no more than the one before.
+    """
+    precision, cost, loss = points[0]
+    smallest = 0.01 * cost
+    result: list[Promotion] = []
+    remaining = points[1:]
+    while True:
+        # A promotion that costs nothing is worth most; a small share of the first cost stands in for nothing.
+        steps = [((loss - l) / max(c - cost, smallest), c, p, l) for p, c, l in remaining if l < loss]
+        if not steps:
+            return result
+        worth, cost, precision, loss = min(steps, key=lambda step: (-step[0], step[1], step[2]))
+        result.append(Promotion(worth, layer, precision))
 
 
 class _Search:
-    def __init__(self, problem: SearchProblem, removed_loss: float) -> None:
+    def __init__(self, problem: SearchProblem) -> None:
         self.problem = problem
-        self.removed_loss = removed_loss
         self.base = {layer: candidates[0] for layer, candidates in problem.candidates.items()}
         self.losses = dict(problem.measure(list(self.base.items())))
-        self.target: dict[str, str] = {}
-        self.ranking: list[str] = []
+        self.path: list[Promotion] = []
         self.steps: list[SearchStep] = []
-        self.evaluated: dict[tuple[int, bool], float] = {}
+        self.evaluated: dict[int, float] = {}
 
     def run(self) -> SearchResult:
-        count, exact = self._fewest_promotions()
-        assignment = self._assignment(count, exact)
-        loss = self.evaluated[count, exact]
+        count = self._fewest_promotions()
+        assignment, loss = self._assignment(count), self.evaluated[count]
         decisions = {layer: self._decision(layer, precision) for layer, precision in assignment.items()}
         return SearchResult(decisions, loss, loss <= self.problem.budget, tuple(self.steps))
 
-    def _fewest_promotions(self) -> tuple[int, bool]:
-        if self._loss(0, False) <= self.problem.budget:
-            return 0, False
-        self._rank()
-        everything, exact = len(self.ranking), False
-        if everything == 0:
-            return 0, False
-        if self._loss(everything, False) > self.problem.budget:
-            exact = True
-            if self._loss(everything, True) > self.problem.budget:
-                return min(self.evaluated, key=lambda key: (self.evaluated[key], key))
-        failing, holding = 0, everything
+    def _fewest_promotions(self) -> int:
+        budget = self.problem.budget
+        if self._loss(0) <= budget:
+            return 0
+        self._find_path()
+        if not self.path or self._loss(len(self.path)) > budget:
+            return min(self.evaluated, key=lambda count: (self.evaluated[count], count))
+        failing, holding = 0, len(self.path)
         while holding - failing > 1:
             # Losses fall steeply with the first promotions, so the middle is taken on a logarithmic scale.
             middle = max(failing + 1, min(holding - 1, round(((failing + 1) * (holding + 1)) ** 0.5) - 1))
-            if self._loss(middle, exact) <= self.problem.budget:
+            if self._loss(middle) <= budget:
                 holding = middle
             else:
                 failing = middle
-        return holding, exact
+        return holding
 
-    def _rank(self) -> None:
-        """Measures what promotions would remove, and orders the layers by it, the most worthwhile first."""
-        pairs = [(layer, p) for layer, candidates in self.problem.candidates.items() for p in candidates[1:]]
+    def _find_path(self) -> None:
+        """Measures what promotions remove, and orders all of them, the most worthwhile first."""
+        candidates, costs = self.problem.candidates, self.problem.costs
+        pairs = [(layer, p) for layer, precisions in candidates.items() for p in precisions[1:]]
         self.losses.update(self.problem.measure(pairs))
-        self.target = {layer: self._promotion(layer) for layer in self.base}
-        worth = {layer: self._worth(layer) for layer, target in self.target.items() if target != self.base[layer]}
-        self.ranking = sorted(worth, key=lambda name: (-worth[name], name))
+        for layer, precisions in candidates.items():
+            self.path += promotions_of(layer, [(p, costs[layer, p], self.losses[layer, p]) for p in precisions])
+        # The sort is stable: promotions of one layer stay in their order.
+        self.path.sort(key=lambda promotion: (-promotion.worth, promotion.layer))
 
-    def _worth(self, layer: str) -> float:
-        """Loss that a promotion removes, per cycle that it costs."""
-        base, target = self.base[layer], self.target[layer]
-        costs = self.problem.costs
-        # A promotion that costs nothing is worth most; a small share of the layer's cost stands in for nothing.
-        extra = max(costs[layer, target] - costs[layer, base], 0.01 * costs[layer, base])
-        return (self.losses[layer, base] - self.losses[layer, target]) / extra
+    def _loss(self, count: int) -> float:
+        if count not in self.evaluated:
+            assignment = self._assignment(count)
+            self.evaluated[count] = self.problem.evaluate(assignment)
+            promoted = sum(1 for layer, precision in assignment.items() if precision != self.base[layer])
+            self.steps.append(SearchStep(promoted, self.evaluated[count], total_cost(self.problem, assignment)))
+        return self.evaluated[count]
 
-    def _promotion(self, layer: str) -> str:
-        """The cheapest precision that removes most of the layer's loss, else the one that removes most."""
-        candidates = self.problem.candidates[layer]
-        allowed = (1.0 - self.removed_loss) * self.losses[layer, candidates[0]]
-        for precision in sorted(candidates[1:], key=lambda p: self.problem.costs[layer, p]):
-            if self.losses[layer, precision] <= allowed:
-                return precision
-        return min(candidates, key=lambda p: self.losses[layer, p])
-
-    def _loss(self, count: int, exact: bool) -> float:
-        key = (count, exact)
-        if key not in self.evaluated:
-            assignment = self._assignment(count, exact)
-            self.evaluated[key] = self.problem.evaluate(assignment)
-            self.steps.append(SearchStep(count, self.evaluated[key], total_cost(self.problem, assignment)))
-        return self.evaluated[key]
-
-    def _assignment(self, count: int, exact: bool) -> Assignment:
-        """The first ``count`` layers of the ranking promoted; with ``exact`` to their most exact precision."""
-        promoted = dict(self.base)
-        for layer in self.ranking[:count]:
-            promoted[layer] = self.problem.candidates[layer][-1] if exact else self.target[layer]
-        return promoted
+    def _assignment(self, count: int) -> Assignment:
+        """The first ``count`` promotions made."""
+        return {**self.base, **{p.layer: p.precision for p in self.path[:count]}}
 
     def _decision(self, layer: str, precision: str) -> LayerDecision:
         base = self.base[layer]

@@ -1,0 +1,27 @@
+/* What kernels find of CUDA's language, in C++ for one thread at a time. Every float operation is rounded alone. */
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __align__(bytes) alignas(bytes)
+#define __launch_bounds__(...)
+
+struct Index {
+    unsigned x, y, z;
+};
+static Index threadIdx, blockIdx;
+
+using std::max;
+using std::min;
+
+static inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
+static inline float __fmul_rn(float a, float b) { return a * b; }
+static inline float __fadd_rn(float a, float b) { return a + b; }
+static inline float __fsub_rn(float a, float b) { return a - b; }
+static inline float __fdiv_rn(float a, float b) { return a / b; }
+static inline int __float2int_rn(float a) { return (int)lrintf(a); }
