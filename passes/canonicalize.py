@@ -48,8 +48,8 @@ from typing import Any
 import tvm
 from tvm import IRModule
 
-from tvm_hquant.canonical_rules import affine, elementwise, movement, windows
-from tvm_hquant.graph_rewriting import rewrite
+from tvm_hquant.relax_ir.canonical_rules import affine, elementwise, movement, windows
+from tvm_hquant.relax_ir.graph_rewriting import rewrite
 
 RULES = (
     elementwise.drop_identity,

@@ -35,10 +35,10 @@ from typing import Any
 import tvm
 from tvm import IRModule, relax
 
-from tvm_hquant.canonical_rules.movement import merge_permutations, spell_reshape
-from tvm_hquant.channels_last import Readers, convert_call
-from tvm_hquant.graph_rewriting import Graph, rewrite
-from tvm_hquant.main_function import MainFunction, read_main, substitute, variables, write_main
+from tvm_hquant.relax_ir.canonical_rules.movement import merge_permutations, spell_reshape
+from tvm_hquant.relax_ir.channels_last import Readers, convert_call
+from tvm_hquant.relax_ir.graph_rewriting import Graph, rewrite
+from tvm_hquant.relax_ir.main_function import MainFunction, read_main, substitute, variables, write_main
 from tvm_hquant.stored_tensors import StoredTensor, TensorMap
 
 

@@ -47,7 +47,7 @@ from tvm_hquant.layers import (
 from tvm_hquant.operator_codec import encode
 from tvm_hquant.operators import Convert, Shape
 from tvm_hquant.precision import parse_precision
-from tvm_hquant.relax_functions import emit_bindings, rebuild_main
+from tvm_hquant.relax_ir.relax_functions import emit_bindings, rebuild_main
 from tvm_hquant.tensor_format import FLOAT32_FORMAT, TensorFormat
 
 

@@ -25,9 +25,9 @@ from typing import Any
 import tvm
 from tvm import IRModule
 
-from tvm_hquant.kernel_calls import read_realized, with_kernels
 from tvm_hquant.kernels.interface import KernelFamily
 from tvm_hquant.layers import read_layers
+from tvm_hquant.relax_ir.kernel_calls import read_realized, with_kernels
 
 
 def lower_layers(families: Sequence[KernelFamily]) -> Any:

@@ -40,7 +40,11 @@ import numpy as np
 import tvm
 from tvm import IRModule, relax
 
-from tvm_hquant.describe import (
+from tvm_hquant.errors import ModelError
+from tvm_hquant.layers import LAYER_ATTRIBUTE, OPERATOR_ATTRIBUTE, constant_array, is_constant
+from tvm_hquant.operator_codec import encode
+from tvm_hquant.operators import Add, AveragePool2D, Epilogue, LocalResponseNormalization, Opaque, Operator, Unary
+from tvm_hquant.relax_ir.describe import (
     clip_bounds,
     describe_anchor,
     describe_call,
@@ -51,13 +55,9 @@ from tvm_hquant.describe import (
     shape_of,
     tensor_arguments,
 )
-from tvm_hquant.errors import ModelError
-from tvm_hquant.layers import LAYER_ATTRIBUTE, OPERATOR_ATTRIBUTE, constant_array, is_constant
-from tvm_hquant.local_response_normalization import FoundNormalization, find_local_response_normalizations
-from tvm_hquant.operator_codec import encode
-from tvm_hquant.operators import Add, AveragePool2D, Epilogue, LocalResponseNormalization, Opaque, Operator, Unary
-from tvm_hquant.relax_functions import function_identifier, tir_function_names, with_called_functions
-from tvm_hquant.unary_chains import FoundActivation, find_activations
+from tvm_hquant.relax_ir.local_response_normalization import FoundNormalization, find_local_response_normalizations
+from tvm_hquant.relax_ir.relax_functions import function_identifier, tir_function_names, with_called_functions
+from tvm_hquant.relax_ir.unary_chains import FoundActivation, find_activations
 
 _WEIGHT_SUFFIX = re.compile(r"([._/]|__)(weights?|kernel|w)((_\d+)?|:0)$", re.IGNORECASE)
 

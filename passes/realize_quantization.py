@@ -27,7 +27,6 @@ from typing import Any
 import tvm
 from tvm import IRModule
 
-from tvm_hquant.kernel_calls import with_kernels
 from tvm_hquant.kernels.interface import KernelRequest, LayerConstants
 from tvm_hquant.kernels.reference import ReferenceFamily
 from tvm_hquant.layers import FORMATS_ATTRIBUTE, PRECISION_ATTRIBUTE, Layer, read_layers
@@ -36,6 +35,7 @@ from tvm_hquant.operators import Convert, Opaque
 from tvm_hquant.plan import PrecisionPlan
 from tvm_hquant.precision import parse_precision
 from tvm_hquant.realization import realize_conversion, realize_layer
+from tvm_hquant.relax_ir.kernel_calls import with_kernels
 
 
 def realize_quantization(plan: PrecisionPlan) -> Any:

@@ -23,11 +23,11 @@ from typing import Any
 import tvm
 from tvm import IRModule, relax
 
-from tvm_hquant.kernel_calls import kernel_symbol
 from tvm_hquant.kernels.interface import Kernel
 from tvm_hquant.layers import read_layers
 from tvm_hquant.operators import Opaque
-from tvm_hquant.relax_functions import with_called_functions
+from tvm_hquant.relax_ir.kernel_calls import kernel_symbol
+from tvm_hquant.relax_ir.relax_functions import with_called_functions
 
 
 def simulate_quantization(kernels: Sequence[Kernel]) -> Any:

@@ -21,7 +21,7 @@ from tests.onnx_models import node, onnx_model, onnxruntime_outputs, random_inpu
 from tests.small_models import run_module
 from tvm_hquant.errors import ModelError
 from tvm_hquant.frontend import TensorSignature, import_onnx, import_relax, input_signature, output_signature
-from tvm_hquant.main_function import read_main
+from tvm_hquant.relax_ir.main_function import read_main
 
 WEIGHTS = random_weights(w=(6, 4, 3, 3), b=(6,))
 CONV = node("Conv", "x w b", "y")

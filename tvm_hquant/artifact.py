@@ -22,13 +22,13 @@ from tvm_hquant.compilation import StageObserver, build_module, lower
 from tvm_hquant.cuda_compilation import find_nvcc, pack_machine_code, source_kept
 from tvm_hquant.errors import ArtifactError, ToolchainError
 from tvm_hquant.formats import assign_formats
-from tvm_hquant.kernel_calls import KERNEL_ATTRIBUTE
 from tvm_hquant.kernels.registry import families_for_target
 from tvm_hquant.layer_record import graph_record, save_weights
 from tvm_hquant.layers import LayerGraph, read_layers
 from tvm_hquant.operator_codec import to_jsonable
 from tvm_hquant.plan import PrecisionPlan
 from tvm_hquant.precision import Arithmetic
+from tvm_hquant.relax_ir.kernel_calls import KERNEL_ATTRIBUTE
 from tvm_hquant.report.quantization_report import QuantizationReport
 from tvm_hquant.runtime import LIBRARY_NAME, MANIFEST_VERSION, Artifact
 from tvm_hquant.target_spec import TargetSpec

@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 from tvm import relax
 
-from tvm_hquant.describe import shape_of
-from tvm_hquant.graph_rewriting import Graph
+from tvm_hquant.relax_ir.describe import shape_of
+from tvm_hquant.relax_ir.graph_rewriting import Graph
 
 Order = tuple[int, ...]
 """For each axis as stored, the axis of the model that it is."""

@@ -20,14 +20,14 @@ import tvm
 
 from tvm_hquant import numerics
 from tvm_hquant.errors import ArtifactError, DataError
-from tvm_hquant.kernel_calls import is_view, kernel_symbol
 from tvm_hquant.kernels.interface import KernelFamily
 from tvm_hquant.kernels.registry import families_for_target, select_kernel
 from tvm_hquant.layer_record import graph_from_record
 from tvm_hquant.layers import LayerGraph
 from tvm_hquant.plan import PrecisionPlan, load_plan
 from tvm_hquant.precision import Arithmetic
-from tvm_hquant.relax_functions import function_identifier
+from tvm_hquant.relax_ir.kernel_calls import is_view, kernel_symbol
+from tvm_hquant.relax_ir.relax_functions import function_identifier
 from tvm_hquant.runtime import Artifact
 from tvm_hquant.session import Progress, silent_progress
 from tvm_hquant.simulator.program import Program, ProgramBuilder, Step

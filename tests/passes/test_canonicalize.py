@@ -25,12 +25,12 @@ from tests.onnx_models import (
     zoo_model,
 )
 from tests.small_models import run_module, with_weights
-from tvm_hquant.describe import operator_name
 from tvm_hquant.errors import ModelError
 from tvm_hquant.frontend import import_onnx
-from tvm_hquant.main_function import read_main
 from tvm_hquant.passes.canonicalize import canonicalize
 from tvm_hquant.passes.convert_layout import convert_layout
+from tvm_hquant.relax_ir.describe import operator_name
+from tvm_hquant.relax_ir.main_function import read_main
 
 
 def operators(mod: IRModule) -> list[str]:

@@ -14,10 +14,10 @@ from tests.light_models import light_model_path
 from tests.onnx_models import onnxruntime_outputs, random_inputs, zoo_model
 from tests.small_models import run_module, with_weights
 from tvm_hquant.frontend import import_onnx, input_signature, output_signature
-from tvm_hquant.local_response_normalization import find_local_response_normalizations
-from tvm_hquant.main_function import read_main
 from tvm_hquant.passes.canonicalize import canonicalize
 from tvm_hquant.passes.convert_layout import convert_layout
+from tvm_hquant.relax_ir.local_response_normalization import find_local_response_normalizations
+from tvm_hquant.relax_ir.main_function import read_main
 
 
 @I.ir_module

@@ -15,13 +15,13 @@ from tests.planned_models import (
     stages,
 )
 from tvm_hquant.errors import KernelError
-from tvm_hquant.kernel_calls import KERNEL_ATTRIBUTE, REQUEST_ATTRIBUTE, call_constants, read_realized
 from tvm_hquant.kernels.interface import IntegerAnchorConstants, Kernel, KernelRequest
 from tvm_hquant.kernels.reference import ReferenceFamily
 from tvm_hquant.kernels.registry import families_for_target, select_kernel
 from tvm_hquant.layers import read_layers
 from tvm_hquant.operators import Conv2D
 from tvm_hquant.passes.lower_layers import lower_layers
+from tvm_hquant.relax_ir.kernel_calls import KERNEL_ATTRIBUTE, REQUEST_ATTRIBUTE, call_constants, read_realized
 
 CASES = [("residual", p) for p in (*PRECISIONS, "mixed")] + [("branches", "mixed")]
 

@@ -20,12 +20,12 @@ from tests.planned_models import (
     stages,
     through_text,
 )
-from tvm_hquant.kernel_calls import is_view, read_realized
 from tvm_hquant.layers import FORMATS_ATTRIBUTE, PRECISION_ATTRIBUTE, read_layers
 from tvm_hquant.operator_codec import decode
 from tvm_hquant.operators import Convert, Opaque
 from tvm_hquant.precision import parse_precision
 from tvm_hquant.realization import realize_conversion, realize_layer
+from tvm_hquant.relax_ir.kernel_calls import is_view, read_realized
 
 CASES = [("residual", p) for p in (*PRECISIONS, "mixed")] + [("branches", "mixed")]
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import tvm
 
 from tests.planned_models import host_spec, named_plan, partitioned, shared_session
-from tvm_hquant.kernel_calls import is_view, kernel_symbol
 from tvm_hquant.kernels.interface import Kernel
 from tvm_hquant.kernels.registry import families_for_target, select_kernel
 from tvm_hquant.passes.simulate_quantization import simulate_quantization
+from tvm_hquant.relax_ir.kernel_calls import is_view, kernel_symbol
 
 
 def kernels_of(model: str, name: str) -> list[Kernel]:

@@ -27,9 +27,9 @@ from tvm_hquant import numerics
 from tvm_hquant.calibration.data import open_data
 from tvm_hquant.compilation import lower
 from tvm_hquant.errors import DataError
-from tvm_hquant.kernel_calls import is_view
 from tvm_hquant.kernels.registry import families_for_target
 from tvm_hquant.precision import FLOAT32, parse_precision
+from tvm_hquant.relax_ir.kernel_calls import is_view
 from tvm_hquant.session import QuantizationSession
 from tvm_hquant.simulator.engine import SimulationEngine
 from tvm_hquant.simulator.metrics import METRICS

@@ -12,7 +12,7 @@ from tvm import IRModule, relax
 from tvm_hquant.errors import ModelError
 from tvm_hquant.frontend.signature import static_shape
 from tvm_hquant.layers import INPUTS_ATTRIBUTE, OUTPUTS_ATTRIBUTE, constant_array, is_constant
-from tvm_hquant.main_function import MainFunction, read_main, write_main
+from tvm_hquant.relax_ir.main_function import MainFunction, read_main, write_main
 
 Array = Any
 

@@ -9,7 +9,7 @@ from tvm import IRModule, relax, tirx
 
 from tvm_hquant.errors import ModelError
 from tvm_hquant.layers import INPUTS_ATTRIBUTE, OUTPUTS_ATTRIBUTE
-from tvm_hquant.main_function import INPUT_COUNT_ATTRIBUTE
+from tvm_hquant.relax_ir.main_function import INPUT_COUNT_ATTRIBUTE
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,11 @@ import tvm
 from tvm import IRModule, relax
 
 from tvm_hquant.compilation import build_module
-from tvm_hquant.kernel_calls import is_view, kernel_symbol
 from tvm_hquant.kernels.interface import Kernel, KernelFamily, KernelRequest, LayerConstants
 from tvm_hquant.kernels.registry import select_kernel
 from tvm_hquant.layers import LayerGraph, read_layers
 from tvm_hquant.passes.simulate_quantization import simulate_quantization
+from tvm_hquant.relax_ir.kernel_calls import is_view, kernel_symbol
 from tvm_hquant.simulator.program import Program, Step
 from tvm_hquant.tensor_format import STORAGE_DTYPE
 

@@ -6,9 +6,9 @@ from typing import Any
 
 from tvm import relax
 
-from tvm_hquant.describe import operator_name, shape_of
-from tvm_hquant.graph_rewriting import Graph
 from tvm_hquant.operators import Window
+from tvm_hquant.relax_ir.describe import operator_name, shape_of
+from tvm_hquant.relax_ir.graph_rewriting import Graph
 
 _POOLS = ("relax.nn.max_pool2d", "relax.nn.avg_pool2d")
 

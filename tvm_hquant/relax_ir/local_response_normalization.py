@@ -21,10 +21,10 @@ from typing import Any
 
 from tvm import relax
 
-from tvm_hquant.describe import is_float32, operator_name, shape_of
 from tvm_hquant.layers import constant_array, is_constant
-from tvm_hquant.main_function import variables
 from tvm_hquant.operators import LocalResponseNormalization
+from tvm_hquant.relax_ir.describe import is_float32, operator_name, shape_of
+from tvm_hquant.relax_ir.main_function import variables
 
 
 @dataclass(frozen=True, eq=False)

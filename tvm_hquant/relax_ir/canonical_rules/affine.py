@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 from tvm import relax
 
-from tvm_hquant.describe import is_float32, operator_name, shape_of
 from tvm_hquant.errors import ModelError
-from tvm_hquant.graph_rewriting import Graph
+from tvm_hquant.relax_ir.describe import is_float32, operator_name, shape_of
+from tvm_hquant.relax_ir.graph_rewriting import Graph
 
 Array = npt.NDArray[Any]
 

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from tvm import relax, tirx
 
-from tvm_hquant.describe import clip_bounds, is_float32, operator_name, shape_of
-from tvm_hquant.graph_rewriting import Graph
-from tvm_hquant.imported_functions import ConstantPad, ElementwiseLimit, recognize
+from tvm_hquant.relax_ir.describe import clip_bounds, is_float32, operator_name, shape_of
+from tvm_hquant.relax_ir.graph_rewriting import Graph
+from tvm_hquant.relax_ir.imported_functions import ConstantPad, ElementwiseLimit, recognize
 
 
 def drop_identity(call: Any, graph: Graph) -> Any | None:

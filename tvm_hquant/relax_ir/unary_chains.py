@@ -23,11 +23,11 @@ import numpy.typing as npt
 from scipy import special
 from tvm import relax
 
-from tvm_hquant.describe import clip_bounds, is_float32, operator_name, shape_of
 from tvm_hquant.layers import constant_array, is_constant
-from tvm_hquant.main_function import variables
 from tvm_hquant.numerics.functions import unary_float64
 from tvm_hquant.operators import Unary
+from tvm_hquant.relax_ir.describe import clip_bounds, is_float32, operator_name, shape_of
+from tvm_hquant.relax_ir.main_function import variables
 
 Doubles = npt.NDArray[np.float64]
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from tvm import relax, tirx
 
-from tvm_hquant.describe import operator_name, shape_of
-from tvm_hquant.graph_rewriting import Graph
+from tvm_hquant.relax_ir.describe import operator_name, shape_of
+from tvm_hquant.relax_ir.graph_rewriting import Graph
 
 _REPEATING_RESIZES = {
     ("nearest_neighbor", "asymmetric", "floor"),

@@ -23,7 +23,7 @@ from tvm_hquant.kernels.registry import select_kernel
 from tvm_hquant.layers import LayerGraph, constant_array, is_constant
 from tvm_hquant.operator_codec import decode, encode
 from tvm_hquant.operators import Dense, Movement, Unary
-from tvm_hquant.relax_functions import function_identifier, rebuild_main
+from tvm_hquant.relax_ir.relax_functions import function_identifier, rebuild_main
 from tvm_hquant.tensor_format import STORAGE_DTYPE
 
 REQUEST_ATTRIBUTE = "hquant.request"

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from tvm import relax
 
-from tvm_hquant.describe import operator_name, shape_of
+from tvm_hquant.relax_ir.describe import operator_name, shape_of
 
 Array = npt.NDArray[Any]
 

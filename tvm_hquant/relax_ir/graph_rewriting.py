@@ -14,11 +14,11 @@ from typing import Any
 import numpy.typing as npt
 from tvm import IRModule, relax
 
-from tvm_hquant.constant_folding import evaluate
-from tvm_hquant.describe import operator_name
 from tvm_hquant.errors import ModelError
 from tvm_hquant.layers import constant_array, is_constant
-from tvm_hquant.main_function import MainFunction, read_main, substitute, variables, write_main
+from tvm_hquant.relax_ir.constant_folding import evaluate
+from tvm_hquant.relax_ir.describe import operator_name
+from tvm_hquant.relax_ir.main_function import MainFunction, read_main, substitute, variables, write_main
 
 Array = npt.NDArray[Any]
 Rule = Callable[[Any, "Graph"], Any | None]
@@ -103,7 +103,7 @@ def rewrite(mod: IRModule, rules: Sequence[Rule]) -> IRModule:
     """A module with all rules applied to ``main`` and constants folded, the given one untouched.
 
     Raises:
-        ModelError: see :func:`tvm_hquant.main_function.read_main`, and whatever the rules raise.
+        ModelError: see :func:`tvm_hquant.relax_ir.main_function.read_main`, and whatever the rules raise.
     """
     main = read_main(mod)
     for _ in range(_MAX_ROUNDS):
