@@ -1,0 +1,252 @@
+"""Whole networks beside ONNX Runtime and OpenVINO: milliseconds a sample at batch 1, and our ratio to the fastest of them.
+
+Every engine runs each network in a process of its own, at its best setting; the processes take turns, so that what the
+machine does besides hits all alike. A figure is the median of all runs. Times on fewer than all instructions of this machine
+(``--instruction-set avx2`` on one with AVX-512): our target is ``x86-64-avx2``; OpenVINO gets ``ONEDNN_MAX_CPU_ISA=AVX2``; and
+both others load a copy of their libraries that sees no AVX-512 (``avx512_masking.py``).
+
+    pip install -e '.[test,engines,benchmarks]'
+    python -m benchmarks.engines [--instruction-set avx2] [--networks resnet50,squeezenet] [--threads 2] [--json out.json]
+
+The other engines may be installed elsewhere: ``--engines-python /path/to/python``. ``--step prepare`` makes the models of every
+engine in ``--folder`` and times nothing; ``--step time`` times what stands there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks.avx512_masking import without_avx512
+from benchmarks.engine_models import (
+    NETWORKS,
+    PROCESS,
+    NetworkFiles,
+    available_networks,
+    process_environment,
+    run_process,
+)
+from benchmarks.machine import describe_machine
+from tvm_hquant.cli.tables import print_table
+from tvm_hquant.cpu_features import cpu_features
+
+TARGETS = {"avx512-vnni": "host", "avx2": "x86-64-avx2"}
+PRECISIONS = {
+    "avx512-vnni": ("float32", "bfloat16", "a8w8"),
+    "avx2": ("float32", "a8w8", "a8w7", "a8w4"),
+}
+"""What of ours is measured, by instruction set."""
+
+OTHERS = ("ONNX Runtime float32", "ONNX Runtime u8s8", "ONNX Runtime s8s8", "OpenVINO float32", "OpenVINO int8")
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """An engine with one form of a network: how its process is started."""
+
+    name: str
+    python: str
+    engine: str
+    model: Path
+    environment: dict[str, str]
+
+    @property
+    def is_float32(self) -> bool:
+        return self.name.endswith("float32")
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of every run, one list for each visit."""
+
+    network: str
+    contestant: str
+    visits: tuple[tuple[float, ...], ...]
+
+    @property
+    def milliseconds(self) -> float:
+        """The median of all runs."""
+        return 1e3 * median(s for visit in self.visits for s in visit)
+
+
+def main() -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", default=",".join(available_networks()))
+    parser.add_argument("--instruction-set", choices=TARGETS, default=_best_instruction_set())
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--visits", type=int, default=3, help="how often each engine has its turn")
+    parser.add_argument("--runs", type=int, default=20, help="timed runs in a turn")
+    parser.add_argument("--engines-python", default=sys.executable, help="the Python that has the other engines")
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "hquant-engines")
+    parser.add_argument("--step", choices=("all", "prepare", "time"), default="all")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    names = arguments.networks.split(",")
+    if unknown := set(names) - set(NETWORKS):
+        raise SystemExit(f"unknown networks {', '.join(sorted(unknown))}: use {', '.join(NETWORKS)}")
+    networks = [NetworkFiles(name, arguments.folder) for name in names]
+    if arguments.step != "time":
+        for network in networks:
+            prepare(network, arguments.instruction_set, arguments.engines_python)
+    if arguments.step == "prepare":
+        return
+    timings: list[Timing] = []
+    for network in networks:
+        contestants = contestants_for(network, arguments.instruction_set, arguments.engines_python)
+        timings += time_contestants(network, contestants, arguments.threads, arguments.visits, arguments.runs)
+        print_timings(timings[-len(contestants) :])
+    if len(networks) > 1:
+        print_timings(timings)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(_document(arguments, timings), indent=1) + "\n", encoding="utf-8")
+
+
+def prepare(network: NetworkFiles, instruction_set: str, engines_python: str) -> None:
+    """Makes the models of all engines; our own are compiled anew each time."""
+    network.make_float_model()
+    network.make_other_models(engines_python)
+    network.make_artifacts(instruction_set, TARGETS[instruction_set], PRECISIONS[instruction_set])
+
+
+def contestants_for(network: NetworkFiles, instruction_set: str, engines_python: str) -> list[Contestant]:
+    """All engines with one network, ours last."""
+    environment = other_environment(instruction_set, engines_python, network.folder)
+    models = (
+        ("onnxruntime", network.float_model),
+        ("onnxruntime", network.onnxruntime_u8s8),
+        ("onnxruntime", network.onnxruntime_s8s8),
+        ("openvino", network.float_model),
+        ("openvino", network.openvino_int8),
+    )
+    others = [
+        Contestant(name, engines_python, engine, model, environment)
+        for name, (engine, model) in zip(OTHERS, models, strict=True)
+    ]
+    ours = [
+        Contestant(
+            f"ours {p}", sys.executable, "tvm_hquant", network.artifact(instruction_set, p), process_environment()
+        )
+        for p in PRECISIONS[instruction_set]
+    ]
+    return others + ours
+
+
+def other_environment(instruction_set: str, engines_python: str, folder: Path) -> dict[str, str]:
+    """Environment variables of the other engines, which keep them from instructions that do not count."""
+    if instruction_set != "avx2" or "avx512f" not in cpu_features():
+        return process_environment()
+    masked = folder / "without_avx512"
+    masked.mkdir(parents=True, exist_ok=True)
+    for package in ("onnxruntime", "openvino"):
+        find = f"import importlib.util as u; print(u.find_spec({package!r}).submodule_search_locations[0])"
+        found = subprocess.run([engines_python, "-c", find], capture_output=True, text=True, check=True).stdout
+        without_avx512(Path(found.strip()), masked)
+    return process_environment(PYTHONPATH=str(masked), ONEDNN_MAX_CPU_ISA="AVX2")
+
+
+def time_contestants(
+    network: NetworkFiles, contestants: Sequence[Contestant], threads: int, visits: int, runs: int
+) -> list[Timing]:
+    """Lets all engines run by turns, ``visits`` times each."""
+    with ExitStack() as stack:
+        processes = [stack.enter_context(_EngineProcess(c, network.inputs, threads)) for c in contestants]
+        turns = [[process.time(runs) for process in processes] for _ in range(visits)]
+    return [
+        Timing(network.name, contestant.name, tuple(visit))
+        for contestant, visit in zip(contestants, zip(*turns, strict=True), strict=True)
+    ]
+
+
+class _EngineProcess:
+    """An engine that waits for its turn."""
+
+    def __init__(self, contestant: Contestant, inputs: Path, threads: int) -> None:
+        self.name = contestant.name
+        command = [contestant.python, str(PROCESS), "time", contestant.engine, str(contestant.model), str(inputs)]
+        self.process = subprocess.Popen(
+            [*command, str(threads)],
+            env=contestant.environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def __enter__(self) -> _EngineProcess:
+        if self._answer() != "ready":
+            raise SystemExit(f"{self.name} did not start; its messages stand above")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.communicate()
+
+    def time(self, runs: int) -> tuple[float, ...]:
+        """Seconds of ``runs`` runs."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{runs}\n")
+        self.process.stdin.flush()
+        return tuple(json.loads(self._answer() or "[]"))
+
+    def _answer(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline().strip()
+
+
+def print_timings(timings: Sequence[Timing]) -> None:
+    """A row for each network: all engines in milliseconds, then our ratios."""
+    by_network: dict[str, dict[str, Timing]] = {}
+    for timing in timings:
+        by_network.setdefault(timing.network, {})[timing.contestant] = timing
+    names = list(next(iter(by_network.values())))
+    ours = [name for name in names if name not in OTHERS]
+    rows = []
+    for network, row in by_network.items():
+        fastest, fastest_float = fastest_others(row)
+        cells = [f"{row[name].milliseconds:.2f}" for name in names]
+        ratios = [f"{ratio(row, name):.2f}" for name in ours]
+        rows.append((NETWORKS[network], *cells, fastest, fastest_float, *ratios))
+    columns = ("ms", *names, "fastest other", "fastest other float32", *(f"ratio {n.split()[1]}" for n in ours))
+    print_table(columns, rows)
+
+
+def fastest_others(row: dict[str, Timing]) -> tuple[str, str]:
+    """The fastest other engine, and the fastest other in float32."""
+    others = [row[name] for name in OTHERS]
+    floats = [t for t in others if t.contestant.endswith("float32")]
+    return tuple(min(group, key=lambda t: t.milliseconds).contestant for group in (others, floats))  # type: ignore[return-value]
+
+
+def ratio(row: dict[str, Timing], name: str) -> float:
+    """Our time over the fastest other engine's; a float precision is compared with the others' float32."""
+    fastest, fastest_float = fastest_others(row)
+    other = fastest_float if "float" in name else fastest
+    return row[name].milliseconds / row[other].milliseconds
+
+
+def _document(arguments: argparse.Namespace, timings: Sequence[Timing]) -> dict[str, Any]:
+    return {
+        "machine": describe_machine(),
+        "engines": json.loads(run_process(arguments.engines_python, "versions")),
+        "instruction_set": arguments.instruction_set,
+        "threads": arguments.threads,
+        "load": os.getloadavg(),
+        "timings": [{**asdict(t), "milliseconds": t.milliseconds} for t in timings],
+    }
+
+
+def _best_instruction_set() -> str:
+    return "avx512-vnni" if "avx512_vnni" in cpu_features() else "avx2"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""The comparison of engines: what a table says follows from the times, and what a masked copy of a library is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.avx512_masking import without_avx512
+from benchmarks.engines import Timing, fastest_others, ratio
+
+
+def _row(**milliseconds: float) -> dict[str, Timing]:
+    names = {
+        "ort": "ONNX Runtime float32",
+        "u8s8": "ONNX Runtime u8s8",
+        "s8s8": "ONNX Runtime s8s8",
+        "ov": "OpenVINO float32",
+        "nncf": "OpenVINO int8",
+        "ours": "ours a8w8",
+        "ours_float": "ours float32",
+    }
+    return {names[k]: Timing("net", names[k], ((v * 1e-3,), (v * 1e-3,))) for k, v in milliseconds.items()}
+
+
+def test_ratio_is_to_the_fastest_other_engine_of_its_kind() -> None:
+    """Integers are compared with the fastest engine whatever it computes in, floats with the fastest float32."""
+    row = _row(ort=4, u8s8=3, s8s8=9, ov=5, nncf=2, ours=1, ours_float=3)
+    assert fastest_others(row) == ("OpenVINO int8", "ONNX Runtime float32")
+    assert ratio(row, "ours a8w8") == pytest.approx(0.5)
+    assert ratio(row, "ours float32") == pytest.approx(0.75)
+
+
+def test_time_is_the_median_over_all_turns() -> None:
+    """One slow turn, or one slow run, does not move the figure."""
+    assert Timing("net", "x", ((0.002, 0.002, 0.5), (0.002, 0.004, 0.002))).milliseconds == pytest.approx(2)
+
+
+def test_masked_copy_reports_no_avx512(tmp_path: Path) -> None:
+    """Every xgetbv is replaced by its AVX answer in place, bytes that only look like one stay, the original is untouched."""
+    package = tmp_path / "engine"
+    package.mkdir()
+    read, look_alike = b"\x31\xc9\x0f\x01\xd0\xa8\x06", b"\x83\xe0\x0f\x01\xd0\x41"
+    joined = b"\x89\xd5\x0f\x01\xd0\x89\xc0\x48\xc1\xe2\x20"
+    (package / "kernels.so.1").write_bytes(read + look_alike + joined)
+    (package / "__init__.py").write_text("")
+    copy = without_avx512(package, tmp_path / "masked") / "engine"
+    assert (copy / "kernels.so.1").read_bytes() == (
+        b"\x31\xc9\xb0\x07\x90\xa8\x06" + look_alike + b"\x89\xd5\xb0\x07\x90\x89\xc0\x48\xc1\xe2\x20"
+    )
+    assert (copy / "__init__.py").exists()
+    assert (package / "kernels.so.1").read_bytes() == read + look_alike + joined
+
+
+def test_package_that_cannot_be_masked_is_refused(tmp_path: Path) -> None:
+    """A library that asks in an unknown way would use AVX-512 unnoticed."""
+    package = tmp_path / "engine"
+    package.mkdir()
+    (package / "kernels.so").write_bytes(b"\x90\x90")
+    with pytest.raises(SystemExit, match="cannot mask"):
+        without_avx512(package, tmp_path / "masked")
