@@ -17,12 +17,13 @@ from tvm_hquant.plan import PrecisionPlan, load_plan
 from tvm_hquant.planning import make_plan, uniform_decisions, with_calibration
 from tvm_hquant.precision import REALIZED, Precision, parse_precision
 from tvm_hquant.preparation import prepare_module
+from tvm_hquant.progress import Progress, silent_progress
 from tvm_hquant.quantizer import Options, QuantizationResult, Quantizer, assign_roles
 from tvm_hquant.report.quantization_report import QuantizationReport
 from tvm_hquant.runtime import Artifact
 from tvm_hquant.search.problem import SearchResult, SearchStrategy
 from tvm_hquant.search.uniform import UniformStrategy
-from tvm_hquant.session import Progress, QuantizationSession, silent_progress
+from tvm_hquant.session import QuantizationSession
 from tvm_hquant.target_spec import TargetSpec, detect_host, load_target_spec
 
 

@@ -45,3 +45,11 @@ class ToolchainError(HQuantError):
 
 class BudgetError(HQuantError):
     """No plan keeps the loss within the budget."""
+
+
+class JournalError(HQuantError):
+    """A journal of evaluations cannot be read or written, or is another file."""
+
+
+class SearchError(HQuantError):
+    """A search strategy is unknown, or cannot do what is asked of it."""

@@ -25,8 +25,8 @@ from tvm_hquant.planning import make_plan
 from tvm_hquant.precision import A8W8, BFLOAT16, FLOAT16, FLOAT32, INT8, Precision, parse_precision
 from tvm_hquant.report.quantization_report import LayerReport, ModelRow, QuantizationReport, SampleCounts
 from tvm_hquant.search.expected_drop import ExpectedDrop
-from tvm_hquant.search.hierarchical import HierarchicalStrategy
-from tvm_hquant.search.problem import Assignment, SearchProblem, SearchResult, SearchStrategy
+from tvm_hquant.search.problem import Assignment, CostModel, SearchProblem, SearchResult, SearchStrategy
+from tvm_hquant.search.registry import DEFAULT_STRATEGY, StrategyContext, make_strategy
 from tvm_hquant.sensitivity.measured import SensitivityTable
 from tvm_hquant.session import QuantizationSession
 from tvm_hquant.simulator.metrics import METRICS, Metric, MetricAccumulator, make_metric
@@ -143,18 +143,38 @@ class Quantizer:
         others.sort(key=lambda p: (p == "float32", predicted_cycles(spec, layer, parse_precision(p))))
         return (*eight[:1], *others)
 
-    def search(self, strategy: SearchStrategy | None = None) -> SearchResult:
-        """Finds precisions for all layers with weights.
+    def problem(self) -> SearchProblem:
+        """What a strategy has to solve: the candidates of all layers, and the ways to measure them.
 
         Raises:
             PrecisionError: a layer can have no precision at all.
         """
-        strategy = strategy or HierarchicalStrategy()
-        candidates = {layer.name: self.candidates(layer) for layer in self.session.graph.anchors}
-        problem = SearchProblem(
-            candidates, self.table.measure, self._costs(candidates), self._joint_loss, self.options.max_drop
+        anchors = self.session.graph.anchors
+        candidates = {layer.name: self.candidates(layer) for layer in anchors}
+        return SearchProblem(
+            candidates,
+            self.table.measure,
+            CostModel(self._costs(candidates)),
+            self._joint_losses,
+            self.options.max_drop,
+            parameters={layer.name: layer.parameter_count for layer in anchors},
+            seed=self.options.seed,
         )
-        result = strategy.search(problem)
+
+    def search(self, strategy: SearchStrategy | str | None = None) -> SearchResult:
+        """Finds precisions for all layers with weights.
+
+        Args:
+            strategy: or its name (:data:`~tvm_hquant.search.registry.STRATEGIES`).
+
+        Raises:
+            PrecisionError: a layer can have no precision at all.
+            SearchError: no strategy has that name.
+        """
+        if strategy is None or isinstance(strategy, str):
+            context = StrategyContext(self.session, self.table.samples, self.options.seed)
+            strategy = make_strategy(strategy or DEFAULT_STRATEGY, context)
+        result = strategy.search(self.problem())
         fixed = {
             layer.name: LayerDecision(result.decisions[layer.name].precision, "chosen by the user")
             for layer in self.session.graph.anchors
@@ -184,11 +204,13 @@ class Quantizer:
             for p in precisions
         }
 
-    def _joint_loss(self, assignment: Assignment) -> float:
-        program = self.session.program({name: parse_precision(p) for name, p in assignment.items()})
+    def _joint_losses(self, assignments: Sequence[Assignment]) -> list[float]:
+        programs = [self.session.program({name: parse_precision(p) for name, p in a.items()}) for a in assignments]
         metrics = [self.metric, METRICS["agreement"]]
-        own, agreement = self.session.evaluate_metrics([program], self.roles.search, metrics, "searching")[0]
-        return self._expected_drop.of(own, agreement) if self.metric.name == "top1" else own.loss
+        scores = self.session.evaluate_metrics(programs, self.roles.search, metrics, "searching")
+        if self.metric.name != "top1":
+            return [own.loss for own, _ in scores]
+        return [self._expected_drop.of(own, agreement) for own, agreement in scores]
 
     # Plan.
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from tvm import IRModule
@@ -18,22 +19,17 @@ from tvm_hquant.formats import TensorScales, follow_consumers
 from tvm_hquant.kernels.interface import KernelFamily
 from tvm_hquant.layers import Layer, LayerGraph
 from tvm_hquant.precision import FLOAT32, Precision, parse_precision
+from tvm_hquant.progress import Progress, silent_progress
 from tvm_hquant.quantized_weights import QuantizedWeights, quantize_layer_weights
 from tvm_hquant.rounding import bias_correction
 from tvm_hquant.simulator.engine import SimulationEngine
-from tvm_hquant.simulator.metrics import Metric, MetricAccumulator, Score
+from tvm_hquant.simulator.evaluator import ProgramEvaluator
+from tvm_hquant.simulator.journal import EvaluationJournal
+from tvm_hquant.simulator.metrics import Metric, MetricAccumulator
 from tvm_hquant.simulator.program import Program, ProgramBuilder
 from tvm_hquant.target_spec import TargetSpec
 
 FLOAT16_LARGEST = 65504.0
-
-Progress = Callable[[str, Iterable[Any], int | None], Iterator[Any]]
-"""Wraps an iterable: (description, items, how many or None) → the items. A caller may show progress."""
-
-
-def silent_progress(_description: str, items: Iterable[Any], _count: int | None) -> Iterator[Any]:
-    """Shows nothing."""
-    return iter(items)
 
 
 @dataclass(frozen=True)
@@ -53,6 +49,8 @@ class QuantizationSession:
         families, host_target: kernels and TVM target of this machine, on which is simulated.
         observer: name of the observer for activations (:func:`make_observer`).
         progress: shows progress of long steps.
+
+    ``evaluator`` measures programs; give it a journal (:meth:`use_journal`) to remember them.
     """
 
     def __init__(
@@ -76,6 +74,7 @@ class QuantizationSession:
         self._codes: frozenset[Precision] = frozenset()
         all_float = {layer.name: FLOAT32 for layer in self.graph.layers}
         self.float_program: Program = self.builder.program(all_float, {})
+        self.evaluator = ProgramEvaluator(self.engine, self.float_program, progress=progress)
 
     @property
     def signature(self) -> Signature:
@@ -187,18 +186,15 @@ class QuantizationSession:
         self, programs: Sequence[Program], source: DataSource, metrics: Sequence[Metric], description: str
     ) -> list[list[MetricAccumulator]]:
         """For every program its scores in every metric."""
-        every = [self.float_program, *programs]
-        self.engine.compile(every)
-        scores: list[list[list[Score]]] = [[[] for _ in metrics] for _ in programs]
-        for sample in self.progress(description, source, _count(source, None)):
-            reference, *results = self.engine.run(sample.inputs, every)
-            for collected, outputs in zip(scores, results, strict=True):
-                for of_metric, metric in zip(collected, metrics, strict=True):
-                    of_metric.append(metric.score(reference, outputs, sample.label))
-        return [
-            [MetricAccumulator(m).with_scores(s) for m, s in zip(metrics, collected, strict=True)]
-            for collected in scores
-        ]
+        return self.evaluator.scores(programs, source, metrics, description)
+
+    def use_journal(self, path: Path | str) -> None:
+        """Keeps all scores in a file, and finds those there that it holds.
+
+        Raises:
+            JournalError: the file cannot be used.
+        """
+        self.evaluator.journal = EvaluationJournal(path, self.graph.fingerprint)
 
 
 def _count(source: DataSource, limit: int | None) -> int | None:

@@ -26,10 +26,10 @@ from tvm_hquant.layer_record import graph_from_record
 from tvm_hquant.layers import LayerGraph
 from tvm_hquant.plan import PrecisionPlan, load_plan
 from tvm_hquant.precision import Arithmetic
+from tvm_hquant.progress import Progress, silent_progress
 from tvm_hquant.relax_ir.kernel_calls import is_view, kernel_symbol
 from tvm_hquant.relax_ir.relax_functions import function_identifier
 from tvm_hquant.runtime import Artifact
-from tvm_hquant.session import Progress, silent_progress
 from tvm_hquant.simulator.program import Program, ProgramBuilder, Step
 from tvm_hquant.target_spec import read_target_spec
 from tvm_hquant.tensor_format import STORAGE_DTYPE

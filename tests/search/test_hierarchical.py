@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tvm_hquant.search.hierarchical import HierarchicalStrategy
-from tvm_hquant.search.problem import Assignment, SearchProblem, SearchResult
+from tvm_hquant.search.problem import Assignment, CostModel, SearchProblem, SearchResult
 from tvm_hquant.search.uniform import UniformStrategy
 
 LOW, HIGH, EXACT = "a8w8", "a16w8", "float32"
@@ -29,9 +29,9 @@ class AdditiveModel:
         self.evaluated: list[dict[str, str]] = []
         self.measured: list[tuple[str, str]] = []
 
-    def loss(self, assignment: Assignment) -> float:
-        self.evaluated.append(dict(assignment))
-        return sum(self.losses[layer][precision] for layer, precision in assignment.items())
+    def loss(self, assignments: Sequence[Assignment]) -> list[float]:
+        self.evaluated += map(dict, assignments)
+        return [sum(self.losses[layer][p] for layer, p in assignment.items()) for assignment in assignments]
 
     def measure(self, pairs: Sequence[tuple[str, str]]) -> dict[tuple[str, str], float]:
         self.measured += pairs
@@ -40,7 +40,7 @@ class AdditiveModel:
     def problem(self, budget: float) -> SearchProblem:
         candidates = {layer: tuple(own) for layer, own in self.losses.items()}
         costs = {(layer, p): COST[p] * self.sizes.get(layer, 1.0) for layer, own in self.losses.items() for p in own}
-        return SearchProblem(candidates, self.measure, costs, self.loss, budget)
+        return SearchProblem(candidates, self.measure, CostModel(costs), self.loss, budget)
 
 
 def model_of(*losses: tuple[float, float]) -> AdditiveModel:

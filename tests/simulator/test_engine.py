@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from dataclasses import replace
 from typing import Any
 
@@ -145,7 +144,7 @@ def test_outputs_are_copies() -> None:
 
 
 def test_views_share_memory_and_stay_right() -> None:
-    """A reshape copies nothing, in the first program and in the others; its buffer returns to the pool only once."""
+    """A reshape copies nothing, in the first program and in the others, and the memory under it is not given away."""
     session = shared_session("branches")
     program = branches_program(session, ("a8w8",) * 4)
     assert any(step.request is not None and is_view(step.request) for step in program.steps)
@@ -155,8 +154,7 @@ def test_views_share_memory_and_stay_right() -> None:
         results = session.engine.run(sample, [session.float_program, program, program, session.float_program])
         assert_same(results[1], results[2])
         assert_same(results[0], results[3])
-    pooled = [tensor for free in session.engine._pool.values() for tensor in free]
-    assert len({id(tensor) for tensor in pooled}) == len(pooled), "one buffer is in the pool twice"
+    assert_same(results[1], run_alone(session, program, sample))
 
 
 def test_memory_does_not_grow_with_samples() -> None:
@@ -164,17 +162,12 @@ def test_memory_does_not_grow_with_samples() -> None:
     session = shared_session("branches")
     programs = [session.float_program, *(branches_program(session, (p,) * 4) for p in ("a8w8", "a16w8", "float16"))]
     session.engine.compile(programs)
-
-    def buffers() -> int:
-        return len(session.engine._kept) + sum(map(len, session.engine._pool.values()))
-
     for seed in range(2):
         session.engine.run(one_sample(session, seed), programs)
-    gc.collect()
-    before = buffers()
+    before = session.engine.machine.buffers
     for seed in range(20):
         session.engine.run(one_sample(session, seed), programs)
-    assert buffers() == before
+    assert session.engine.machine.buffers == before > 0
 
 
 def test_a_plan_is_simulated_with_its_own_weights() -> None:

@@ -17,7 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tvm_hquant.plan import LayerDecision
-from tvm_hquant.search.problem import Assignment, SearchProblem, SearchResult, SearchStep, total_cost
+from tvm_hquant.search.problem import Assignment, SearchProblem, SearchResult, SearchStep
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class _Search:
 
     def _find_path(self) -> None:
         """Measures what promotions remove, and orders all of them, the most worthwhile first."""
-        candidates, costs = self.problem.candidates, self.problem.costs
+        candidates, costs = self.problem.candidates, self.problem.costs.layers
         pairs = [(layer, p) for layer, precisions in candidates.items() for p in precisions[1:]]
         self.losses.update(self.problem.measure(pairs))
         for layer, precisions in candidates.items():
@@ -113,9 +113,9 @@ class _Search:
     def _loss(self, count: int) -> float:
         if count not in self.evaluated:
             assignment = self._assignment(count)
-            self.evaluated[count] = self.problem.evaluate(assignment)
+            self.evaluated[count] = self.problem.evaluate([assignment])[0]
             promoted = sum(1 for layer, precision in assignment.items() if precision != self.base[layer])
-            self.steps.append(SearchStep(promoted, self.evaluated[count], total_cost(self.problem, assignment)))
+            self.steps.append(SearchStep(promoted, self.evaluated[count], self.problem.costs.total(assignment)))
         return self.evaluated[count]
 
     def _assignment(self, count: int) -> Assignment:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from tvm_hquant.plan import LayerDecision
@@ -16,6 +16,33 @@ Assignment = Mapping[str, str]
 
 
 @dataclass(frozen=True)
+class CostModel:
+    """What plans cost, in one unit: microseconds, bytes, or operations.
+
+    Attributes:
+        layers: cost of a layer in a precision while its neighbours are in their cheapest one, by (layer, precision).
+        pairs: what two neighbours cost beyond that, mostly conversions between them, by (layer, layer) and by
+            (precision, precision); what is not listed is 0.
+        exact: cost of an assignment; None: the sum of the two above is exact.
+    """
+
+    layers: Mapping[LayerPrecision, float]
+    pairs: Mapping[tuple[str, str], Mapping[tuple[str, str], float]] = field(default_factory=dict)
+    exact: Callable[[Assignment], float] | None = None
+
+    def total(self, assignment: Assignment) -> float:
+        """Cost of a whole plan."""
+        return self.predicted(assignment) if self.exact is None else self.exact(assignment)
+
+    def predicted(self, assignment: Assignment) -> float:
+        """The sum of layers and pairs, which an integer program can minimize."""
+        alone = sum(self.layers[layer, precision] for layer, precision in assignment.items())
+        return alone + sum(
+            extra.get((assignment[first], assignment[second]), 0.0) for (first, second), extra in self.pairs.items()
+        )
+
+
+@dataclass(frozen=True)
 class SearchProblem:
     """A choice of precision per layer with weights.
 
@@ -23,21 +50,33 @@ class SearchProblem:
         candidates: for each layer the precisions that it may have, the cheapest first. The last one is the most exact.
         measure: loss of the whole network when one layer alone has a precision, for all the given (layer, precision),
             lower is better. Measured on calibration samples; asking for many at once is cheaper, asking again is free.
-        costs: predicted cost of a layer in a precision, in cycles, by (layer, precision).
-        evaluate: true joint loss of an assignment on the search samples, in the unit of ``budget``.
+        costs: what is minimized, or what counts beside the loss.
+        evaluate: true joint losses of assignments on the search samples, in the unit of ``budget``; asking for many at
+            once is cheaper, above all for those that differ in late layers.
         budget: the largest loss allowed.
+        check: as ``evaluate``, on samples that the search does not choose by: those who tighten a budget ask it rarely.
+        accuracy: of the float model on the search samples, so that accuracy − loss is that of a plan; 1 where the metric
+            is no accuracy.
+        parameters: number of weights of each layer.
+        levels: how many layers have to get each precision; None: as many as the strategy likes.
+        seed: of whatever a strategy draws at random.
     """
 
     candidates: Mapping[str, tuple[str, ...]]
     measure: Callable[[Sequence[LayerPrecision]], Mapping[LayerPrecision, float]]
-    costs: Mapping[LayerPrecision, float]
-    evaluate: Callable[[Assignment], float]
+    costs: CostModel
+    evaluate: Callable[[Sequence[Assignment]], Sequence[float]]
     budget: float
+    check: Callable[[Sequence[Assignment]], Sequence[float]] | None = None
+    accuracy: float = 1.0
+    parameters: Mapping[str, int] = field(default_factory=dict)
+    levels: Mapping[str, int] | None = None
+    seed: int = 0
 
 
 @dataclass(frozen=True)
 class SearchStep:
-    """One joint evaluation: how many layers were promoted, the loss and the predicted cost."""
+    """One joint evaluation: how many layers are not in their first precision, the loss and the cost."""
 
     promoted: int
     loss: float
@@ -48,6 +87,7 @@ class SearchStep:
 class SearchResult:
     """The decisions for all layers with weights.
 
+    A strategy may return one assignment only, but every one that it has evaluated is a point of the Pareto front.
     ``loss`` is the joint loss on the search samples; ``within_budget`` says whether it keeps the budget. ``steps`` lists all
     evaluations in order.
     """
@@ -66,8 +106,3 @@ class SearchStrategy(Protocol):
 
     def search(self, problem: SearchProblem) -> SearchResult:
         """The best assignment that was found."""
-
-
-def total_cost(problem: SearchProblem, assignment: Assignment) -> float:
-    """Predicted cost of an assignment, in cycles."""
-    return sum(problem.costs[layer, precision] for layer, precision in assignment.items())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tvm_hquant.plan import LayerDecision
-from tvm_hquant.search.problem import SearchProblem, SearchResult, SearchStep, total_cost
+from tvm_hquant.search.problem import SearchProblem, SearchResult, SearchStep
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,6 @@ class UniformStrategy:
             for layer, candidates in problem.candidates.items()
         }
         assignment = {layer: d.precision for layer, d in decisions.items()}
-        loss = problem.evaluate(assignment)
-        step = SearchStep(0, loss, total_cost(problem, assignment))
+        loss = problem.evaluate([assignment])[0]
+        step = SearchStep(0, loss, problem.costs.total(assignment))
         return SearchResult(decisions, loss, loss <= problem.budget, (step,))

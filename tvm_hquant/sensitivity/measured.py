@@ -27,7 +27,7 @@ class SensitivityTable:
 
     def __init__(self, session: QuantizationSession, samples: DataSource, metric: str = "kl") -> None:
         self._session = session
-        self._samples = samples
+        self.samples = samples
         self._metric = METRICS[metric]
         self._losses: dict[tuple[str, str], float] = {}
 
@@ -38,7 +38,7 @@ class SensitivityTable:
         if missing:
             everything_float = {layer.name: FLOAT32 for layer in self._session.graph.anchors}
             programs = [self._session.program({**everything_float, n: parse_precision(p)}) for n, p in missing]
-            scores = self._session.evaluate(programs, self._samples, self._metric, "measuring layers")
+            scores = self._session.evaluate(programs, self.samples, self._metric, "measuring layers")
             self._losses.update({pair: score.loss for pair, score in zip(missing, scores, strict=True)})
         return {pair: self._losses[pair] for pair in pairs}
 

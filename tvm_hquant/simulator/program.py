@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from tvm_hquant.formats import Conversion, GraphFormats, TensorScales, assign_formats
 from tvm_hquant.kernels.interface import KernelRequest, LayerConstants
@@ -27,8 +29,9 @@ class Step:
         tensor: name of the tensor that comes out (for a conversion, the one that is converted).
         request, constants: what the kernel computes; None for operators that TVM legalizes.
         inputs: keys of the values that go in.
-        key: of the value that comes out. Two steps of any two programs have one key if and only if they surely compute
-            the same value for the same sample.
+        key: of the value that comes out: a hash of all that it is computed from. Two steps of any two programs of one
+            model, in any process, have one key if and only if they surely compute the same value for the same sample.
+        realization: a hash of what the kernel computes with which constants, whatever goes in.
         format: of the value that comes out.
     """
 
@@ -38,6 +41,7 @@ class Step:
     constants: LayerConstants | None
     inputs: tuple[int, ...]
     key: int
+    realization: int
     format: TensorFormat
 
 
@@ -50,6 +54,11 @@ class Program:
     formats: GraphFormats
     conversions: tuple[Conversion, ...]
 
+    @cached_property
+    def digest(self) -> str:
+        """Equal for two programs of one model if and only if they surely give the same outputs for every sample."""
+        return f"{_hash(self.outputs):016x}"
+
 
 class ProgramBuilder:
     """Makes programs of one model, giving equal values equal keys and realizing each layer once per codes and formats.
@@ -60,7 +69,6 @@ class ProgramBuilder:
     def __init__(self, graph: LayerGraph, weights: WeightSource) -> None:
         self.graph = graph
         self._weights = weights
-        self._keys: dict[object, int] = {}
         self._codes: dict[tuple[str, str], QuantizedWeights | None] = {}
         self._realized: dict[object, tuple[KernelRequest, LayerConstants]] = {}
 
@@ -77,8 +85,8 @@ class ProgramBuilder:
         formats = assign_formats(self.graph, precisions, scales)
         steps: list[Step] = []
         keys: dict[tuple[str, TensorFormat], int] = {}
-        for name in self.graph.inputs:
-            keys[name, FLOAT32_FORMAT] = self._key(("input", name))
+        for number, name in enumerate(self.graph.inputs):
+            keys[name, FLOAT32_FORMAT] = number
 
         def read(tensor: str, wanted: TensorFormat) -> int:
             if (tensor, wanted) not in keys:
@@ -96,9 +104,6 @@ class ProgramBuilder:
         outputs = tuple(read(tensor, FLOAT32_FORMAT) for tensor in self.graph.outputs)
         return Program(tuple(steps), outputs, formats, formats.conversions(self.graph))
 
-    def _key(self, identity: object) -> int:
-        return self._keys.setdefault(identity, len(self._keys))
-
     def _conversion(
         self, tensor: str, source: TensorFormat, target: TensorFormat, keys: Mapping[tuple[str, TensorFormat], int]
     ) -> Step:
@@ -106,8 +111,8 @@ class ProgramBuilder:
         if identity not in self._realized:
             self._realized[identity] = realize_conversion(self.graph.tensor_shape(tensor), source, target)
         request, constants = self._realized[identity]
-        inputs = (keys[tensor, source],)
-        return Step(None, tensor, request, constants, inputs, self._key((identity, inputs)), target)
+        inputs, realization = (keys[tensor, source],), _hash(identity)
+        return Step(None, tensor, request, constants, inputs, _hash((realization, inputs)), realization, target)
 
     def _layer(
         self,
@@ -121,13 +126,14 @@ class ProgramBuilder:
         # Without weights the precision's name says nothing that the formats do not say.
         arithmetic = (precision.name, codes.digest if codes is not None else "") if layer.is_anchor else ()
         identity = (layer.name, arithmetic, required, produced)
-        key = self._key((identity, inputs))
+        realization = _hash(identity)
+        key = _hash((realization, inputs))
         if isinstance(layer.operator, Opaque):
-            return Step(layer, layer.name, None, None, inputs, key, produced)
+            return Step(layer, layer.name, None, None, inputs, key, realization, produced)
         if identity not in self._realized:
             self._realized[identity] = realize_layer(layer, precision, required, produced, codes)
         request, constants = self._realized[identity]
-        return Step(layer, layer.name, request, constants, inputs, key, produced)
+        return Step(layer, layer.name, request, constants, inputs, key, realization, produced)
 
     def _layer_codes(self, layer: Layer, precision: Precision, weights: WeightSource | None) -> QuantizedWeights | None:
         if weights is not None:
@@ -136,3 +142,8 @@ class ProgramBuilder:
         if identity not in self._codes:
             self._codes[identity] = self._weights(layer, precision)
         return self._codes[identity]
+
+
+def _hash(identity: object) -> int:
+    """64 bits, the same in every process; graph inputs have the small keys, which no hash is likely to meet."""
+    return int.from_bytes(hashlib.blake2b(repr(identity).encode(), digest_size=8).digest(), "big")

@@ -1,0 +1,43 @@
+"""The search strategies by the names that the command line uses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from tvm_hquant.errors import SearchError
+from tvm_hquant.search.hierarchical import HierarchicalStrategy
+from tvm_hquant.search.problem import SearchStrategy
+
+if TYPE_CHECKING:
+    from tvm_hquant.calibration.samples import DataSource
+    from tvm_hquant.session import QuantizationSession
+
+
+@dataclass(frozen=True, eq=False)
+class StrategyContext:
+    """What a strategy may need beyond the problem: the calibrated model, and calibration samples with their gradients."""
+
+    session: QuantizationSession
+    samples: DataSource
+    seed: int = 0
+
+
+STRATEGIES: Mapping[str, Callable[[StrategyContext], SearchStrategy]] = {
+    "hierarchical": lambda _context: HierarchicalStrategy(),
+}
+"""Makes each strategy for a model; one line for each."""
+
+DEFAULT_STRATEGY = "hierarchical"
+
+
+def make_strategy(name: str, context: StrategyContext) -> SearchStrategy:
+    """The strategy called ``name``, for one model.
+
+    Raises:
+        SearchError: no strategy has that name.
+    """
+    if name not in STRATEGIES:
+        raise SearchError(f"unknown strategy {name!r}: use one of {', '.join(STRATEGIES)}")
+    return STRATEGIES[name](context)
