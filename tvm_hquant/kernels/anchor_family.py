@@ -9,6 +9,8 @@ from tvm_hquant.kernels.conv2d_template import conv2d_kernel
 from tvm_hquant.kernels.depthwise_template import depthwise_kernel
 from tvm_hquant.kernels.dot_product import DotProduct
 from tvm_hquant.kernels.interface import Kernel, KernelRequest
+from tvm_hquant.kernels.interleaved_depthwise import interleaved_depthwise_kernel
+from tvm_hquant.kernels.x86_byte_vectors import WordProduct
 from tvm_hquant.operators import Conv2D, Dense
 
 
@@ -20,11 +22,15 @@ class AnchorFamily:
         name: as target specs call it.
         dot: the dot product for a request.
         lanes: 32-bit lanes of a vector.
+        word_product: how four products of codes are added in byte vectors of x86, for depthwise layers.
+        byte_widths: bytes of the vectors that it works on.
     """
 
     name: str
     dot: Callable[[KernelRequest], DotProduct]
     lanes: int
+    word_product: Callable[[KernelRequest], WordProduct] | None = None
+    byte_widths: tuple[int, ...] = ()
 
     def kernel(self, request: KernelRequest) -> Kernel | None:
         """The kernel for a convolution or dense layer; None for other operators."""
@@ -32,5 +38,10 @@ class AnchorFamily:
         if not isinstance(operator, (Conv2D, Dense)):
             return None
         if isinstance(operator, Conv2D) and operator.is_depthwise and request.weights != "int16":
-            return depthwise_kernel(request, self.dot(request), self.name)
+            return self._interleaved(request) or depthwise_kernel(request, self.dot(request), self.name)
         return conv2d_kernel(request, self.dot(request), self.name)
+
+    def _interleaved(self, request: KernelRequest) -> Kernel | None:
+        if self.word_product is None:
+            return None
+        return interleaved_depthwise_kernel(request, self.word_product(request), self.byte_widths, self.name)

@@ -17,6 +17,7 @@ from tvm_hquant.kernels.dot_product import DotProduct, FloatDot, WideDot, repeat
 from tvm_hquant.kernels.interface import KernelRequest
 from tvm_hquant.kernels.kernel_function import Buffer
 from tvm_hquant.kernels.primitives import Expression
+from tvm_hquant.kernels.x86_byte_vectors import WordProduct
 
 _LANES = 8
 _REGISTERS = 16
@@ -89,5 +90,9 @@ def _dot(request: KernelRequest) -> DotProduct:
     return FloatDot(_LANES, _REGISTERS, request.weights)
 
 
-FAMILY = AnchorFamily("avx2", _dot, _LANES)
+def _word_product(request: KernelRequest) -> WordProduct:
+    return "vpmaddubsw" if request.saturation_free_pairs else "vpmaddwd"
+
+
+FAMILY = AnchorFamily("avx2", _dot, _LANES, _word_product, (16, 32))
 """The kernel family of this instruction set."""

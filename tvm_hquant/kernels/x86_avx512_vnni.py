@@ -52,5 +52,5 @@ def _dot(request: KernelRequest) -> DotProduct:
     return FloatDot(_LANES, _REGISTERS, request.weights)
 
 
-FAMILY = AnchorFamily("avx512_vnni", _dot, _LANES)
+FAMILY = AnchorFamily("avx512_vnni", _dot, _LANES, lambda _: "vpdpbusd", (16, 32, 64))
 """The kernel family of this instruction set."""

@@ -1,0 +1,77 @@
+"""Depthwise kernels on byte vectors against the contract, bit for bit.
+
+Protects the order in which channels come out of the packs, rows and columns outside the input, kernels taller than a word,
+the overlap of last blocks, and clamping by saturation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.kernels.test_anchor_kernels import HOST, TARGETS, random_case, run_kernel
+from tvm_hquant import numerics
+from tvm_hquant.kernels.interface import IntegerAnchorConstants, KernelRequest, Requantization
+from tvm_hquant.kernels.interleaved_depthwise import interleaved_depthwise_kernel
+from tvm_hquant.kernels.x86_byte_vectors import WordProduct
+from tvm_hquant.operators import Conv2D, Window
+
+PRODUCTS: list[tuple[WordProduct, str, int]] = [
+    ("vpdpbusd", "avx512_vnni", 127), ("vpmaddubsw", "avx2", 64), ("vpmaddwd", "avx2", 127)
+]  # fmt: skip
+
+
+@st.composite
+def _convolutions(draw: st.DrawFn) -> Conv2D:
+    channels = draw(st.sampled_from([16, 17, 24, 32, 40, 64, 71, 144]))
+    dilation = draw(st.sampled_from([(1, 1), (1, 1), (2, 1), (1, 2)]))
+    kernel = draw(st.tuples(st.integers(1, 5), st.integers(1, 5)))
+    padding = draw(st.tuples(*[st.integers(0, 2)] * 4))
+    height = draw(st.integers((kernel[0] - 1) * dilation[0] + 1, 11))
+    width = draw(st.integers((kernel[1] - 1) * dilation[1] + 1, 11))
+    strides = draw(st.tuples(st.integers(1, 2), st.integers(1, 2)))
+    shape = (draw(st.integers(1, 2)), height, width, channels)
+    return Conv2D(shape, channels, Window(kernel, strides, padding, dilation), channels)
+
+
+@pytest.mark.parametrize(("product", "family", "limit"), PRODUCTS)
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+@given(operator=_convolutions(), seed=st.integers(0, 2**32 - 1), width=st.sampled_from([16, 32, 64]))
+def test_is_exact(product: WordProduct, family: str, limit: int, operator: Conv2D, seed: int, width: int) -> None:
+    """Any window, channels of all widths, limits inside the codes on both sides."""
+    if family not in HOST:
+        pytest.skip(f"this CPU has no {family}")
+    rng = np.random.default_rng(seed)
+    request, constants, inputs = random_case(rng, KernelRequest(operator, ("uint8",), "uint8", "int8"), limit)
+    assert isinstance(constants, IntegerAnchorConstants)
+    zero_point = int(rng.integers(0, 256))
+    lower, upper = sorted(int(v) for v in rng.integers(-zero_point, 255 - zero_point, 2, endpoint=True))
+    end = Requantization(float(lower), float(upper), zero_point)
+    # Some channels leave int16, and some int32, before they are clamped.
+    steep = rng.choice(np.array([1, 1e3, 1e8], np.float32), constants.multiplier.shape)
+    constants = replace(constants, requantization=end, multiplier=constants.multiplier * steep)
+    widths = (min(width, 32) if family == "avx2" else width, 16)
+    kernel = interleaved_depthwise_kernel(request, product, widths, family)
+    assert kernel is not None
+    actual = run_kernel(kernel, constants, inputs, TARGETS[family])
+    np.testing.assert_array_equal(actual, numerics.evaluate(request, constants, inputs), kernel.name)
+
+
+def test_what_other_kernels_do() -> None:
+    """Other storages, residuals, weights of several points and very few channels are left to the general kernel."""
+    operator = Conv2D((1, 5, 5, 32), 32, Window((3, 3)), 32)
+    plain = KernelRequest(operator, ("uint8",), "uint8", "int8")
+    assert interleaved_depthwise_kernel(plain, "vpmaddwd", (16, 32), "avx2") is not None
+    narrow = replace(plain, operator=Conv2D((1, 5, 5, 8), 8, Window((3, 3)), 8))
+    others = [
+        replace(plain, output="float32"),
+        replace(plain, inputs=("uint16",)),
+        replace(plain, weight_points=2),
+        replace(plain, weights="int16"),
+        narrow,
+    ]
+    assert [interleaved_depthwise_kernel(r, "vpmaddwd", (16, 32), "avx2") for r in others] == [None] * len(others)
