@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -104,10 +105,10 @@ def quantize(
     name = Path(model).name if isinstance(model, (str, Path)) else "model"
     if isinstance(plan, (str, Path)):
         plan = load_plan(plan)
-    if plan is not None:
+    if plan is not None and evaluation is not None:
         return _with_plan(session, plan, calibration, evaluation, name, Options(metric, max_drop, seed=seed))
-    if calibration is None:
-        return _without_data(session, precision)
+    if plan is not None or calibration is None:
+        return plan_without_search(session, calibration, plan=plan, precision=precision)
     options = Options(
         metric, max_drop, tuple(precisions) if precisions else Options().precisions, fixed, seed, baselines
     )
@@ -172,24 +173,61 @@ def lowered_module(result: QuantizationResult) -> IRModule:
     return lower(result.module, result.plan, result.spec, families_for_target(result.spec.instruction_sets))
 
 
+def plan_without_search(
+    session: QuantizationSession,
+    calibration: Any = None,
+    *,
+    plan: PrecisionPlan | None = None,
+    precision: str | None = None,
+) -> QuantizationResult:
+    """A given plan, or one precision for all layers where the target allows it; nothing is searched or measured.
+
+    Args:
+        calibration: gives the scales that the precision needs; with a plan, takes the place of its own.
+
+    Raises:
+        DataError: the precision needs calibration data, or there is neither plan nor precision.
+        PlanError, PrecisionError: the plan is for another model, or the precision is unknown or impossible.
+    """
+    if plan is not None:
+        plan.check_model(session.graph)
+    wanted = None if plan is not None else _precision_without_search(precision, calibration is not None)
+    if calibration is not None:
+        session.calibrate(open_data(calibration, session.signature))
+    if plan is None:
+        assert wanted is not None
+        plan = make_plan(session, uniform_decisions(session, wanted))
+    else:
+        plan = with_calibration(session, plan) if calibration is not None else plan
+        plan = plan.completed(session.graph, session.spec.rules.weight_scales == "per-channel")
+    return QuantizationResult(session.mod, plan, None, session.spec)
+
+
 def _with_plan(
     session: QuantizationSession, plan: PrecisionPlan, calibration: Any, evaluation: Any, name: str, options: Options
 ) -> QuantizationResult:
-    plan.check_model(session.graph)
-    if calibration is not None:
-        calibration = open_data(calibration, session.signature)
-        session.calibrate(calibration)
-        plan = with_calibration(session, plan)
-    plan = plan.completed(session.graph, session.spec.rules.weight_scales == "per-channel")
-    if evaluation is None:
-        return QuantizationResult(session.mod, plan, None, session.spec)
+    """A given plan, measured on evaluation data."""
     if calibration is None:
         raise DataError(
             "evaluation data without calibration data: the uniform quantizations that the plan is measured beside need "
             "both; give --calibration too, or leave --evaluation out"
         )
+    calibration = open_data(calibration, session.signature)
+    result = plan_without_search(session, calibration, plan=plan)
     roles = assign_roles(calibration, evaluation, session.signature, options.seed)
-    return QuantizationResult(session.mod, plan, Quantizer(session, roles, options).report(plan, name), session.spec)
+    report = Quantizer(session, roles, options).report(result.plan, name)
+    return replace(result, report=report)
+
+
+def _precision_without_search(precision: str | None, has_calibration: bool) -> Precision:
+    if precision is None:
+        raise DataError("no calibration data: give --calibration, or a precision that needs none (w8 … w2, float32)")
+    wanted = _realized(precision)
+    if wanted.needs_calibration and not has_calibration:
+        raise DataError(
+            f"{wanted.name} needs calibration data: give --calibration, or use w8 … w2 or a float precision"
+        )
+    return wanted
 
 
 def _realized(name: str) -> Precision:
@@ -197,16 +235,3 @@ def _realized(name: str) -> Precision:
     if not precision.is_realized:
         raise PrecisionError(f"{precision.name} is simulated only and has no kernel: use one of {', '.join(REALIZED)}")
     return precision
-
-
-def _without_data(session: QuantizationSession, precision: str | None) -> QuantizationResult:
-    """A uniform plan in a precision that needs no ranges of activations."""
-    if precision is None:
-        raise DataError("no calibration data: give --calibration, or a precision that needs none (w8 … w2, float32)")
-    wanted = _realized(precision)
-    if wanted.needs_calibration:
-        raise DataError(
-            f"{wanted.name} needs calibration data: give --calibration, or use w8 … w2 or a float precision"
-        )
-    plan = make_plan(session, uniform_decisions(session, wanted))
-    return QuantizationResult(session.mod, plan, None, session.spec)

@@ -124,7 +124,7 @@ def verify_artifact(
     spec = read_target_spec(artifact.manifest["target"]["spec"], "the artifact's target spec")
     families = families_for_target(spec.instruction_sets)
     board = _Board(artifact, rpc)
-    given = list(inputs) if inputs is not None else _random_inputs(artifact.manifest, plan)
+    given = list(inputs) if inputs is not None else random_inputs(artifact.manifest, plan)
     samples = [_checked_sample(artifact, sample) for sample in given]
     tallies: dict[int, list[float]] = {}
     equal = True
@@ -268,7 +268,7 @@ def _input_names(manifest: Mapping[str, Any]) -> list[str]:
     return [str(entry["name"]) for entry in manifest["inputs"]]
 
 
-def _random_inputs(manifest: Mapping[str, Any], plan: PrecisionPlan) -> list[dict[str, Array]]:
+def random_inputs(manifest: Mapping[str, Any], plan: PrecisionPlan) -> list[dict[str, Array]]:
     """Two samples that fill the calibrated range of every input, and go somewhat beyond it."""
     random = np.random.default_rng(0)
     samples = []

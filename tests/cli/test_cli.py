@@ -235,6 +235,28 @@ def test_profile_measures_each_layer(files: Path, hquant: Hquant) -> None:
             assert re.search(rf"^{layer} +\S+ +{precision} +\S+ +[\d.]+ +[\d.]+", done.out, re.MULTILINE)
 
 
+def test_profile_of_an_artifact_shows_every_kernel(artifact: Path, hquant: Hquant, tmp_path: Path) -> None:
+    """Time, work and the share of the roofline of what was compiled, conversions included; the file says the same."""
+    done = hquant("profile", artifact, "--repeat", 2, "--json", tmp_path / "profile.json")
+    assert done.code == 0, done.err
+    profile = json.loads((tmp_path / "profile.json").read_text())
+    kernels = {k["layer"]: k for k in profile["kernels"]}
+    assert list(kernels) == [row.split("  ")[0] for row in done.out.splitlines()[2 : 2 + len(kernels)]]
+    assert kernels["conv"]["operations"] == 2 * 4 * 2 * 9 * 36  # channels out and in, window, pixels
+    assert kernels["conv"]["precision"] == "a8w8"
+    assert 0 < kernels["conv"]["fraction"] == kernels["conv"]["possible_microseconds"] / kernels["conv"]["microseconds"]
+    assert kernels["convert x"]["precision"] == "float32 → uint8"
+    assert kernels["convert x"]["operations"] == 2 * 36
+    assert profile["whole_microseconds"] > 0
+
+
+def test_profile_of_a_model_as_it_would_be_compiled(files: Path, hquant: Hquant) -> None:
+    """With --precision the model is compiled first; nothing is searched."""
+    done = hquant("profile", files / "model.onnx", "--precision", "w4", "--repeat", 2)
+    assert done.code == 0, done.err
+    assert re.search(r"^conv +conv2d +w4 +\S+conv2d", done.out, re.MULTILINE)
+
+
 def test_targets(files: Path, hquant: Hquant, tmp_path: Path) -> None:
     """List, show, detect and check work together: what is detected is valid and can be shown."""
     assert "generic-int8-npu" in hquant("targets", "list").out
@@ -289,6 +311,8 @@ MISTAKES: dict[str, tuple[str, str]] = {
     "no artifact": ("run other -i data.npz", "other"),
     "missing artifact": ("verify none", "none"),
     "profile without data": ("profile model.onnx", "--calibration"),
+    "profile of a folder that is no artifact": ("profile other", "not an artifact"),
+    "profile into no folder": ("profile model.onnx --calibration data.npz --json no/such/file.json", "no folder"),
     "targets show of nothing": ("targets show abacus", "abacus"),
     "targets check of garbage": ("targets check garbage.toml", "garbage.toml"),
     "detect into nowhere": ("targets detect -o none/host.toml", "none/host.toml"),
