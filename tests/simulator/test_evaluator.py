@@ -44,7 +44,7 @@ def tables(scores: Sequence[Sequence[MetricAccumulator]]) -> list[list[tuple[tup
     return [[tuple(tuple(s) for s in metric.scores) for metric in of_program] for of_program in scores]
 
 
-class Interrupted(Exception):
+class InterruptionError(Exception):
     """Stands for a kill."""
 
 
@@ -59,7 +59,7 @@ class BreakingSource:
         self.walks -= 1
         for number, sample in enumerate(self.source):
             if self.walks < 0 and number == self.after:
-                raise Interrupted
+                raise InterruptionError
             yield sample
 
 
@@ -82,7 +82,7 @@ def test_killed_evaluation_goes_on(tmp_path: Path) -> None:
     data, programs = source_of(session, 2 * CHUNK), candidates(session)
     plain = tables(evaluator(session).scores(programs, data, METRIC_LIST, ""))
     path = tmp_path / "journal.sqlite"
-    with pytest.raises(Interrupted):
+    with pytest.raises(InterruptionError):
         evaluator(session, path).scores(programs, BreakingSource(data, CHUNK + 2, 1), METRIC_LIST, "")
     resumed = evaluator(session, path)
     done = []
@@ -139,7 +139,7 @@ def test_something_else_is_no_journal(tmp_path: Path) -> None:
     """A file of another kind is left alone, and the message says which."""
     path = tmp_path / "notes.txt"
     path.write_text("these are my notes, and not a database at all" * 10)
-    with pytest.raises(JournalError, match="notes.txt"):
+    with pytest.raises(JournalError, match=r"notes\.txt"):
         EvaluationJournal(path, "model")
     assert path.read_text().startswith("these are my notes")
 
