@@ -16,15 +16,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tvm_hquant import numerics
+from tvm_hquant.errors import KernelError
 from tvm_hquant.kernels.interface import (
     FloatAnchorConstants,
     IntegerAnchorConstants,
     Kernel,
     KernelRequest,
     Requantization,
+    Tile,
 )
 from tvm_hquant.kernels.kernel_function import input_shapes
-from tvm_hquant.kernels.registry import families_for_target, host_instruction_sets, select_kernel
+from tvm_hquant.kernels.registry import ANCHOR_FAMILIES, families_for_target, host_instruction_sets, select_kernel
 from tvm_hquant.kernels.saturation import saturation_free_pairs
 from tvm_hquant.operators import Conv2D, Dense, Epilogue, Window
 from tvm_hquant.tensor_format import STORAGE_DTYPE
@@ -181,6 +183,26 @@ def test_narrow_weights_take_fewer_instructions(limit: int, chain: int) -> None:
     kernel = check("avx2", KernelRequest(operator, ("uint8",), "uint8", "int8"), weight_limit=limit)
     assert kernel.request.saturation_free_pairs >= chain
     assert "vpmaddubsw" in kernel.name
+
+
+@pytest.mark.skipif("avx2" not in HOST, reason="this CPU has no AVX2")
+def test_every_tile_computes_the_same() -> None:
+    """A family lists tiles of a layer, the model's own first; kernels with others give the same bits; no other is built."""
+    family = ANCHOR_FAMILIES["avx2"]
+    request = KernelRequest(CASES["3x3 padded"], ("uint8",), "uint8", "int8")
+    request, constants, inputs = random_case(np.random.default_rng(0), request)
+    tiles = family.tiles(request)
+    assert len(set(tiles)) == len(tiles) > 3
+    model = family.kernel(request)
+    assert model is not None
+    assert f" {tiles[0]}" in model.name
+    expected = numerics.evaluate(request, constants, inputs)
+    for tile in (tiles[1], tiles[-1]):
+        kernel = family.kernel(request, tile)
+        assert kernel is not None
+        np.testing.assert_array_equal(run_kernel(kernel, constants, inputs, TARGETS["avx2"]), expected, str(tile))
+    with pytest.raises(KernelError, match="no tile 99x1"):
+        family.kernel(request, Tile(99, 1))
 
 
 windows = st.builds(

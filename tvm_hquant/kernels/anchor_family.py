@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tvm_hquant.kernels.conv2d_template import conv2d_kernel
+from tvm_hquant.errors import KernelError
+from tvm_hquant.kernels.conv2d_template import conv2d_geometry, conv2d_kernel
 from tvm_hquant.kernels.depthwise_template import depthwise_kernel
 from tvm_hquant.kernels.dot_product import DotProduct
-from tvm_hquant.kernels.interface import Kernel, KernelRequest
+from tvm_hquant.kernels.interface import Kernel, KernelRequest, Tile
 from tvm_hquant.kernels.interleaved_depthwise import interleaved_depthwise_kernel
 from tvm_hquant.kernels.x86_byte_vectors import WordProduct
 from tvm_hquant.operators import Conv2D, Dense
@@ -32,16 +33,34 @@ class AnchorFamily:
     word_product: Callable[[KernelRequest], WordProduct] | None = None
     byte_widths: tuple[int, ...] = ()
 
-    def kernel(self, request: KernelRequest) -> Kernel | None:
-        """The kernel for a convolution or dense layer; None for other operators."""
+    def tiles(self, request: KernelRequest) -> tuple[Tile, ...]:
+        """The tiles that a kernel for this request may have, the best first; none for depthwise and other operators."""
+        operator = request.operator
+        if not isinstance(operator, (Conv2D, Dense)) or _is_depthwise(request):
+            return ()
+        return conv2d_geometry(request, self.dot(request)).candidates
+
+    def kernel(self, request: KernelRequest, tile: Tile | None = None) -> Kernel | None:
+        """The kernel for a convolution or dense layer; None for other operators.
+
+        Raises:
+            KernelError: ``tile`` is not one of :meth:`tiles`.
+        """
         operator = request.operator
         if not isinstance(operator, (Conv2D, Dense)):
             return None
-        if isinstance(operator, Conv2D) and operator.is_depthwise and request.weights != "int16":
+        if _is_depthwise(request):
+            if tile is not None:
+                raise KernelError(f"depthwise layers have no choice of tiles: leave {tile} out")
             return self._interleaved(request) or depthwise_kernel(request, self.dot(request), self.name)
-        return conv2d_kernel(request, self.dot(request), self.name)
+        return conv2d_kernel(request, self.dot(request), self.name, tile)
 
     def _interleaved(self, request: KernelRequest) -> Kernel | None:
         if self.word_product is None:
             return None
         return interleaved_depthwise_kernel(request, self.word_product(request), self.byte_widths, self.name)
+
+
+def _is_depthwise(request: KernelRequest) -> bool:
+    operator = request.operator
+    return isinstance(operator, Conv2D) and operator.is_depthwise and request.weights != "int16"

@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from tvm_hquant.errors import KernelError
 from tvm_hquant.kernels.dot_product import DotProduct
+from tvm_hquant.kernels.interface import Tile
 from tvm_hquant.operators import Conv2D, Dense, Window
 
 Array = npt.NDArray[Any]
@@ -38,12 +40,16 @@ def as_conv2d(operator: Conv2D | Dense) -> Conv2D:
 
 @dataclass(frozen=True)
 class AnchorGeometry:
-    """A convolution, the dot product that computes it, and how many byte planes its activations have."""
+    """A convolution, the dot product that computes it, and how many byte planes its activations have.
+
+    ``chosen_tile`` takes the place of the tile that the model below picks.
+    """
 
     conv: Conv2D
     dot: DotProduct
     planes: int
     points: int
+    chosen_tile: Tile | None = None
 
     # Channels.
 
@@ -81,8 +87,22 @@ class AnchorGeometry:
     # Tiles.
 
     @cached_property
-    def tile(self) -> tuple[int, int]:
-        """Pixels and vectors of a register tile: the cheapest by a count of instructions.
+    def tile(self) -> Tile:
+        """The register tile.
+
+        Raises:
+            KernelError: the chosen tile is not a candidate.
+        """
+        if self.chosen_tile is None:
+            return self.candidates[0]
+        if self.chosen_tile not in self.candidates:
+            known = ", ".join(map(str, self.candidates))
+            raise KernelError(f"no tile {self.chosen_tile} for {self.conv} with {self.dot.name}: use one of {known}")
+        return self.chosen_tile
+
+    @cached_property
+    def candidates(self) -> tuple[Tile, ...]:
+        """The tiles that fit the registers, the cheapest by a count of instructions first.
 
         A step of a tile of p pixels and v vectors takes p·v multiply-adds (at least as many as hide their latency), and
         loads p operands and v weights that run beside them. Long chains keep as many weights in registers as they have
@@ -93,7 +113,7 @@ class AnchorGeometry:
         steps = kernel_height * kernel_width * self.steps
         most_vectors = 1 if self.is_narrow or self.chain > 1 else self.group_outputs // self.dot.lanes
         extra = 1 if self.dot.chain > 1 or self.dot.products > 1 else 0
-        best, cost = (1, 1), float("inf")
+        found = []
         for pixels in range(1, min(width, 16) + 1):
             for vectors in range(1, min(most_vectors, 8) + 1):
                 sums = pixels * vectors
@@ -105,14 +125,13 @@ class AnchorGeometry:
                 tiles = -(-width // pixels) * -(-self.group_outputs // (vectors * self.dot.lanes))
                 step = max(sums, _LATENCY) + self.dot.operand_cost * pixels + vectors
                 estimate = tiles * (steps * step + _EPILOGUE * sums + _TILE)
-                if estimate < cost:
-                    best, cost = (pixels, vectors), estimate
-        return best
+                found.append((estimate, Tile(pixels, vectors)))
+        return tuple(tile for _, tile in sorted(found))
 
     @property
     def block(self) -> int:
         """Output channels of a tile."""
-        return self.tile[1] * self.dot.lanes
+        return self.tile.vectors * self.dot.lanes
 
     @property
     def blocks(self) -> int:
@@ -126,7 +145,7 @@ class AnchorGeometry:
     @property
     def tiles(self) -> int:
         """Tiles over a row of output pixels; the last one overlaps the one before it."""
-        return -(-self.output_size[1] // self.tile[0])
+        return -(-self.output_size[1] // self.tile.pixels)
 
     # Memory.
 
@@ -191,7 +210,7 @@ class AnchorGeometry:
         pads = ((0, 0), (0, 1), (0, self.padded_inputs - inputs), (0, 0), (0, 0))
         rows = np.pad(weights, pads)[:, self.channel_rows]
         lanes, products = self.dot.lanes, self.dot.products
-        split = rows.reshape(points, -1, self.tile[1], lanes, self.steps, products, height, width)
+        split = rows.reshape(points, -1, self.tile.vectors, lanes, self.steps, products, height, width)
         # tile, kernel row, kernel column, step, vector, lane, product
         ordered = split.transpose(0, 1, 6, 7, 4, 2, 3, 5)
         return np.ascontiguousarray(ordered.reshape(-1).astype(self.dot.weight_dtype))

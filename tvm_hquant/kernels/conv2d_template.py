@@ -18,7 +18,7 @@ from tvm_hquant.kernels.anchor_constants import float_array_types, integer_array
 from tvm_hquant.kernels.anchor_geometry import AnchorGeometry, as_conv2d
 from tvm_hquant.kernels.dot_product import DotProduct
 from tvm_hquant.kernels.epilogue import Epilogue, scale_accumulator
-from tvm_hquant.kernels.interface import Array, Kernel, KernelRequest, LayerConstants
+from tvm_hquant.kernels.interface import Array, Kernel, KernelRequest, LayerConstants, Tile
 from tvm_hquant.kernels.kernel_function import Buffer, kernel_function
 from tvm_hquant.kernels.primitives import STACK, Expression, vector_type
 from tvm_hquant.kernels.vector_loops import flat, load, store
@@ -31,15 +31,26 @@ _TILES_PER_ITEM = 8
 """Tiles of one row that a thread takes at a time, at most."""
 
 
-def conv2d_kernel(request: KernelRequest, dot: DotProduct, family: str) -> Kernel:
-    """The kernel of a convolution or dense layer with a dot product."""
+def conv2d_geometry(request: KernelRequest, dot: DotProduct, tile: Tile | None = None) -> AnchorGeometry:
+    """How a convolution or dense layer is cut into tiles."""
     assert isinstance(request.operator, (Conv2D, Dense))
+    planes = 2 if request.weights in ("int8", "int16") and request.inputs[0] == "uint16" else 1
+    return AnchorGeometry(as_conv2d(request.operator), dot, planes, request.weight_points, tile)
+
+
+def conv2d_kernel(request: KernelRequest, dot: DotProduct, family: str, tile: Tile | None = None) -> Kernel:
+    """The kernel of a convolution or dense layer with a dot product.
+
+    Raises:
+        KernelError: ``tile`` is not a candidate for this layer.
+    """
+    geometry = conv2d_geometry(request, dot, tile)
     is_integer = request.weights in ("int8", "int16")
-    planes = 2 if is_integer and request.inputs[0] == "uint16" else 1
-    geometry = AnchorGeometry(as_conv2d(request.operator), dot, planes, request.weight_points)
     lanes, count = len(geometry.channel_rows), geometry.weight_elements * geometry.points
     if is_integer:
-        types = integer_array_types(count, dot.weight_dtype, lanes, geometry.passes, planes, dot.accumulator_dtype)
+        types = integer_array_types(
+            count, dot.weight_dtype, lanes, geometry.passes, geometry.planes, dot.accumulator_dtype
+        )
     else:
         types = float_array_types(count, dot.weight_dtype, lanes)
 
@@ -51,8 +62,7 @@ def conv2d_kernel(request: KernelRequest, dot: DotProduct, family: str) -> Kerne
     def emit(inputs: Sequence[Buffer], arrays: Sequence[Buffer], output: Buffer) -> None:
         _Emitter(request, geometry, inputs, arrays, output, is_integer).emit()
 
-    pixels, vectors = geometry.tile
-    name = f"{family}.conv2d[{dot.name} {pixels}x{vectors}{f' chain {geometry.chain}' if geometry.chain > 1 else ''}]"
+    name = f"{family}.conv2d[{dot.name} {geometry.tile}{f' chain {geometry.chain}' if geometry.chain > 1 else ''}]"
     return Kernel(request, name, kernel_function(request, types, emit), pack)
 
 
@@ -132,7 +142,7 @@ class _Emitter:
     def _tile(self, row: Expression, tile: Expression, channel_block: Expression) -> None:
         """One tile: all passes and the epilogue."""
         geometry, dot = self.geometry, self.dot
-        pixels, vectors = geometry.tile
+        pixels, vectors = geometry.tile.pixels, geometry.tile.vectors
         _, width = geometry.output_size
         x = T.bind(tile * pixels if width % pixels == 0 else T.min(tile * pixels, width - pixels))
         group = T.bind(channel_block // geometry.blocks)
@@ -185,7 +195,7 @@ class _Emitter:
     ) -> None:
         """Sums of one pass, from its start values."""
         geometry, dot, window = self.geometry, self.dot, self.geometry.conv.window
-        pixels, vectors = geometry.tile
+        pixels, vectors = geometry.tile.pixels, geometry.tile.vectors
         (kh, kw), (sh, sw), (dh, dw) = window.kernel, window.strides, window.dilation
         height, _ = geometry.output_size
         padded_height, padded_width = geometry.padded_size

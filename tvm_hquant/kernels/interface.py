@@ -173,6 +173,17 @@ class Kernel:
     pack: Callable[[LayerConstants], tuple[Array, ...]]
 
 
+@dataclass(frozen=True, order=True)
+class Tile:
+    """What a kernel of a convolution or dense layer keeps in registers: output pixels times vectors of output channels."""
+
+    pixels: int
+    vectors: int
+
+    def __str__(self) -> str:
+        return f"{self.pixels}x{self.vectors}"
+
+
 class KernelFamily(Protocol):
     """Kernels of one instruction set."""
 
@@ -181,3 +192,21 @@ class KernelFamily(Protocol):
 
     def kernel(self, request: KernelRequest) -> Kernel | None:
         """The kernel for a request, or None where the family leaves it to the next one of the target's list."""
+
+
+class TiledFamily(KernelFamily, Protocol):
+    """A family whose kernels can be had with other tiles than the one that its own model picks.
+
+    Whatever the tile, a kernel computes the same bits.
+    """
+
+    def tiles(self, request: KernelRequest) -> tuple[Tile, ...]:
+        """The tiles that a kernel for this request may have, the one expected to be fastest first; none where there is no
+        choice."""
+
+    def kernel(self, request: KernelRequest, tile: Tile | None = None) -> Kernel | None:
+        """The kernel with a tile, or with the first of :meth:`tiles`.
+
+        Raises:
+            KernelError: the tile is not one of :meth:`tiles`.
+        """

@@ -13,9 +13,10 @@ from tvm_hquant.kernels.interface import Kernel, KernelFamily, KernelRequest
 from tvm_hquant.kernels.reference import ReferenceFamily
 from tvm_hquant.target_spec.vocabulary import INSTRUCTION_SETS
 
-_ANCHOR_FAMILIES = {
+ANCHOR_FAMILIES = {
     module.FAMILY.name: module.FAMILY for module in (x86_avx512_vnni, x86_avx2, arm_dotprod, arm_neon, portable)
 }
+"""Families of convolutions and dense layers by name."""
 
 
 @cache
@@ -27,15 +28,15 @@ def families_for_target(instruction_sets: tuple[str, ...]) -> tuple[KernelFamily
     """
     families: list[KernelFamily] = []
     for name in instruction_sets:
-        if name in _ANCHOR_FAMILIES:
-            family = _ANCHOR_FAMILIES[name]
+        if name in ANCHOR_FAMILIES:
+            family = ANCHOR_FAMILIES[name]
             families += [family, CommonFamily(family.lanes)]
         elif name == "reference":
             families.append(ReferenceFamily())
         elif name == "cuda":
             families.append(ReferenceFamily("cuda"))
         else:
-            known = ", ".join([*_ANCHOR_FAMILIES, "reference", "cuda"])
+            known = ", ".join([*ANCHOR_FAMILIES, "reference", "cuda"])
             raise KernelError(f"unknown kernel family {name!r}: use one of {known}")
     return tuple(families)
 
