@@ -11,8 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 from tvm_hquant import numerics
+from tvm_hquant.calibration.input_moments import InputMoments
 from tvm_hquant.layers import Layer
 from tvm_hquant.precision import Precision
+from tvm_hquant.rounding.output_error import least_error_codes
 
 Array = npt.NDArray[Any]
 
@@ -45,10 +47,13 @@ class QuantizedWeights:
         return numerics.dequantize_weights(self.codes[0], self.scales[0])
 
 
-def quantize_layer_weights(layer: Layer, precision: Precision, per_channel: bool = True) -> QuantizedWeights:
+def quantize_layer_weights(
+    layer: Layer, precision: Precision, per_channel: bool = True, moments: InputMoments | None = None
+) -> QuantizedWeights:
     """Codes for the weights of a layer in an integer or weight-only precision.
 
-    ``per_channel=False`` gives all output channels one scale, for targets that have only that.
+    ``per_channel=False`` gives all output channels one scale, for targets that have only that. With the ``moments``
+    of its input the weights are rounded for the least error of the output, else each to nearest.
     """
     assert layer.weights is not None
     assert layer.bias is not None
@@ -61,5 +66,8 @@ def quantize_layer_weights(layer: Layer, precision: Precision, per_channel: bool
             _, largest = numerics.quantize_weights(weights.reshape(1, *weights.shape), precision.weight_bits)
             given = np.broadcast_to(largest, weights.shape[:1]).astype(np.float32)
         one_code, one_scale = numerics.quantize_weights(weights, precision.weight_bits, given)
+        if moments is not None:
+            limit = numerics.weight_code_limit(precision.weight_bits)
+            one_code = least_error_codes(weights, one_scale, limit, moments).astype(one_code.dtype)
         codes, scales = one_code[None], one_scale[None]
     return QuantizedWeights(codes, scales, layer.bias)

@@ -10,7 +10,7 @@ from typing import Any
 
 from tvm import IRModule
 
-from tvm_hquant.calibration.channel_means import ChannelMeans
+from tvm_hquant.calibration.input_moments import InputMomentsCollector
 from tvm_hquant.calibration.observers import MinMaxObserver, make_observer
 from tvm_hquant.calibration.ranges import CalibratedRanges, same_scale_groups
 from tvm_hquant.calibration.samples import DataSource, Signature
@@ -72,6 +72,7 @@ class QuantizationSession:
         self.ranges: CalibratedRanges | None = None
         self._scales: dict[str, dict[str, Any]] = {}
         self._codes: frozenset[Precision] = frozenset()
+        self._weights: dict[tuple[str, int, int], QuantizedWeights] = {}
         all_float = {layer.name: FLOAT32 for layer in self.graph.layers}
         self.float_program: Program = self.builder.program(all_float, {})
         self.evaluator = ProgramEvaluator(self.engine, self.float_program, progress=progress)
@@ -85,10 +86,16 @@ class QuantizationSession:
         """Weight codes of a layer in a precision; None for float precisions."""
         if not layer.is_anchor or not (precision.is_integer or precision.name.startswith("w")):
             return None
-        codes = quantize_layer_weights(layer, precision, self.spec.rules.weight_scales == "per-channel")
+        per_channel = self.spec.rules.weight_scales == "per-channel"
         if self.ranges is None or not precision.is_integer:
-            return codes
-        return bias_correction.corrected(layer, codes, self.ranges.channel_means[layer.inputs[0]])
+            return quantize_layer_weights(layer, precision, per_channel)
+        # Precisions that differ in their activations alone have the same weights.
+        identity = (layer.name, precision.weight_bits, precision.weight_points)
+        if identity not in self._weights:
+            moments = self.ranges.input_moments[layer.name]
+            codes = quantize_layer_weights(layer, precision, per_channel, moments)
+            self._weights[identity] = bias_correction.corrected(layer, codes, moments.means)
+        return self._weights[identity]
 
     def calibrate(self, source: DataSource, limit: int | None = None) -> CalibratedRanges:
         """Observes all tensors of the float model in one pass over the samples (at most ``limit``).
@@ -97,7 +104,7 @@ class QuantizationSession:
             DataError: an activation is NaN or infinite; the message names the tensor and the sample.
         """
         observers: dict[str, MinMaxObserver] = {}
-        means = ChannelMeans({layer.inputs[0] for layer in self.graph.anchors})
+        moments = InputMomentsCollector(self.graph.anchors)
         self.engine.compile([self.float_program])
         samples = 0
         for sample in self.progress("calibrating", islice(source, limit), _count(source, limit)):
@@ -110,10 +117,11 @@ class QuantizationSession:
                     observers[name].observe(values)
                 except DataError as error:
                     raise DataError(f"calibration sample {samples} of {source.name}: {error}") from None
-                means.observe(name, values)
+                moments.observe(name, values)
             samples += 1
-        self.ranges = CalibratedRanges(observers, same_scale_groups(self.graph, observers), means.means(), samples)
+        self.ranges = CalibratedRanges(observers, same_scale_groups(self.graph, observers), moments.moments(), samples)
         self._codes = frozenset()
+        self._weights.clear()
         return self.ranges
 
     def scales(self, precisions: Iterable[Precision]) -> TensorScales:

@@ -28,7 +28,7 @@ def test_mean_output_is_that_of_float_weights(groups: int, outputs: int, precisi
     layer = Layer("l", "l", Conv2D((1, 1, 1, 12), outputs, Window((1, 1)), groups), ("x",), weights, bias)
     x = np.abs(rng.normal(size=(500, 12)))
     codes = quantize_layer_weights(layer, parse_precision(precision))
-    result = corrected(layer, codes, x.mean(axis=0))
+    result = corrected(layer, codes, x.mean(axis=0).reshape(groups, -1))
     rounded = (codes.codes.astype(np.float64) * codes.scales[:, :, None, None, None]).sum(axis=0)[:, :, 0, 0]
     expected = (grouped_outputs(x, weights[:, :, 0, 0].astype(np.float64), groups) + bias).mean(axis=0)
     actual = (grouped_outputs(x, rounded, groups) + result.bias).mean(axis=0)

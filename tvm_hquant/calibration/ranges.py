@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
-
 from tvm_hquant import numerics
+from tvm_hquant.calibration.input_moments import InputMoments
 from tvm_hquant.calibration.observers import MinMaxObserver
 from tvm_hquant.formats import codes_name, is_transparent
 from tvm_hquant.layers import Layer, LayerGraph
@@ -27,13 +25,13 @@ class CalibratedRanges:
     Attributes:
         observers: one per tensor.
         groups: tensors that share one scale; every tensor is in at most one.
-        channel_means: for tensors that layers with weights read, float64 [channels], the mean of every channel.
+        input_moments: for layers with weights, the moments of what they read.
         samples: how many samples were observed.
     """
 
     observers: Mapping[str, MinMaxObserver]
     groups: tuple[tuple[str, ...], ...]
-    channel_means: Mapping[str, npt.NDArray[np.float64]]
+    input_moments: Mapping[str, InputMoments]
     samples: int
 
     def scales(self, precisions: Iterable[Precision]) -> dict[str, dict[str, TensorFormat]]:

@@ -17,7 +17,6 @@ import numpy as np
 import numpy.typing as npt
 
 from tvm_hquant.layers import Layer
-from tvm_hquant.operators import Conv2D
 from tvm_hquant.quantized_weights import QuantizedWeights
 
 Array = npt.NDArray[Any]
@@ -29,16 +28,12 @@ def corrected(layer: Layer, weights: QuantizedWeights, input_means: Array) -> Qu
     Args:
         layer: with its float weights.
         weights: its codes.
-        input_means: float64 [in_channels], mean of the float activations of every input channel.
-
-    Padding is taken to have the mean of its channel, so outputs at the border are corrected a little too much.
+        input_means: float64 [groups, columns], means of what the layer's weights are multiplied with
+            (:class:`tvm_hquant.calibration.input_moments.InputMoments`).
     """
     assert layer.weights is not None
     scales = weights.scales.astype(np.float64)[:, :, None, None, None]
     error = (weights.codes.astype(np.float64) * scales).sum(axis=0) - layer.weights.astype(np.float64)
-    per_input = error.sum(axis=(2, 3))
-    groups = layer.operator.groups if isinstance(layer.operator, Conv2D) else 1
-    outputs, inputs = per_input.shape
-    means = np.repeat(input_means.reshape(groups, inputs), outputs // groups, axis=0)
-    shift = (per_input * means).sum(axis=1)
+    by_group = error.reshape(len(input_means), -1, input_means.shape[1])
+    shift = (by_group * input_means[:, None, :]).sum(axis=2).reshape(-1)
     return replace(weights, bias=(weights.bias.astype(np.float64) - shift).astype(np.float32))
