@@ -18,6 +18,7 @@ from tvm_hquant.simulator.evaluator import CHUNK, ProgramEvaluator
 from tvm_hquant.simulator.journal import EvaluationJournal
 from tvm_hquant.simulator.metrics import METRICS, MetricAccumulator
 from tvm_hquant.simulator.program import Program
+from tvm_hquant.simulator.runner import local_executor
 
 METRIC_LIST = [METRICS["mse"], METRICS["kl"]]
 
@@ -44,7 +45,7 @@ def tables(scores: Sequence[Sequence[MetricAccumulator]]) -> list[list[tuple[tup
     return [[tuple(tuple(s) for s in metric.scores) for metric in of_program] for of_program in scores]
 
 
-class InterruptionError(Exception):
+class InterruptedWalkError(Exception):
     """Stands for a kill."""
 
 
@@ -59,7 +60,7 @@ class BreakingSource:
         self.walks -= 1
         for number, sample in enumerate(self.source):
             if self.walks < 0 and number == self.after:
-                raise InterruptionError
+                raise InterruptedWalkError
             yield sample
 
 
@@ -82,7 +83,7 @@ def test_killed_evaluation_goes_on(tmp_path: Path) -> None:
     data, programs = source_of(session, 2 * CHUNK), candidates(session)
     plain = tables(evaluator(session).scores(programs, data, METRIC_LIST, ""))
     path = tmp_path / "journal.sqlite"
-    with pytest.raises(InterruptionError):
+    with pytest.raises(InterruptedWalkError):
         evaluator(session, path).scores(programs, BreakingSource(data, CHUNK + 2, 1), METRIC_LIST, "")
     resumed = evaluator(session, path)
     done = []
@@ -107,7 +108,7 @@ def test_other_samples_plans_and_metrics_are_not_mixed_up(tmp_path: Path) -> Non
     for data, metrics in ((source_of(session, 4, seed=5), METRIC_LIST[:1]), (source_of(session, 4), METRIC_LIST)):
         expected = tables(evaluator(session).scores(programs, data, metrics, ""))
         assert tables(evaluator(session, path).scores(programs, data, metrics, "")) == expected
-    other = QuantizationSession(partitioned("residual"), session.spec, session.engine._families, session.engine._target)
+    other = QuantizationSession(partitioned("residual"), session.spec, session.engine.families, session.engine.target)
     assert (
         EvaluationJournal(path, other.graph.fingerprint).find(
             used._digests(next(iter(used._known.values())))[0], [p.digest for p in programs], ["mse"]
@@ -147,7 +148,38 @@ def test_something_else_is_no_journal(tmp_path: Path) -> None:
 def test_digests_are_the_same_in_every_process() -> None:
     """Journals are found again: the hash of a program depends on nothing but what it computes."""
     session = shared_session("branches")
-    again = QuantizationSession(session.mod, session.spec, session.engine._families, session.engine._target)
+    again = QuantizationSession(session.mod, session.spec, session.engine.families, session.engine.target)
     assert again.float_program.digest == session.float_program.digest
     assert len({p.digest for p in [session.float_program, *candidates(session)]}) == 1 + len(session.graph.anchors)
     assert np.array_equal([s.key for s in again.float_program.steps], [s.key for s in session.float_program.steps])
+
+
+def test_worker_processes_give_the_same_bits(tmp_path: Path) -> None:
+    """Kernels are compiled, linked and run elsewhere, with constants that were sent: every score is the one made here."""
+    session = shared_session("branches")
+    data, programs = source_of(session, CHUNK + 3), candidates(session)
+    plain = tables(evaluator(session).scores(programs, data, METRIC_LIST, ""))
+    executor, count = local_executor(2)
+    with executor:
+        elsewhere = evaluator(session, tmp_path / "journal.sqlite")
+        elsewhere.use_executor(executor, count)
+        assert tables(elsewhere.scores(programs[:2], data, METRIC_LIST, "")) == plain[:2]
+        assert tables(elsewhere.scores(programs, data, METRIC_LIST, "")) == plain
+        assert elsewhere.evaluations == len(programs)
+
+
+def test_cluster_gives_the_same_bits() -> None:
+    """The same through dask.distributed's executor, with two workers that share nothing with this process."""
+    distributed = pytest.importorskip("distributed", reason="the extra 'cluster' is not installed")
+    session = shared_session("branches")
+    data, programs = source_of(session, CHUNK + 3), candidates(session)
+    plain = tables(evaluator(session).scores(programs, data, METRIC_LIST, ""))
+    with (
+        distributed.LocalCluster(
+            n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None, silence_logs=50
+        ) as cluster,
+        distributed.Client(cluster) as client,
+    ):
+        elsewhere = evaluator(session)
+        elsewhere.use_executor(client.get_executor(), 2)
+        assert tables(elsewhere.scores(programs, data, METRIC_LIST, "")) == plain

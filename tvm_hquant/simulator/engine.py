@@ -16,10 +16,13 @@ from tvm_hquant.compilation import build_module
 from tvm_hquant.kernels.interface import Kernel, KernelFamily, KernelRequest
 from tvm_hquant.kernels.registry import select_kernel
 from tvm_hquant.layers import LayerGraph, read_layers
+from tvm_hquant.operators import Opaque
 from tvm_hquant.passes.simulate_quantization import simulate_quantization
 from tvm_hquant.relax_ir.kernel_calls import is_view, kernel_symbol
 from tvm_hquant.simulator.machine import BoundKernel, Call, CallProgram, KernelMachine, Schedule
 from tvm_hquant.simulator.program import Program, Step
+from tvm_hquant.simulator.worker import Library, exported
+from tvm_hquant.target_spec.vocabulary import INSTRUCTION_SETS
 from tvm_hquant.tensor_format import STORAGE_DTYPE
 
 Array = npt.NDArray[Any]
@@ -44,12 +47,13 @@ class SimulationEngine:
     def __init__(self, mod: IRModule, families: Sequence[KernelFamily], target: Any) -> None:
         self.graph: LayerGraph = read_layers(mod)
         self._mod = mod
-        self._families = tuple(families)
-        self._target = target
+        self.families = tuple(families)
+        self.target = target
         self._kernels: dict[KernelRequest, Kernel] = {}
         self._compiled: set[KernelRequest] = set()
         self._symbols: set[str] = set()
         self._has_machine = False
+        self.instruction_sets = tuple(f.name for f in families if f.name in INSTRUCTION_SETS)
         self.machine = KernelMachine([(t.shape, t.dtype) for t in self.graph.inputs.values()])
         self._schedules: dict[tuple[str, ...], Schedule] = {}
 
@@ -69,15 +73,19 @@ class SimulationEngine:
         if not new and not needs_machine:
             return 0
         module = simulate_quantization(list(new.values()))(self._mod)
-        executable = build_module(module, self._target, "this machine")
+        executable = build_module(module, self.target, "this machine")
         if needs_machine:
             virtual_machine = relax.VirtualMachine(executable, cpu_device())
-            names = {layer.function_name for layer in self.graph.layers}
-            self.machine.add_functions({name: virtual_machine[name] for name in names & _function_names(module)})
+            self.machine.add_functions({name: virtual_machine[name] for name in self._opaque_functions()})
             self._has_machine = True
         self.machine.add_functions({s: executable.mod.get_function(s, query_imports=True) for s in new})
         self._symbols |= new.keys()
         return len(new)
+
+    def function_library(self) -> Library:
+        """A library of the operators that TVM legalizes, for other processes."""
+        module = simulate_quantization([])(self._mod)
+        return Library(exported(build_module(module, self.target, "this machine")), (), self._opaque_functions())
 
     def call_program(self, program: Program) -> CallProgram:
         """A program as calls of kernels, with the constants of all of them bound."""
@@ -163,9 +171,12 @@ class SimulationEngine:
         schedule.run([inputs[name] for name in self.graph.inputs])
         return schedule.values
 
+    def _opaque_functions(self) -> tuple[str, ...]:
+        return tuple(layer.function_name for layer in self.graph.layers if isinstance(layer.operator, Opaque))
+
     def _kernel(self, request: KernelRequest) -> Kernel:
         if request not in self._kernels:
-            self._kernels[request] = select_kernel(self._families, request)
+            self._kernels[request] = select_kernel(self.families, request)
         return self._kernels[request]
 
 
@@ -177,7 +188,3 @@ def as_call(step: Step) -> Call:
 def as_calls(program: Program) -> CallProgram:
     """A program as a machine runs it."""
     return CallProgram(tuple(map(as_call, program.steps)), program.outputs)
-
-
-def _function_names(module: IRModule) -> set[str]:
-    return {str(variable.name_hint) for variable in module.get_global_vars()}

@@ -7,44 +7,29 @@ here or by the workers of an executor; what is done is written down at once.
 from __future__ import annotations
 
 import hashlib
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Protocol
 
 from tvm_hquant.calibration.samples import DataSource, Sample, count_samples
 from tvm_hquant.progress import Progress, silent_progress
-from tvm_hquant.simulator.chunks import ChunkSample, ChunkScores, ProgramSet, chunk_samples
+from tvm_hquant.simulator.chunks import ChunkScores, ProgramSet, chunk_samples
 from tvm_hquant.simulator.engine import SimulationEngine
 from tvm_hquant.simulator.journal import EvaluationJournal, Floats
 from tvm_hquant.simulator.machine import Array
 from tvm_hquant.simulator.metrics import Metric, MetricAccumulator, Score
 from tvm_hquant.simulator.program import Program
+from tvm_hquant.simulator.runner import Piece, WorkerRunner, available_cores, local_executor
 
 CHUNK = 16
 """Samples of one piece of work."""
 
+_WORTH_PROCESSES = 5e11
+"""Multiply-accumulates from which starting worker processes, some seconds each, pays."""
+
 _REFERENCE_BYTES = 64 * 2**20
 """Outputs of the float model that are kept in memory at most, so that they are computed once."""
-
-
-class ChunkRunner(Protocol):
-    """Scores chunks elsewhere."""
-
-    @property
-    def capacity(self) -> int:
-        """How many pieces of work it can be given before one is done."""
-
-    def submit(
-        self,
-        float_program: Program,
-        programs: Sequence[Program],
-        metrics: Sequence[str],
-        samples: tuple[ChunkSample, ...],
-    ) -> Future[ChunkScores]:
-        """Starts one piece of work."""
 
 
 @dataclass(eq=False)
@@ -56,24 +41,17 @@ class _KnownSource:
     references: dict[int, tuple[Array, ...]] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, eq=False)
-class _Work:
-    """A chunk with the programs whose scores are missing."""
-
-    number: int
-    samples: tuple[Sample, ...]
-    programs: tuple[Program, ...]
-
-
 class ProgramEvaluator:
     """Scores programs against the float model.
 
     Args:
         engine: runs what is evaluated in this process.
         float_program: what is compared with.
-        journal: where scores are kept and found; only in memory of the caller without one.
-        runner: does the work elsewhere; None: here.
+        journal: where scores are kept and found; None: nowhere.
         progress: shows progress, sample by sample.
+
+    Work is done in this process, unless an executor was given (:meth:`use_executor`), or there is so much of it that starting
+    a process for each core pays. The scores are the same.
     """
 
     def __init__(
@@ -81,18 +59,26 @@ class ProgramEvaluator:
         engine: SimulationEngine,
         float_program: Program,
         journal: EvaluationJournal | None = None,
-        runner: ChunkRunner | None = None,
         progress: Progress = silent_progress,
     ) -> None:
         self._engine = engine
         self._float = float_program
         self.journal = journal
-        self.runner = runner
+        self._runner: WorkerRunner | None = None
+        self._processes = available_cores()
         self._progress = progress
         self._known: dict[int, _KnownSource] = {}
         self._reference_bytes = 0
         self.evaluations = 0
         """Programs that were run, counted once for each set of samples; what the journal knew is not among them."""
+
+    def use_executor(self, executor: Executor, workers: int) -> None:
+        """Gives all work to an executor, such as ``distributed.Client.get_executor()``, that has so many workers."""
+        self._runner = WorkerRunner(self._engine, executor, workers)
+
+    def use_processes(self, count: int) -> None:
+        """How many processes of this machine may share large work; 1: everything is done in this one."""
+        self._processes = count
 
     def scores(
         self, programs: Sequence[Program], source: DataSource, metrics: Sequence[Metric], description: str
@@ -141,8 +127,9 @@ class ProgramEvaluator:
         found: dict[int, dict[tuple[str, str], Floats]],
     ) -> Iterator[None]:
         """Does what is missing; yields once for every sample that is done."""
-        work = self._work(known.source, missing)
-        done = self._done_elsewhere(known, work, metrics) if self.runner else self._done_here(known, work, metrics)
+        pieces = self._pieces(known, missing)
+        runner = self._runner_for(missing)
+        done = runner.run(self._float, metrics, pieces) if runner is not None else self._done_here(pieces, metrics)
         for piece, result in done:
             self._remember(known, piece.number, result)
             rows = {
@@ -156,40 +143,29 @@ class ProgramEvaluator:
                 self.journal.add({(digest, *key): values for key, values in rows.items()})
             yield from [None] * len(piece.samples)
 
-    def _work(self, source: DataSource, missing: Mapping[int, tuple[Program, ...]]) -> Iterator[_Work]:
-        for number, samples in enumerate(_chunks(source)):
-            if missing[number]:
-                yield _Work(number, samples, missing[number])
+    def _runner_for(self, missing: Mapping[int, tuple[Program, ...]]) -> WorkerRunner | None:
+        """Who does the work, where it is not this process."""
+        if self._runner is None and self._processes > 1 and _operations(missing) > _WORTH_PROCESSES:
+            executor, count = local_executor(self._processes)
+            self._runner = WorkerRunner(self._engine, executor, count)
+        return self._runner
 
-    def _done_here(
-        self, known: _KnownSource, work: Iterator[_Work], metrics: Sequence[str]
-    ) -> Iterator[tuple[_Work, ChunkScores]]:
+    def _pieces(self, known: _KnownSource, missing: Mapping[int, tuple[Program, ...]]) -> Iterator[Piece]:
+        names = list(self._engine.graph.inputs)
+        for number, samples in enumerate(_chunks(known.source)):
+            if missing[number]:
+                yield Piece(number, missing[number], chunk_samples(names, samples, known.references, number * CHUNK))
+
+    def _done_here(self, pieces: Iterator[Piece], metrics: Sequence[str]) -> Iterator[tuple[Piece, ChunkScores]]:
         programs: tuple[Program, ...] = ()
         prepared: ProgramSet | None = None
-        for piece in work:
+        for piece in pieces:
             if prepared is None or piece.programs != programs:
                 programs = piece.programs
                 self._engine.compile([self._float, *programs])
                 calls = [self._engine.call_program(program) for program in (self._float, *programs)]
                 prepared = ProgramSet(self._engine.machine, calls[0], calls[1:], metrics)
-            yield piece, prepared.score(self._samples(known, piece))
-
-    def _done_elsewhere(
-        self, known: _KnownSource, work: Iterator[_Work], metrics: Sequence[str]
-    ) -> Iterator[tuple[_Work, ChunkScores]]:
-        assert self.runner is not None
-        running: deque[tuple[_Work, Future[ChunkScores]]] = deque()
-        for piece in work:
-            samples = self._samples(known, piece)
-            running.append((piece, self.runner.submit(self._float, piece.programs, metrics, samples)))
-            if len(running) >= self.runner.capacity:
-                first, future = running.popleft()
-                yield first, future.result()
-        for piece, future in running:
-            yield piece, future.result()
-
-    def _samples(self, known: _KnownSource, piece: _Work) -> tuple[ChunkSample, ...]:
-        return chunk_samples(list(self._engine.graph.inputs), piece.samples, known.references, piece.number * CHUNK)
+            yield piece, prepared.score(piece.samples)
 
     def _remember(self, known: _KnownSource, number: int, result: ChunkScores) -> None:
         for position, outputs in enumerate(result.references, number * CHUNK):
@@ -204,6 +180,16 @@ class ProgramEvaluator:
         if known.digests is None:
             known.digests = tuple(_digest(samples) for samples in _chunks(known.source))
         return known.digests
+
+
+def _operations(missing: Mapping[int, tuple[Program, ...]]) -> float:
+    """Multiply-accumulates of all that is missing, each value made once for a sample."""
+    total = 0.0
+    for programs in set(missing.values()):
+        steps = {step.key: step for program in programs for step in program.steps}
+        work = sum(step.layer.macs for step in steps.values() if step.layer is not None)
+        total += work * CHUNK * sum(1 for others in missing.values() if others == programs)
+    return total
 
 
 def _chunks(source: DataSource) -> Iterator[tuple[Sample, ...]]:
