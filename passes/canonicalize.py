@@ -27,7 +27,8 @@ What each operator looks like afterwards, in NCHW:
 - dense layer: ``R.matmul(x, W [in, out])``, then ``R.add(…, bias [out])``;
 - batch norm and per-channel constants: folded into the layer before, else a depthwise 1×1 convolution with bias (on
   tensors of other than four axes ``R.multiply`` and ``R.add``);
-- clamps: ``R.nn.relu`` or ``R.clip``; x · sigmoid(x): ``R.nn.silu``;
+- clamps: ``R.nn.relu`` or ``R.clip``, in front of a concat if layers absorb them there, none of what lies within their
+  bounds already; x · sigmoid(x): ``R.nn.silu``;
 - mean over rows and columns: ``R.mean(x, axis=[2, 3], keepdims=True)``, and a reshape where the axes are dropped;
 - pools: explicit padding and ``ceil_mode=False``, but for average pools that count their padding and read beyond it;
 - flatten, squeeze, expand_dims: ``R.reshape``; channel shuffle: ``R.take(x, indices, axis=1)``; split: slices;
@@ -48,7 +49,7 @@ from typing import Any
 import tvm
 from tvm import IRModule
 
-from tvm_hquant.relax_ir.canonical_rules import affine, elementwise, movement, windows
+from tvm_hquant.relax_ir.canonical_rules import affine, clamps, elementwise, movement, windows
 from tvm_hquant.relax_ir.graph_rewriting import rewrite
 
 RULES = (
@@ -56,6 +57,8 @@ RULES = (
     elementwise.recover_imported_function,
     elementwise.spell_limits_as_clip,
     elementwise.merge_clips,
+    clamps.drop_kept_clamp,
+    clamps.move_clamp_before_concat,
     elementwise.spell_reduced_stack_as_chain,
     movement.spell_channel_shuffle,
     movement.spell_reshape,

@@ -283,6 +283,34 @@ def elementwise_cases() -> list[Case]:
             "add concat conv2d conv2d" + _ENDS,
         ),
         Case(
+            "clamp_after_concat",
+            onnx_model(
+                [
+                    node("Relu", "x", "r"),
+                    node("AveragePool", "r", "p", kernel_shape=[3, 3]),
+                    node("Conv", "x w b", "c"),
+                    node("Concat", "p c", "j", axis=1),
+                    node("Relu", "j", "y"),
+                ],
+                _CONV,
+            ),
+            "add concat conv2d nn.avg_pool2d nn.relu nn.relu permute_dims" + _ENDS,
+        ),
+        Case(
+            "clamp_after_concat_that_no_layer_absorbs",
+            onnx_model(
+                [*both, node("Tanh", "c", "t"), node("Concat", "t d", "j", axis=1), node("Relu", "j", "y")], weights
+            ),
+            "add concat conv2d conv2d nn.relu tanh" + _ENDS,
+        ),
+        Case(
+            "clamp_of_clamped",
+            onnx_model(
+                [node("Relu", "x", "r"), node("MaxPool", "r", "p", kernel_shape=[2, 2]), node("Relu", "p", "y")]
+            ),
+            "nn.max_pool2d nn.relu" + _ENDS,
+        ),
+        Case(
             "softmax_over_channels",
             onnx_model([conv, node("Softmax", "c", "y", axis=1)], _CONV),
             "add conv2d nn.softmax" + _ENDS,

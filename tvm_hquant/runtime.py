@@ -26,6 +26,8 @@ Array = npt.NDArray[Any]
 
 MANIFEST_VERSION = 1
 LIBRARY_NAME = "model.so"
+_TENSOR_ALIGNMENT = 64
+"""Bytes that TVM's kernels want tensors to be aligned to."""
 _FIELDS = {"inputs": list, "outputs": list, "target": dict, "library": str}
 
 
@@ -102,6 +104,7 @@ class Artifact:
         self.manifest = manifest
         self._inputs = {e["name"]: (tuple(e["shape"]), str(e["dtype"])) for e in manifest["inputs"]}
         self._outputs = [str(e["name"]) for e in manifest["outputs"]]
+        self._kept_inputs: dict[str, tuple[Any, Array]] = {}
 
     @cached_property
     def library(self) -> Any:
@@ -207,19 +210,29 @@ class Artifact:
         """Seconds of ``repeat`` warm calls on the first samples of ``inputs``, measured on the device by TVM."""
         arrays = self.checked_inputs(inputs)
         batch = next(iter(self._inputs.values()))[0][0]
-        tensors = [self._tensor(_padded(a[:batch], batch)) for a in arrays.values()]
+        tensors = [self._tensor(name, _padded(a[:batch], batch)) for name, a in arrays.items()]
         self._main(*tensors)
         evaluator = self.machine.time_evaluator("main", self.device, number=1, repeat=repeat)
         return [float(t) for t in evaluator(*tensors).results]
 
     def _call(self, arrays: Mapping[str, Array]) -> list[Array]:
-        result = self._main(*(self._tensor(arrays[name]) for name in self._inputs))
+        result = self._main(*(self._tensor(name, arrays[name]) for name in self._inputs))
         return [result.numpy()] if hasattr(result, "numpy") else [r.numpy() for r in result]
 
-    def _tensor(self, array: Array) -> Any:
+    def _tensor(self, name: str, array: Array) -> Any:
+        """An input where the device can read it: the array's own memory if it is aligned, else memory that is kept."""
         import tvm
 
-        return tvm.runtime.tensor(np.ascontiguousarray(array), self.device)
+        if self.manifest["target"]["device"] != "cpu":
+            return tvm.runtime.tensor(np.ascontiguousarray(array), self.device)
+        if array.flags.c_contiguous and array.flags.writeable and array.ctypes.data % _TENSOR_ALIGNMENT == 0:
+            return tvm.runtime.from_dlpack(array)
+        if name not in self._kept_inputs:
+            tensor = tvm.runtime.empty(array.shape, str(array.dtype), self.device)
+            self._kept_inputs[name] = tensor, np.from_dlpack(tensor)
+        tensor, view = self._kept_inputs[name]
+        np.copyto(view, array)
+        return tensor
 
     def checked_inputs(self, inputs: Mapping[str, Array] | Array) -> dict[str, Array]:
         """Inputs as :meth:`run` takes them, in the order and the dtypes of the model's own.

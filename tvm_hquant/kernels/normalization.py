@@ -37,6 +37,8 @@ from tvm_hquant.operators import LocalResponseNormalization, Softmax
 
 _LINES = 8
 """Pixels whose channels local response normalization takes at once."""
+_SIDE_BY_SIDE = 4
+"""Vectors whose powers are computed side by side: the steps of one polynomial wait for each other."""
 
 
 def normalization_kernel(request: KernelRequest, lanes: int) -> Kernel | None:
@@ -47,7 +49,7 @@ def normalization_kernel(request: KernelRequest, lanes: int) -> Kernel | None:
     if isinstance(operator, Softmax):
         return _softmax(request, operator, lanes)
     if isinstance(operator, LocalResponseNormalization):
-        return _local_response_normalization(request, operator, lanes)
+        return _local_response_normalization(request, operator, _SIDE_BY_SIDE * lanes)
     return None
 
 
