@@ -11,7 +11,7 @@ from tvm_hquant.kernels.depthwise_template import depthwise_kernel
 from tvm_hquant.kernels.dot_product import DotProduct
 from tvm_hquant.kernels.interface import Kernel, KernelRequest, Tile
 from tvm_hquant.kernels.interleaved_depthwise import interleaved_depthwise_kernel
-from tvm_hquant.kernels.x86_byte_vectors import WordProduct
+from tvm_hquant.kernels.x86_byte_vectors import ByteVectors, WordProduct
 from tvm_hquant.operators import Conv2D, Dense
 
 
@@ -38,7 +38,7 @@ class AnchorFamily:
         operator = request.operator
         if not isinstance(operator, (Conv2D, Dense)) or _is_depthwise(request):
             return ()
-        return conv2d_geometry(request, self.dot(request)).candidates
+        return conv2d_geometry(request, self.dot(request), vectors=self._byte_vectors(request)).candidates
 
     def kernel(self, request: KernelRequest, tile: Tile | None = None) -> Kernel | None:
         """The kernel for a convolution or dense layer; None for other operators.
@@ -53,7 +53,10 @@ class AnchorFamily:
             if tile is not None:
                 raise KernelError(f"depthwise layers have no choice of tiles: leave {tile} out")
             return self._interleaved(request) or depthwise_kernel(request, self.dot(request), self.name)
-        return conv2d_kernel(request, self.dot(request), self.name, tile)
+        return conv2d_kernel(request, self.dot(request), self.name, tile, self._byte_vectors(request))
+
+    def _byte_vectors(self, request: KernelRequest) -> ByteVectors | None:
+        return ByteVectors(4 * self.lanes, self.word_product(request)) if self.word_product is not None else None
 
     def _interleaved(self, request: KernelRequest) -> Kernel | None:
         if self.word_product is None:

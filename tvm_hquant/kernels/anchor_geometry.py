@@ -12,6 +12,7 @@ import numpy.typing as npt
 from tvm_hquant.errors import KernelError
 from tvm_hquant.kernels.dot_product import DotProduct
 from tvm_hquant.kernels.interface import Tile
+from tvm_hquant.kernels.packed_epilogue import channel_order
 from tvm_hquant.operators import Conv2D, Dense, Window
 
 Array = npt.NDArray[Any]
@@ -42,7 +43,8 @@ def as_conv2d(operator: Conv2D | Dense) -> Conv2D:
 class AnchorGeometry:
     """A convolution, the dot product that computes it, and how many byte planes its activations have.
 
-    ``chosen_tile`` takes the place of the tile that the model below picks.
+    ``chosen_tile`` takes the place of the tile that the model below picks. With ``packs_codes`` vectors of sums are finished
+    by a :class:`tvm_hquant.kernels.packed_epilogue.PackedEpilogue`, which wants channels in an order of its own.
     """
 
     conv: Conv2D
@@ -50,6 +52,7 @@ class AnchorGeometry:
     planes: int
     points: int
     chosen_tile: Tile | None = None
+    packs_codes: bool = False
 
     # Channels.
 
@@ -192,10 +195,13 @@ class AnchorGeometry:
     def channel_rows(self) -> npt.NDArray[np.int64]:
         """Output channel of every packed lane, [groups · blocks · block]; −1 where there is none."""
         rows = []
+        order = np.arange(self.block)
+        if self.packs_codes:
+            order = channel_order(self.tile.vectors, self.dot.lanes).reshape(-1)
         for group in range(self.conv.groups):
             for block in range(self.blocks):
                 start = min(block * self.block, max(self.group_outputs - self.block, 0))
-                within = start + np.arange(self.block)
+                within = start + order
                 rows.append(np.where(within < self.group_outputs, group * self.group_outputs + within, -1))
         return np.concatenate(rows)
 

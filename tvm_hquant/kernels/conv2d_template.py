@@ -8,7 +8,7 @@ several points take several passes over the same tile, whose scaled sums meet in
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 
 from tvm.tirx.script import builder as T
@@ -20,8 +20,10 @@ from tvm_hquant.kernels.dot_product import DotProduct
 from tvm_hquant.kernels.epilogue import Epilogue, scale_accumulator
 from tvm_hquant.kernels.interface import Array, Kernel, KernelRequest, LayerConstants, Tile
 from tvm_hquant.kernels.kernel_function import Buffer, kernel_function
+from tvm_hquant.kernels.packed_epilogue import PackedEpilogue, vector_groups
 from tvm_hquant.kernels.primitives import STACK, Expression, vector_type
 from tvm_hquant.kernels.vector_loops import flat, load, store
+from tvm_hquant.kernels.x86_byte_vectors import GROUPS, ByteVectors
 from tvm_hquant.operators import Conv2D, Dense
 from tvm_hquant.tensor_format import STORAGE_DTYPE
 
@@ -31,20 +33,38 @@ _TILES_PER_ITEM = 8
 """Tiles of one row that a thread takes at a time, at most."""
 
 
-def conv2d_geometry(request: KernelRequest, dot: DotProduct, tile: Tile | None = None) -> AnchorGeometry:
+def conv2d_geometry(
+    request: KernelRequest, dot: DotProduct, tile: Tile | None = None, vectors: ByteVectors | None = None
+) -> AnchorGeometry:
     """How a convolution or dense layer is cut into tiles."""
     assert isinstance(request.operator, (Conv2D, Dense))
     planes = 2 if request.weights in ("int8", "int16") and request.inputs[0] == "uint16" else 1
-    return AnchorGeometry(as_conv2d(request.operator), dot, planes, request.weight_points, tile)
+    conv = as_conv2d(request.operator)
+    packs_codes = (
+        vectors is not None
+        and dot.lanes == vectors.words
+        and request.output == "uint8"
+        and request.inputs[1:] in ((), ("uint8",))
+        and conv.out_channels // conv.groups >= dot.lanes
+    )
+    return AnchorGeometry(conv, dot, planes, request.weight_points, tile, packs_codes)
 
 
-def conv2d_kernel(request: KernelRequest, dot: DotProduct, family: str, tile: Tile | None = None) -> Kernel:
+def conv2d_kernel(
+    request: KernelRequest,
+    dot: DotProduct,
+    family: str,
+    tile: Tile | None = None,
+    vectors: ByteVectors | None = None,
+) -> Kernel:
     """The kernel of a convolution or dense layer with a dot product.
+
+    ``vectors`` pack codes where the processor has them.
 
     Raises:
         KernelError: ``tile`` is not a candidate for this layer.
     """
-    geometry = conv2d_geometry(request, dot, tile)
+    geometry = conv2d_geometry(request, dot, tile, vectors)
     is_integer = request.weights in ("int8", "int16")
     lanes, count = len(geometry.channel_rows), geometry.weight_elements * geometry.points
     if is_integer:
@@ -60,7 +80,7 @@ def conv2d_kernel(request: KernelRequest, dot: DotProduct, family: str, tile: Ti
         return pack_float(constants, geometry)
 
     def emit(inputs: Sequence[Buffer], arrays: Sequence[Buffer], output: Buffer) -> None:
-        _Emitter(request, geometry, inputs, arrays, output, is_integer).emit()
+        _Emitter(request, geometry, inputs, arrays, output, is_integer, vectors).emit()
 
     name = f"{family}.conv2d[{dot.name} {geometry.tile}{f' chain {geometry.chain}' if geometry.chain > 1 else ''}]"
     return Kernel(request, name, kernel_function(request, types, emit), pack)
@@ -75,6 +95,7 @@ class _Emitter:
         arrays: Sequence[Buffer],
         output: Buffer,
         is_integer: bool,
+        vectors: ByteVectors | None,
     ) -> None:
         self.request = request
         self.geometry = geometry
@@ -97,6 +118,12 @@ class _Emitter:
             self.zero_points,
             flat(output),
         )
+        self.packed_epilogue: PackedEpilogue | None = None
+        if geometry.packs_codes:
+            assert vectors is not None
+            assert self.zero_points is not None
+            residual = self.inputs[1] if has_residual else None
+            self.packed_epilogue = PackedEpilogue(vectors, residual, limits, self.zero_points, flat(output))
         self.source: Buffer = self.inputs[0]
 
     def emit(self) -> None:
@@ -159,13 +186,16 @@ class _Emitter:
 
         if geometry.passes == 1:
             self._accumulate(accumulators, row, x, group, channel_block, None)
-            for i, j in places:
+
+            def scaled(i: int, j: int) -> Expression:
                 value = load(accumulators[i, j], 0, dot.lanes)
-                if self.is_integer:
-                    at = constants + j * dot.lanes
-                    multiplier, offset = load(self.multipliers, at, dot.lanes), load(self.offsets, at, dot.lanes)
-                    value = scale_accumulator(value, multiplier, offset)
-                self.epilogue.finish(value, output_index(i, j))
+                if not self.is_integer:
+                    return value
+                at = constants + j * dot.lanes
+                multiplier, offset = load(self.multipliers, at, dot.lanes), load(self.offsets, at, dot.lanes)
+                return scale_accumulator(value, multiplier, offset)
+
+            self._finish(scaled, output_index)
             return
         values = {place: self._register("float32") for place in places}
         for i, j in places:
@@ -177,8 +207,21 @@ class _Emitter:
                 multiplier = load(self.multipliers, base + j * dot.lanes, dot.lanes)
                 sums, value = load(accumulators[i, j], 0, dot.lanes), load(values[i, j], 0, dot.lanes)
                 store(values[i, j], 0, scale_accumulator(sums, multiplier, value), dot.lanes)
-        for i, j in places:
-            self.epilogue.finish(load(values[i, j], 0, dot.lanes), output_index(i, j))
+        self._finish(lambda i, j: load(values[i, j], 0, dot.lanes), output_index)
+
+    def _finish(self, value: Callable[[int, int], Expression], output_index: Callable[[int, int], Expression]) -> None:
+        """The epilogue of all vectors of a tile, given the float32 value and the place of each."""
+        tile = self.geometry.tile
+        if self.packed_epilogue is None:
+            for i in range(tile.pixels):
+                for j in range(tile.vectors):
+                    self.epilogue.finish(value(i, j), output_index(i, j))
+            return
+        for first, size in vector_groups(tile.vectors):
+            for start in range(0, tile.pixels, GROUPS // size):
+                pixels = range(start, min(start + GROUPS // size, tile.pixels))
+                values = [[value(i, first + j) for j in range(size)] for i in pixels]
+                self.packed_epilogue.finish(values, [output_index(i, first) for i in pixels])
 
     def _register(self, dtype: str) -> Buffer:
         """A vector of the tile. Each is a buffer of its own: TVM puts nothing on the stack that has 1024 bytes or more."""

@@ -84,16 +84,16 @@ class ByteVectors:
 
         A word holds the codes of a channel in the order of the rows; two operands hold the first and the last two.
         """
-        pairs = [[T.bind(self._unpack(rows[i], rows[i + 1], high, 1)) for high in (0, 1)] for i in (0, 2)]
+        pairs = [[T.bind(self.unpack(rows[i], rows[i + 1], high, 1)) for high in (0, 1)] for i in (0, 2)]
         if self.product != "vpmaddwd":
-            return [[self._unpack(pairs[0][g // 2], pairs[1][g // 2], g % 2, 2)] for g in range(GROUPS)]
+            return [[self.unpack(pairs[0][g // 2], pairs[1][g // 2], g % 2, 2)] for g in range(GROUPS)]
         zero = T.broadcast(T.uint8(0), self.width)
         return [
-            [T.reinterpret(f"int16x{self.width // 2}", self._unpack(pair[g // 2], zero, g % 2, 1)) for pair in pairs]
+            [T.reinterpret(f"int16x{self.width // 2}", self.unpack(pair[g // 2], zero, g % 2, 1)) for pair in pairs]
             for g in range(GROUPS)
         ]
 
-    def _unpack(self, a: Expression, b: Expression, high: int, unit: int) -> Expression:
+    def unpack(self, a: Expression, b: Expression, high: int, unit: int) -> Expression:
         """Units of ``unit`` bytes of a and b in turn, from the lower or upper half of each part of 16 bytes."""
         count = 8 // unit
         order = [

@@ -1,0 +1,125 @@
+"""The end of an anchor's kernel on x86 where the output has uint8 codes: four vectors of sums become one vector of bytes.
+
+``vpackssdw`` and ``vpackuswb`` saturate, which is most of the clamp, and leave a quarter of the stores. They work within
+parts of 16 bytes; the order in which channels are packed into vectors makes up for it. The four vectors are those of one,
+two or four pixels, with four, two or one vectors of channels each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from tvm.tirx.script import builder as T
+
+from tvm_hquant.kernels.kernel_function import Buffer
+from tvm_hquant.kernels.primitives import Expression, LlvmPrimitives, broadcast, select
+from tvm_hquant.kernels.vector_loops import load, store
+from tvm_hquant.kernels.x86_byte_vectors import GROUPS, ByteVectors
+
+_BIASED = 2**23
+"""A float32 with this exponent and an integer in its low bits is this much larger than the integer."""
+_BIASED_HIGH_BYTE = 0x4B
+
+
+def vector_groups(vectors: int) -> list[tuple[int, int]]:
+    """The vectors of a tile in groups that are packed together, as (first vector, 4, 2 or 1)."""
+    groups, first = [], 0
+    for size in (4, 2, 1):
+        while vectors - first >= size:
+            groups.append((first, size))
+            first += size
+    return groups
+
+
+def channel_order(vectors: int, lanes: int) -> npt.NDArray[np.int64]:
+    """int64 [vectors, lanes]: the channel, from the first of a tile, in every lane of its vectors of sums."""
+    order = np.empty((vectors, lanes), np.int64)
+    parts, words = np.divmod(np.arange(lanes), 4)
+    for first, size in vector_groups(vectors):
+        for i in range(size):
+            order[first + i] = first * lanes + parts * 4 * size + 4 * i + words
+    return order
+
+
+@dataclass(frozen=True)
+class PackedEpilogue:
+    """Finishes groups of vectors.
+
+    ``residual``, ``limits``, ``zero_points`` and ``output`` are as for :class:`tvm_hquant.kernels.epilogue.Epilogue`.
+    """
+
+    vectors: ByteVectors
+    residual: Buffer | None
+    limits: Buffer
+    zero_points: Buffer
+    output: Buffer
+
+    def finish(self, values: Sequence[Sequence[Expression]], places: Sequence[Expression]) -> None:
+        """Adds the residual to float32 values, clamps, rounds and stores.
+
+        Args:
+            values: [pixel][vector], 4, 2 or 1 vectors of channels of at most 1, 2 or 4 pixels.
+            places: where the channels of each pixel start in the output.
+        """
+        size = len(values[0])
+        # Where pixels are missing, others stand in; they are not stored.
+        flat = [value for pixel in values for value in pixel]
+        flat += [flat[-1]] * (GROUPS - len(flat))
+        if self.residual is not None:
+            flat = self._add_residual(flat, size, places)
+        sums = [self._rounded(value) for value in flat]
+        zero_point = broadcast(T.Cast("int16", self.zero_points[0]), self.vectors.width // 2)
+        low = self.vectors.pack_words(sums[0], sums[1]) + zero_point
+        high = self.vectors.pack_words(sums[2], sums[3]) + zero_point
+        lowest = T.Cast("uint8", T.Cast("int32", self.limits[0]) + self.zero_points[0])
+        codes = T.bind(T.max(self.vectors.pack_halves(low, high), broadcast(lowest, self.vectors.width)))
+        if size == GROUPS:
+            store(self.output, places[0], codes, self.vectors.width)
+            return
+        units = reinterpret_units(codes, size, self.vectors.width)
+        for number, place in enumerate(places):
+            chosen = T.Shuffle([units], [part * GROUPS // size + number for part in range(self.vectors.width // 16)])
+            count = self.vectors.width * size // GROUPS
+            store(self.output, place, T.reinterpret(f"uint8x{count}", chosen), count)
+
+    def _rounded(self, value: Expression) -> Expression:
+        """int32 codes less the zero point, not yet limited from below.
+
+        What is too large is cut off before it is converted. What is too small for int32, and a NaN, converts to −2³¹, which
+        saturates.
+        """
+        p = LlvmPrimitives()
+        upper = broadcast(self.limits[1], self.vectors.words)
+        value = p.bind(value)
+        return T.bind(p.round_to_int32(select(upper < value, upper, value)))
+
+    def _add_residual(self, values: Sequence[Expression], size: int, places: Sequence[Expression]) -> list[Expression]:
+        assert self.residual is not None
+        p, words, width = LlvmPrimitives(), self.vectors.words, self.vectors.width
+        count = width * size // GROUPS
+        stored = [load(self.residual, place, count) for place in places]
+        if size < GROUPS:
+            units = [reinterpret_units(value, size, count) for value in stored]
+            units += [units[-1]] * (GROUPS // size - len(units))
+            per_pixel = width // 16
+            order = [pixel * per_pixel + part for part in range(per_pixel) for pixel in range(GROUPS // size)]
+            stored = [T.reinterpret(f"uint8x{width}", T.Shuffle(units, order))]
+        codes = T.bind(stored[0])
+        zero = T.broadcast(T.uint8(0), width)
+        exponent = T.reinterpret(f"uint8x{width}", T.broadcast(T.uint16(_BIASED_HIGH_BYTE << 8), width // 2))
+        bias = broadcast(T.Cast("float32", self.zero_points[1] + _BIASED), words)
+        multiplier = broadcast(self.limits[2], words)
+        sums = []
+        for group, value in enumerate(values):
+            halves = self.vectors.unpack(codes, zero, group // 2, 1)
+            biased = T.reinterpret(f"float32x{words}", self.vectors.unpack(halves, exponent, group % 2, 2))
+            sums.append(p.fma(biased - bias, multiplier, value))
+        return sums
+
+
+def reinterpret_units(value: Expression, size: int, width: int) -> Expression:
+    """A vector of ``width`` bytes as integers of 4 · ``size`` bytes each."""
+    return T.reinterpret(f"int{32 * size}x{width // (4 * size)}", value)
