@@ -76,6 +76,11 @@ class ZooModel:
     name: str
 
     @property
+    def title(self) -> str:
+        """The name without the ending of the file."""
+        return self.name.removesuffix(".onnx")
+
+    @property
     def path(self) -> Path:
         return zoo_folder() / "models" / self.name
 

@@ -72,20 +72,13 @@ def insert_casts(scales: TensorScales) -> Any:
     return tvm.transform.module_pass(transform, opt_level=0, name="hquant.insert_casts")
 
 
-def conversion_name(conversion: Conversion) -> str:
-    """Name of the layer that a conversion becomes."""
-    target = conversion.target
-    codes = f"{target.dtype}_{target.zero_point}_{target.scale:.9g}" if target.is_integer else target.dtype
-    return f"{conversion.tensor}.to_{codes}"
-
-
 def _functions(mod: IRModule, graph: LayerGraph, formats: GraphFormats) -> dict[str, Any]:
     functions: dict[str, Any] = {}
     for layer in graph.layers:
         inputs = tuple(formats.required[layer.name, i] for i in range(len(layer.inputs)))
         functions[layer.name] = _layer_with_formats(mod[layer.function_name], inputs, formats.produced[layer.name])
     for conversion in formats.conversions(graph):
-        name = conversion_name(conversion)
+        name = conversion.name
         functions[name] = _conversion_function(name, graph.tensor_shape(conversion.tensor), conversion)
     return functions
 
@@ -99,7 +92,7 @@ def _plan_calls(graph: LayerGraph, formats: GraphFormats) -> list[tuple[str, tup
         source = formats.produced[tensor]
         if source == wanted:
             return tensor
-        name = conversion_name(Conversion(tensor, source, wanted))
+        name = Conversion(tensor, source, wanted).name
         if name not in made:
             made.add(name)
             calls.append((name, (tensor,)))

@@ -26,6 +26,7 @@ from tvm_hquant.kernels.registry import families_for_target
 from tvm_hquant.layer_record import graph_record, save_weights
 from tvm_hquant.layers import LayerGraph, read_layers
 from tvm_hquant.operator_codec import to_jsonable
+from tvm_hquant.passes.expose_layers import expose_layers, exposed_functions
 from tvm_hquant.plan import PrecisionPlan
 from tvm_hquant.precision import Arithmetic
 from tvm_hquant.relax_ir.kernel_calls import KERNEL_ATTRIBUTE
@@ -56,7 +57,7 @@ def compile_artifact(
     graph = read_layers(module)
     plan = plan.completed(graph, spec.rules.weight_scales == "per-channel")
     families = families_for_target(spec.instruction_sets)
-    lowered = lower(module, plan, spec, families, observe)
+    lowered = expose_layers()(lower(module, plan, spec, families, observe))
     with source_kept():
         executable = build_module(lowered, spec.tvm_target(), spec.name)
     folder = Path(tempfile.mkdtemp(prefix="tvm_hquant_"))
@@ -139,7 +140,7 @@ def _manifest(
         {"name": n, "shape": list(graph.tensor_shape(t)), "dtype": "float32"}
         for n, t in zip(graph.output_names, graph.outputs, strict=True)
     ]
-    kernels = {layer.name: _kernel_of(lowered, layer.function_name) for layer in read_layers(lowered).layers}
+    functions = exposed_functions(lowered)
     return {
         "version": MANIFEST_VERSION,
         "model": name,
@@ -159,8 +160,13 @@ def _manifest(
             "conversions": len(formats.conversions(graph)),
         },
         "layers": [
-            {"name": layer, "precision": plan.layers[layer].precision if layer in plan.layers else "", "kernel": kernel}
-            for layer, kernel in kernels.items()
+            {
+                "name": layer.name,
+                "precision": plan.layers[layer.name].precision if layer.name in plan.layers else "",
+                "kernel": _kernel_of(lowered, layer.function_name),
+                "function": functions.get(layer.name, ""),
+            }
+            for layer in read_layers(lowered).layers
         ],
         "graph": graph_record(graph),
         "measured": report.to_jsonable() if report is not None else None,

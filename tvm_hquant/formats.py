@@ -151,6 +151,13 @@ class Conversion:
             return "requantize" if self.target.is_integer else "dequantize"
         return "quantize" if self.target.is_integer else "cast"
 
+    @property
+    def name(self) -> str:
+        """Name of the layer that it becomes."""
+        f = self.target
+        codes = f"{f.dtype}_{f.zero_point}_{f.scale:.9g}" if f.is_integer else f.dtype
+        return f"{self.tensor}.to_{codes}"
+
 
 @dataclass(frozen=True)
 class GraphFormats:

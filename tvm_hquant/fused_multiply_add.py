@@ -45,7 +45,8 @@ def round_sum(product: DoubleArray, addend: DoubleArray, denormal_sums: bool = T
     """``product + addend`` with a single rounding to float32, ties to even.
 
     Args:
-        product, addend: float64 of one shape, not 0-dimensional.
+        product: float64, not 0-dimensional.
+        addend: float64, broadcast to the shape of the product.
         denormal_sums: whether an inexact sum may be below the normal float32 numbers. False saves a look at every
             element, and is right where all numbers are multiples of 2⁻¹⁴⁹, the smallest denormal.
     """
@@ -55,7 +56,8 @@ def round_sum(product: DoubleArray, addend: DoubleArray, denormal_sums: bool = T
         doubtful |= (np.abs(total) < _SMALLEST_NORMAL) & (total != 0)
     rounded = total.astype(np.float32)
     if doubtful.any():
-        rounded[doubtful] = sum_rounded_to_odd(product[doubtful], addend[doubtful]).astype(np.float32)
+        addends = np.broadcast_to(addend, product.shape)[doubtful]
+        rounded[doubtful] = sum_rounded_to_odd(product[doubtful], addends).astype(np.float32)
     return rounded
 
 
@@ -72,3 +74,16 @@ def fma(a: npt.ArrayLike, b: npt.ArrayLike, c: npt.ArrayLike) -> FloatArray:
         x, y, z = (np.asarray(value, np.float32).astype(np.float64) for value in (a, b, c))
         product, addend = np.broadcast_arrays(np.atleast_1d(x * y), z)
         return round_sum(product, addend).reshape(np.broadcast_shapes(x.shape, y.shape, z.shape))
+
+
+def integer_fma(a: npt.ArrayLike, b: npt.ArrayLike, c: npt.ArrayLike) -> FloatArray:
+    """:func:`fma` for integers ``a``, the sums of an integer layer; they are rounded to float32 first, as everywhere.
+
+    An integer times a float32 number is a multiple of 2⁻¹⁴⁹, and so is every sum: below the normal numbers all are exact, and
+    the look for inexact ones is saved.
+    """
+    x, y, z = np.asarray(a, np.float32), np.asarray(b, np.float32), np.asarray(c, np.float32)
+    shape = np.broadcast_shapes(x.shape, y.shape, z.shape)
+    with np.errstate(invalid="ignore", over="ignore", under="ignore"):
+        product = np.multiply(np.atleast_1d(x), y, dtype=np.float64)
+        return round_sum(product, z.astype(np.float64), denormal_sums=False).reshape(shape)

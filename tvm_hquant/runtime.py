@@ -24,7 +24,7 @@ from tvm_hquant.errors import ArtifactError, DataError
 
 Array = npt.NDArray[Any]
 
-MANIFEST_VERSION = 1
+MANIFEST_VERSION = 2
 LIBRARY_NAME = "model.so"
 _TENSOR_ALIGNMENT = 64
 """Bytes that TVM's kernels want tensors to be aligned to."""

@@ -1,9 +1,10 @@
 """Checks a compiled artifact against the arithmetic contract, tensor by tensor, on the machine where it runs.
 
-The steps of the plan are derived again from the artifact's own files. Every kernel of the compiled library is called, here
-or over TVM's RPC on a board, with the tensors that the kernels before it made, and its result is compared bit for bit
-with what :func:`tvm_hquant.numerics.evaluate` says for the same inputs. Then the whole module runs, and its outputs are
-compared with those of the chain.
+The steps of the plan are derived again from the artifact's own files. Every layer of the compiled library is called, here
+or over TVM's RPC on a board, with the constants that were compiled into it and the tensors that the layers before it made;
+its result is compared bit for bit with what :func:`tvm_hquant.numerics.evaluate` says for the plan's constants and the
+same inputs. So a layer whose constants are not those of the plan is found by itself. Then the whole module runs, and its
+outputs are compared with those of the chain of its layers.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import tvm
 
 from tvm_hquant import numerics
+from tvm_hquant.deployed_library import DeployedLibrary
 from tvm_hquant.errors import ArtifactError, DataError
 from tvm_hquant.kernels.interface import KernelFamily
 from tvm_hquant.kernels.registry import families_for_target, select_kernel
@@ -27,14 +28,14 @@ from tvm_hquant.layers import LayerGraph
 from tvm_hquant.plan import PrecisionPlan, load_plan
 from tvm_hquant.precision import Arithmetic
 from tvm_hquant.progress import Progress, silent_progress
-from tvm_hquant.relax_ir.kernel_calls import is_view, kernel_symbol
-from tvm_hquant.relax_ir.relax_functions import function_identifier
+from tvm_hquant.relax_ir.kernel_calls import is_view
 from tvm_hquant.runtime import Artifact
 from tvm_hquant.simulator.program import Program, ProgramBuilder, Step
 from tvm_hquant.target_spec import read_target_spec
-from tvm_hquant.tensor_format import STORAGE_DTYPE
 
 Array = npt.NDArray[Any]
+
+_SAMPLES_AT_ONCE = 8
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ class TensorCheck:
     """One tensor, over all samples that were compared.
 
     ``kernel`` is the compiled function, ``elements`` how many values were compared, ``different`` how many differ, and
-    ``largest`` the largest difference in stored units. ``note`` says why a tensor was not compared.
+    ``largest`` the largest difference in stored units. ``note`` says why they differ: the constants in the library are not
+    those of the plan, or the kernel breaks the contract; or why a tensor was not compared.
     """
 
     layer: str
@@ -56,7 +58,7 @@ class TensorCheck:
 
 @dataclass(frozen=True)
 class VerificationReport:
-    """``checks`` in execution order; ``outputs_equal`` compares the whole module with the chain of its kernels."""
+    """``checks`` in execution order; ``outputs_equal`` compares the whole module with the chain of its layers."""
 
     checks: tuple[TensorCheck, ...]
     outputs_equal: bool
@@ -69,37 +71,14 @@ class VerificationReport:
         return self.outputs_equal and all(check.different == 0 for check in self.checks)
 
 
-class _Board:
-    """Where the library runs: this machine, or one behind an RPC server."""
+@dataclass
+class _Tally:
+    """What was counted for one step so far."""
 
-    def __init__(self, artifact: Artifact, rpc: str | None) -> None:
-        self.name = rpc or "this machine"
-        if rpc is None:
-            self.device = artifact.device
-            self.library = artifact.library
-            self.machine = artifact.machine
-            return
-        host, _, port = rpc.rpartition(":")
-        if not host or not port.isdigit():
-            raise DataError(f"--rpc {rpc!r} is not HOST:PORT, such as 192.0.2.7:9090")
-        try:
-            session = tvm.rpc.connect(host, int(port), session_timeout=600)
-            session.upload(str(artifact.folder / artifact.manifest["library"]))
-            self.library = session.load_module(artifact.manifest["library"])
-        except (RuntimeError, OSError) as error:
-            lines = str(error).strip().splitlines() or [type(error).__name__]
-            raise ArtifactError(
-                f"cannot use the RPC server at {rpc}: {lines[-1]}; start it on the board with "
-                f"'python3 -m tvm.exec.rpc_server --port {port}'"
-            ) from None
-        self.device = session.cuda(0) if artifact.manifest["target"]["device"] == "cuda" else session.cpu(0)
-        self.machine = tvm.relax.VirtualMachine(self.library, self.device)
-
-    def function(self, symbol: str) -> Any:
-        return self.library.get_function(symbol, query_imports=True)
-
-    def tensor(self, array: Array) -> Any:
-        return tvm.runtime.tensor(np.ascontiguousarray(array), self.device)
+    elements: int = 0
+    different: int = 0
+    largest: float = 0.0
+    cause: str = ""
 
 
 def verify_artifact(
@@ -117,25 +96,27 @@ def verify_artifact(
         progress: wraps the loop over samples.
 
     Raises:
-        ArtifactError: files are missing or damaged, or the library lacks a kernel that the plan needs.
+        ArtifactError: files are missing or damaged, or the library lacks a layer of the plan.
         DataError: a sample does not fit the model.
     """
     plan, program = artifact_program(artifact)
     spec = read_target_spec(artifact.manifest["target"]["spec"], "the artifact's target spec")
     families = families_for_target(spec.instruction_sets)
-    board = _Board(artifact, rpc)
+    library = DeployedLibrary(artifact, rpc)
     given = list(inputs) if inputs is not None else random_inputs(artifact.manifest, plan)
     samples = [_checked_sample(artifact, sample) for sample in given]
-    tallies: dict[int, list[float]] = {}
+    tallies = [_Tally() for _ in program.steps]
     equal = True
-    for sample in progress("verifying", samples, len(samples)):
-        chain = _check_sample(program, families, board, sample, tallies)
-        results = board.machine["main"](*(board.tensor(sample[name]) for name in _input_names(artifact.manifest)))
-        outputs = [results] if hasattr(results, "numpy") else list(results)
-        expected = [chain[key] for key in program.outputs]
-        equal &= all(_differences(o.numpy(), e)[0] == 0 for o, e in zip(outputs, expected, strict=True))
-    checks = tuple(_check(step, families, tallies[number]) for number, step in enumerate(program.steps))
-    return VerificationReport(checks, equal, len(samples), board.name)
+    chunks = [samples[first : first + _SAMPLES_AT_ONCE] for first in range(0, len(samples), _SAMPLES_AT_ONCE)]
+    for chunk in progress("verifying", chunks, len(chunks)):
+        values = [library.run_layers(program, sample) for sample in chunk]
+        for step, tally in zip(program.steps, tallies, strict=True):
+            _compare_step(step, families, library, values, tally)
+        for sample, own in zip(chunk, values, strict=True):
+            expected = [own[key] for key in program.outputs]
+            equal &= all(differences(o, e)[0] == 0 for o, e in zip(library.run(sample), expected, strict=True))
+    checks = tuple(_check(step, families, tally) for step, tally in zip(program.steps, tallies, strict=True))
+    return VerificationReport(checks, equal, len(samples), library.name)
 
 
 def artifact_program(artifact: Artifact) -> tuple[PrecisionPlan, Program]:
@@ -191,65 +172,53 @@ def _checked_sample(artifact: Artifact, sample: Mapping[str, Array]) -> dict[str
     return arrays
 
 
-def _check_sample(
-    program: Program,
+def _compare_step(
+    step: Step,
     families: Sequence[KernelFamily],
-    board: _Board,
-    sample: Mapping[str, Array],
-    tallies: dict[int, list[float]],
-) -> dict[int, Array]:
-    values: dict[int, Array] = dict(enumerate(sample.values()))
-    for number, step in enumerate(program.steps):
-        tally = tallies.setdefault(number, [0, 0, 0.0])
-        inputs = [values[key] for key in step.inputs]
-        if step.request is None:
-            assert step.layer is not None
-            own = board.machine[function_identifier(step.layer.name)]
-            values[step.key] = own(*map(board.tensor, inputs)).numpy()
-            continue
-        assert step.constants is not None
-        if is_view(step.request):
-            values[step.key] = inputs[0].reshape(step.request.operator.output_shape)
-            continue
-        actual = _call(step, families, board, inputs)
-        expected = numerics.evaluate(step.request, step.constants, inputs)
-        different, largest = _differences(actual, expected)
-        tally[0] += actual.size
-        tally[1] += different
-        tally[2] = max(tally[2], largest)
-        values[step.key] = actual
-    return values
+    library: DeployedLibrary,
+    values: Sequence[Mapping[int, Array]],
+    tally: _Tally,
+) -> None:
+    """Adds to the tally how what a layer made of its inputs differs from the contract, over some samples."""
+    if step.request is None or is_view(step.request):
+        return
+    assert step.constants is not None
+    inputs = [[own[key] for key in step.inputs] for own in values]
+    expected = numerics.evaluate_samples(step.request, step.constants, inputs)
+    for own, read, right in zip(values, inputs, expected, strict=True):
+        different, largest = differences(own[step.key], right)
+        tally.elements += right.size
+        tally.different += different
+        tally.largest = max(tally.largest, largest)
+        if different and not tally.cause:
+            tally.cause = _cause(step, families, library, read, right)
 
 
-def _call(step: Step, families: Sequence[KernelFamily], board: _Board, inputs: Sequence[Array]) -> Array:
+def _cause(
+    step: Step, families: Sequence[KernelFamily], library: DeployedLibrary, inputs: Sequence[Array], expected: Array
+) -> str:
+    """Why a layer differs: its kernel is called once more, with the plan's constants in place of the compiled ones."""
     assert step.request is not None
     assert step.constants is not None
-    kernel = select_kernel(families, step.request)
-    output = board.tensor(np.zeros(step.request.operator.output_shape, STORAGE_DTYPE[step.request.output]))
-    arguments = [board.tensor(a) for a in (*inputs, *kernel.pack(step.constants))]
-    try:
-        function = board.function(kernel_symbol(kernel))
-    except (AttributeError, RuntimeError):
-        raise ArtifactError(
-            f"the library has no kernel {kernel_symbol(kernel)} for {step.tensor}: it was made by another release or from "
-            "another plan; compile the model again"
-        ) from None
-    function(*arguments, output)
-    result: Array = output.numpy()
-    return result
+    actual = library.run_kernel(select_kernel(families, step.request), step.constants, inputs)
+    if actual is None:
+        return "the library has another kernel than the plan asks for"
+    if differences(actual, expected)[0] == 0:
+        return "the constants in the library are not those of the plan"
+    return "the kernel computes something else than the contract"
 
 
-def _check(step: Step, families: Sequence[KernelFamily], tally: Sequence[float]) -> TensorCheck:
+def _check(step: Step, families: Sequence[KernelFamily], tally: _Tally) -> TensorCheck:
     layer = step.layer.name if step.layer is not None else f"convert to {step.format.dtype}"
     if step.request is None:
         return TensorCheck(layer, step.tensor, "tvm", 0, 0, 0.0, "TVM's own operator, outside the contract")
     if is_view(step.request):
         return TensorCheck(layer, step.tensor, "view", 0, 0, 0.0, "the same memory in another shape")
     kernel = select_kernel(families, step.request).name
-    return TensorCheck(layer, step.tensor, kernel, int(tally[0]), int(tally[1]), float(tally[2]))
+    return TensorCheck(layer, step.tensor, kernel, tally.elements, tally.different, tally.largest, tally.cause)
 
 
-def _differences(actual: Array, expected: Array) -> tuple[int, float]:
+def differences(actual: Array, expected: Array) -> tuple[int, float]:
     """How many elements differ in their bits (all NaN count as one value), and by how much at most."""
     if actual.shape != expected.shape or actual.dtype != expected.dtype:
         return max(actual.size, 1), float("inf")

@@ -26,6 +26,7 @@ from tvm_hquant.numerics.constants import (
 from tvm_hquant.numerics.evaluation import evaluate
 from tvm_hquant.numerics.functions import PARAMETER_COUNTS, clamp, unary_float32, unary_float64, unary_table
 from tvm_hquant.numerics.integer_layers import requantize
+from tvm_hquant.numerics.samples import evaluate_samples
 from tvm_hquant.numerics.storage import bfloat16_bits, bfloat16_values, narrow, widen
 from tvm_hquant.numerics.weights import (
     check_accumulator,
@@ -52,6 +53,7 @@ __all__ = [
     "dequantize_weights",
     "elementwise_constants",
     "evaluate",
+    "evaluate_samples",
     "fma",
     "integer_anchor_constants",
     "limited_scales",

@@ -25,6 +25,7 @@ class Step:
     """One call.
 
     Attributes:
+        name: of the layer, or of the one that a conversion becomes.
         layer: the layer, or None for a conversion.
         tensor: name of the tensor that comes out (for a conversion, the one that is converted).
         request, constants: what the kernel computes; None for operators that TVM legalizes.
@@ -35,6 +36,7 @@ class Step:
         format: of the value that comes out.
     """
 
+    name: str
     layer: Layer | None
     tensor: str
     request: KernelRequest | None
@@ -112,7 +114,8 @@ class ProgramBuilder:
             self._realized[identity] = realize_conversion(self.graph.tensor_shape(tensor), source, target)
         request, constants = self._realized[identity]
         inputs, realization = (keys[tensor, source],), _hash(identity)
-        return Step(None, tensor, request, constants, inputs, _hash((realization, inputs)), realization, target)
+        name, key = Conversion(tensor, source, target).name, _hash((realization, inputs))
+        return Step(name, None, tensor, request, constants, inputs, key, realization, target)
 
     def _layer(
         self,
@@ -129,11 +132,11 @@ class ProgramBuilder:
         realization = _hash(identity)
         key = _hash((realization, inputs))
         if isinstance(layer.operator, Opaque):
-            return Step(layer, layer.name, None, None, inputs, key, realization, produced)
+            return Step(layer.name, layer, layer.name, None, None, inputs, key, realization, produced)
         if identity not in self._realized:
             self._realized[identity] = realize_layer(layer, precision, required, produced, codes)
         request, constants = self._realized[identity]
-        return Step(layer, layer.name, request, constants, inputs, key, realization, produced)
+        return Step(layer.name, layer, layer.name, request, constants, inputs, key, realization, produced)
 
     def _layer_codes(self, layer: Layer, precision: Precision, weights: WeightSource | None) -> QuantizedWeights | None:
         if weights is not None:

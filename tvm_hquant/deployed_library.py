@@ -1,0 +1,106 @@
+"""The compiled library of an artifact where it runs: layer by layer, kernel by kernel, and as a whole."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import tvm
+
+from tvm_hquant.errors import ArtifactError, DataError
+from tvm_hquant.kernels.interface import Kernel, LayerConstants
+from tvm_hquant.relax_ir.kernel_calls import is_view, kernel_symbol
+from tvm_hquant.runtime import Artifact
+from tvm_hquant.simulator.program import Program, Step
+from tvm_hquant.tensor_format import STORAGE_DTYPE
+
+Array = npt.NDArray[Any]
+
+
+class DeployedLibrary:
+    """A library on this machine, or on a board behind an RPC server.
+
+    Args:
+        artifact: a loaded or just compiled artifact; for a board it need not run here.
+        rpc: ``HOST:PORT`` of a TVM RPC server on the target; this machine if not given.
+
+    Raises:
+        DataError: the address has the wrong form.
+        ArtifactError: the library cannot be loaded, or nobody answers at the address.
+    """
+
+    def __init__(self, artifact: Artifact, rpc: str | None = None) -> None:
+        self.name = rpc or "this machine"
+        self._symbols = {str(e["name"]): str(e["function"]) for e in artifact.manifest["layers"] if e.get("function")}
+        self._input_names = [str(e["name"]) for e in artifact.manifest["inputs"]]
+        if rpc is None:
+            self._device, self._library, self._machine = artifact.device, artifact.library, artifact.machine
+            return
+        host, _, port = rpc.rpartition(":")
+        if not host or not port.isdigit():
+            raise DataError(f"--rpc {rpc!r} is not HOST:PORT, such as 192.0.2.7:9090")
+        try:
+            session = tvm.rpc.connect(host, int(port), session_timeout=600)
+            session.upload(str(artifact.folder / artifact.manifest["library"]))
+            self._library = session.load_module(artifact.manifest["library"])
+        except (RuntimeError, OSError) as error:
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            raise ArtifactError(
+                f"cannot use the RPC server at {rpc}: {lines[-1]}; start it on the board with "
+                f"'python3 -m tvm.exec.rpc_server --port {port}'"
+            ) from None
+        self._device = session.cuda(0) if artifact.manifest["target"]["device"] == "cuda" else session.cpu(0)
+        self._machine = tvm.relax.VirtualMachine(self._library, self._device)
+
+    def run(self, sample: Mapping[str, Array]) -> list[Array]:
+        """Outputs of the whole module for one sample."""
+        result = self._machine["main"](*(self._tensor(sample[name]) for name in self._input_names))
+        return [result.numpy()] if hasattr(result, "numpy") else [r.numpy() for r in result]
+
+    def run_layers(self, program: Program, sample: Mapping[str, Array]) -> dict[int, Array]:
+        """Every tensor of one sample by its key in ``program``: each layer reads what the layers before it made.
+
+        Raises:
+            ArtifactError: the library lacks a layer.
+        """
+        values: dict[int, Array] = dict(enumerate(sample.values()))
+        for step in program.steps:
+            inputs = [values[key] for key in step.inputs]
+            if step.request is not None and is_view(step.request):
+                values[step.key] = inputs[0].reshape(step.request.operator.output_shape)
+            else:
+                values[step.key] = self.run_layer(step, inputs)
+        return values
+
+    def run_layer(self, step: Step, inputs: Sequence[Array]) -> Array:
+        """What a layer of the library makes of these inputs, with the constants that were compiled into it.
+
+        Raises:
+            ArtifactError: the library lacks the layer.
+        """
+        try:
+            function = self._machine[self._symbols[step.name]]
+        except (KeyError, ValueError, AttributeError, RuntimeError):
+            raise ArtifactError(
+                f"the library has no layer {step.name}: it was made by another release or from another plan; compile the "
+                "model again"
+            ) from None
+        result: Array = function(*map(self._tensor, inputs)).numpy()
+        return result
+
+    def run_kernel(self, kernel: Kernel, constants: LayerConstants, inputs: Sequence[Array]) -> Array | None:
+        """What a kernel of the library makes of these inputs with *given* constants; None if it has no such kernel."""
+        request = kernel.request
+        try:
+            function = self._library.get_function(kernel_symbol(kernel), query_imports=True)
+        except (AttributeError, RuntimeError):
+            return None
+        output = self._tensor(np.zeros(request.operator.output_shape, STORAGE_DTYPE[request.output]))
+        function(*(self._tensor(a) for a in (*inputs, *kernel.pack(constants))), output)
+        result: Array = output.numpy()
+        return result
+
+    def _tensor(self, array: Array) -> Any:
+        return tvm.runtime.tensor(np.ascontiguousarray(array), self._device)
