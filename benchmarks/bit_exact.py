@@ -40,7 +40,7 @@ from tvm_hquant.planning import make_plan
 from tvm_hquant.relax_ir.kernel_calls import is_view
 from tvm_hquant.session import QuantizationSession
 from tvm_hquant.simulator.program import Program, Step
-from tvm_hquant.target_spec import load_target_spec
+from tvm_hquant.target_spec import TargetSpec, load_target_spec
 from tvm_hquant.verification import differences
 
 Array = npt.NDArray[Any]
@@ -127,9 +127,10 @@ def compare_model(
     """For every plan the comparisons of one network on all targets."""
     session = api.open_session(str(model.path), "host")
     session.calibrate(model.calibration(), CALIBRATION_SAMPLES)
+    specs = {target: load_target_spec(target) for target in targets}
     for plan in plans:
         source = islice(model.source(split), samples)
-        yield _compare_plan(session, model.title, split, plan, targets, source, float_samples)
+        yield _compare_plan(session, model.title, split, plan, specs, source, float_samples)
 
 
 def _compare_plan(
@@ -137,18 +138,17 @@ def _compare_plan(
     model: str,
     split: str,
     plan_name: str,
-    targets: Sequence[str],
+    specs: Mapping[str, TargetSpec],
     samples: Iterable[Sample],
     float_samples: int,
 ) -> list[Comparison]:
     start = process_time()
     plan = zoo_plan(session, plan_name)
-    specs = [load_target_spec(target) for target in targets]
-    artifacts = [compile_artifact(session.mod, plan, spec, name=model) for spec in specs]
+    artifacts = [compile_artifact(session.mod, plan, spec, name=model) for spec in specs.values()]
     libraries = [DeployedLibrary(artifact) for artifact in artifacts]
     program = session.builder.program(plan.precisions(), plan.scales)
     session.engine.compile([program])
-    tallies = [_Tally() for _ in targets]
+    tallies = [_Tally() for _ in specs]
     count = 0
     remaining = iter(samples)
     while chunk := list(islice(remaining, SAMPLES_AT_ONCE)):
@@ -162,10 +162,7 @@ def _compare_plan(
                 deployed = library.run(sample.inputs)
                 tally.outputs_different += any(differences(d, s)[0] for d, s in zip(deployed, simulated, strict=True))
         count += len(chunk)
-    names = [
-        spec.name if target != "host" else f"host ({spec.instruction_sets[0]})"
-        for target, spec in zip(targets, specs, strict=True)
-    ]
+    names = [spec.name if target != "host" else f"host ({spec.instruction_sets[0]})" for target, spec in specs.items()]
     layers, seconds = _compared_layers(program), process_time() - start
     return [
         Comparison(

@@ -18,11 +18,13 @@ from tvm_hquant import numerics
 from tvm_hquant.artifact import compile_artifact
 from tvm_hquant.errors import ArtifactError, DataError, HQuantError, PlanError
 from tvm_hquant.kernels.interface import KernelRequest, LayerConstants
+from tvm_hquant.kernels.registry import families_for_target, select_kernel
 from tvm_hquant.operators import Conv2D, Dense
 from tvm_hquant.runtime import Artifact, load_artifact, read_manifest
 from tvm_hquant.verification import artifact_program, verify_artifact
 
 Array = npt.NDArray[Any]
+Samples = Sequence[Sequence[Array]]
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +49,24 @@ def edit_plan(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
     document = json.loads(path.read_text(encoding="utf-8"))
     change(document)
     path.write_text(json.dumps(document), encoding="utf-8")
+
+
+def adopt(folder: Path, name: str) -> None:
+    """Writes the present hash of a file into the manifest, as somebody would who hides a change."""
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    manifest["files"][name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+
+
+def packed_weights(folder: Path, layer: str) -> Array:
+    """The weights of a layer as its kernel wants them, and as they stand in the library."""
+    # Without loading the library: the loader gives one that is loaded again for the same path.
+    _, program = artifact_program(Artifact(folder, read_manifest(folder)))
+    (step,) = [s for s in program.steps if s.name == layer]
+    assert step.request is not None
+    assert step.constants is not None
+    kernel = select_kernel(families_for_target(host_spec().instruction_sets), step.request)
+    return kernel.pack(step.constants)[0]
 
 
 def edit_weights(folder: Path, key: str, change: Callable[[Array], None]) -> None:
@@ -96,26 +116,44 @@ def test_own_samples(artifacts: dict[str, Artifact]) -> None:
 def test_constants_inside_the_library_are_those_of_the_plan(
     residual: Path, key: str, change: Callable[[Array], None]
 ) -> None:
-    """Scales, codes or a bias that differ from what was compiled: the parts still fit the plan, the whole does not."""
+    """Scales, codes or a bias that differ from what was compiled: their layer is named, and that it is the constants."""
     edit_weights(residual, key, change)
     report = verify_artifact(load_artifact(residual))
-    assert not report.outputs_equal
     assert not report.holds
-    assert not any(check.different for check in report.checks)
+    assert report.outputs_equal, "the library agrees with itself"
+    (wrong,) = [check for check in report.checks if check.different]
+    assert wrong.layer == key.partition("/")[0]
+    assert wrong.note == "the constants in the library are not those of the plan"
+
+
+def test_a_byte_changed_in_the_library(residual: Path) -> None:
+    """One bit of one weight, flipped in the file itself: the layer that computes with it is named, and no other."""
+    path, library = residual / "model.so", (residual / "model.so").read_bytes()
+    packed = packed_weights(residual, "conv1")
+    position = library.index(packed.tobytes())
+    changed = bytearray(library)
+    changed[position + int(np.abs(packed).argmax())] ^= 0x40
+    path.unlink()
+    path.write_bytes(bytes(changed))
+    adopt(residual, "model.so")
+    report = verify_artifact(load_artifact(residual))
+    (wrong,) = [check for check in report.checks if check.different]
+    assert (wrong.layer, wrong.note) == ("conv1", "the constants in the library are not those of the plan")
+    assert not report.holds
 
 
 def test_a_wrong_kernel_is_named(artifacts: dict[str, Artifact], monkeypatch: pytest.MonkeyPatch) -> None:
     """Where one kernel and the contract disagree in one element, its tensor, layer and kernel are in the report."""
-    evaluate = numerics.evaluate
+    evaluate = numerics.evaluate_samples
 
-    def other_contract(request: KernelRequest, constants: LayerConstants, inputs: Sequence[Array]) -> Array:
-        result = evaluate(request, constants, inputs)
+    def other_contract(request: KernelRequest, constants: LayerConstants, samples: Samples) -> list[Array]:
+        results = [array.copy() for array in evaluate(request, constants, samples)]
         if isinstance(request.operator, Dense):
-            result = result.copy()
-            result[0, 0] += np.float32(0.25)
-        return result
+            for result in results:
+                result[0, 0] += np.float32(0.25)
+        return results
 
-    monkeypatch.setattr(numerics, "evaluate", other_contract)
+    monkeypatch.setattr(numerics, "evaluate_samples", other_contract)
     report = verify_artifact(artifacts["residual"])
     assert not report.holds
     assert report.outputs_equal, "the library agrees with itself"
@@ -123,21 +161,21 @@ def test_a_wrong_kernel_is_named(artifacts: dict[str, Artifact], monkeypatch: py
     assert (wrong.tensor, wrong.layer, wrong.elements, wrong.different) == ("head", "head", 20, 2)
     assert wrong.largest == pytest.approx(0.25, abs=1e-3)
     assert wrong.kernel
+    assert wrong.note == "the kernel computes something else than the contract"
 
 
 def test_nan_equals_nan_and_zero_is_not_minus_zero(
     artifacts: dict[str, Artifact], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Bits are compared, not values: a difference that NumPy's equality would not see is one."""
-    evaluate = numerics.evaluate
+    evaluate = numerics.evaluate_samples
 
-    def other_zero(request: KernelRequest, constants: LayerConstants, inputs: Sequence[Array]) -> Array:
-        result = evaluate(request, constants, inputs)
-        return (
-            np.copysign(result, -1) if request.output == "float32" and isinstance(request.operator, Conv2D) else result
-        )
+    def other_zero(request: KernelRequest, constants: LayerConstants, samples: Samples) -> list[Array]:
+        results = evaluate(request, constants, samples)
+        is_changed = request.output == "float32" and isinstance(request.operator, Conv2D)
+        return [np.copysign(result, -1) for result in results] if is_changed else results
 
-    monkeypatch.setattr(numerics, "evaluate", other_zero)
+    monkeypatch.setattr(numerics, "evaluate_samples", other_zero)
     silent = verify_artifact(artifacts["residual"], [{"x": np.zeros((1, 3, 8, 8), "float32")}])
     (wrong,) = [check for check in silent.checks if check.different]
     assert wrong.tensor == "conv2"
@@ -151,7 +189,8 @@ def test_changed_scales_are_found(residual: Path) -> None:
             codes["uint8"]["scale"] *= 3
 
     edit_plan(residual, widen)
-    assert not verify_artifact(load_artifact(residual)).outputs_equal
+    with pytest.raises(ArtifactError, match=r"other scales or zero points for .*x; compile the model again"):
+        verify_artifact(load_artifact(residual))
 
 
 @pytest.mark.parametrize(("layer", "precision"), [("head", "a8w8"), ("conv1", "a8w4"), ("conv1", "float32")])
@@ -170,14 +209,12 @@ def test_a_plan_without_a_layer(residual: Path) -> None:
 
 
 def test_a_library_of_another_plan_is_explained(residual: Path, artifacts: dict[str, Artifact]) -> None:
-    """The library of another model in this folder: it has not the kernels that this plan asks for."""
+    """The library of another model in this folder: it has not the layers of this plan."""
     library = (artifacts["branches"].folder / "model.so").read_bytes()
     (residual / "model.so").unlink()
     (residual / "model.so").write_bytes(library)
-    manifest = json.loads((residual / "manifest.json").read_text(encoding="utf-8"))
-    manifest["files"]["model.so"] = hashlib.sha256(library).hexdigest()
-    (residual / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
-    with pytest.raises(ArtifactError, match=r"the library has no kernel .*compile the model again"):
+    adopt(residual, "model.so")
+    with pytest.raises(ArtifactError, match=r"the library has no layer .*compile the model again"):
         verify_artifact(load_artifact(residual))
 
 

@@ -34,6 +34,8 @@ class DeployedLibrary:
     def __init__(self, artifact: Artifact, rpc: str | None = None) -> None:
         self.name = rpc or "this machine"
         self._symbols = {str(e["name"]): str(e["function"]) for e in artifact.manifest["layers"] if e.get("function")}
+        self._main: Any = None
+        self._layers: dict[str, Any] = {}
         self._input_names = [str(e["name"]) for e in artifact.manifest["inputs"]]
         if rpc is None:
             self._device, self._library, self._machine = artifact.device, artifact.library, artifact.machine
@@ -56,7 +58,9 @@ class DeployedLibrary:
 
     def run(self, sample: Mapping[str, Array]) -> list[Array]:
         """Outputs of the whole module for one sample."""
-        result = self._machine["main"](*(self._tensor(sample[name]) for name in self._input_names))
+        if self._main is None:
+            self._main = self._machine["main"]
+        result = self._main(*(self._tensor(sample[name]) for name in self._input_names))
         return [result.numpy()] if hasattr(result, "numpy") else [r.numpy() for r in result]
 
     def run_layers(self, program: Program, sample: Mapping[str, Array]) -> dict[int, Array]:
@@ -80,15 +84,20 @@ class DeployedLibrary:
         Raises:
             ArtifactError: the library lacks the layer.
         """
-        try:
-            function = self._machine[self._symbols[step.name]]
-        except (KeyError, ValueError, AttributeError, RuntimeError):
-            raise ArtifactError(
-                f"the library has no layer {step.name}: it was made by another release or from another plan; compile the "
-                "model again"
-            ) from None
-        result: Array = function(*map(self._tensor, inputs)).numpy()
+        result: Array = self._layer(step.name)(*map(self._tensor, inputs)).numpy()
         return result
+
+    def _layer(self, name: str) -> Any:
+        # Looking a function up takes longer than most layers.
+        if name not in self._layers:
+            try:
+                self._layers[name] = self._machine[self._symbols[name]]
+            except (KeyError, ValueError, AttributeError, RuntimeError):
+                raise ArtifactError(
+                    f"the library has no layer {name}: it was made by another release or from another plan; compile the "
+                    "model again"
+                ) from None
+        return self._layers[name]
 
     def run_kernel(self, kernel: Kernel, constants: LayerConstants, inputs: Sequence[Array]) -> Array | None:
         """What a kernel of the library makes of these inputs with *given* constants; None if it has no such kernel."""

@@ -25,6 +25,7 @@ from tvm_hquant.kernels.interface import KernelFamily
 from tvm_hquant.kernels.registry import families_for_target, select_kernel
 from tvm_hquant.layer_record import graph_from_record
 from tvm_hquant.layers import LayerGraph
+from tvm_hquant.operator_codec import to_jsonable
 from tvm_hquant.plan import PrecisionPlan, load_plan
 from tvm_hquant.precision import Arithmetic
 from tvm_hquant.progress import Progress, silent_progress
@@ -133,8 +134,9 @@ def artifact_program(artifact: Artifact) -> tuple[PrecisionPlan, Program]:
     plan = load_plan(folder / "plan.json")
     graph = graph_from_record(artifact.manifest["graph"], _float_weights(folder / "weights.npz"))
     _check_plan(plan, graph, folder)
-    builder = ProgramBuilder(graph, plan.layer_weights)
-    return plan, builder.program(plan.precisions(), plan.scales)
+    program = ProgramBuilder(graph, plan.layer_weights).program(plan.precisions(), plan.scales)
+    _check_formats(program, artifact)
+    return plan, program
 
 
 def _float_weights(path: Path) -> dict[str, Array]:
@@ -161,6 +163,18 @@ def _check_plan(plan: PrecisionPlan, graph: LayerGraph, folder: Path) -> None:
                 f"{folder / 'plan.json'} is not the plan that the artifact was made from: it has no weights for layer "
                 f"{layer.name} in {precision or 'any precision'}; compile the model again with '--plan'"
             )
+
+
+def _check_formats(program: Program, artifact: Artifact) -> None:
+    """The manifest records how every tensor is stored; the plan must say the same."""
+    recorded = artifact.manifest["quantization"]["tensors"]
+    other = [name for name, f in program.formats.produced.items() if recorded.get(name) != to_jsonable(f)]
+    other += [c.tensor for c in program.conversions if c.name not in {e["name"] for e in artifact.manifest["layers"]}]
+    if other:
+        raise ArtifactError(
+            f"{artifact.folder / 'plan.json'} is not the plan that the artifact was made from: it has other scales or zero "
+            f"points for {', '.join(dict.fromkeys(other))}; compile the model again with '--plan'"
+        )
 
 
 def _checked_sample(artifact: Artifact, sample: Mapping[str, Array]) -> dict[str, Array]:
