@@ -23,11 +23,13 @@ class CostModel:
         layers: cost of a layer in a precision while its neighbours are in their cheapest one, by (layer, precision).
         pairs: what two neighbours cost beyond that, mostly conversions between them, by (layer, layer) and by
             (precision, precision); what is not listed is 0.
-        exact: cost of an assignment; None: the sum of the two above is exact.
+        base: what every plan costs.
+        exact: cost of an assignment; None: the sum of the three above is exact.
     """
 
     layers: Mapping[LayerPrecision, float]
     pairs: Mapping[tuple[str, str], Mapping[tuple[str, str], float]] = field(default_factory=dict)
+    base: float = 0.0
     exact: Callable[[Assignment], float] | None = None
 
     def total(self, assignment: Assignment) -> float:
@@ -35,8 +37,8 @@ class CostModel:
         return self.predicted(assignment) if self.exact is None else self.exact(assignment)
 
     def predicted(self, assignment: Assignment) -> float:
-        """The sum of layers and pairs, which an integer program can minimize."""
-        alone = sum(self.layers[layer, precision] for layer, precision in assignment.items())
+        """The sum of base, layers and pairs, which an integer program can minimize."""
+        alone = self.base + sum(self.layers[layer, precision] for layer, precision in assignment.items())
         return alone + sum(
             extra.get((assignment[first], assignment[second]), 0.0) for (first, second), extra in self.pairs.items()
         )

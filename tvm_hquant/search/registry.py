@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tvm_hquant.errors import SearchError
+from tvm_hquant.search.greedy import GreedyStrategy, OneShotStrategy
 from tvm_hquant.search.hierarchical import HierarchicalStrategy
+from tvm_hquant.search.ilp import IntegerProgramStrategy
 from tvm_hquant.search.problem import SearchStrategy
 
 if TYPE_CHECKING:
@@ -25,7 +27,11 @@ class StrategyContext:
 
 
 STRATEGIES: Mapping[str, Callable[[StrategyContext], SearchStrategy]] = {
+    "one-shot": lambda _context: OneShotStrategy(),
     "hierarchical": lambda _context: HierarchicalStrategy(),
+    "greedy": lambda _context: GreedyStrategy(),
+    "lazy-greedy": lambda _context: GreedyStrategy(lazy=True),
+    "ilp": lambda _context: IntegerProgramStrategy(),
 }
 """Makes each strategy for a model; one line for each."""
 

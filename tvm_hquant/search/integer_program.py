@@ -1,0 +1,130 @@
+"""The precisions of least cost under a bound on the sum of losses: an integer program, solved by HiGHS.
+
+    minimize    Σ cost(l, p)·x(l, p)  +  Σ extra(l, p, m, q)·y(l, p, m, q)
+    subject to  Σ_p x(l, p) = 1                              for every layer l
+                Σ_q y(l, p, m, q) = x(l, p),  Σ_p y(l, p, m, q) = x(m, q)     for all neighbours l, m
+                Σ loss(l, p)·x(l, p) ≤ bound
+                Σ_l x(l, p) = count(p)                       where levels are prescribed
+                x binary, y ≥ 0
+
+y stands for the product x(l, p)·x(m, q): with these two sums, the tightest linear form of a pair, y is 0 or 1 by itself.
+Precisions that cost the same beside every precision of a neighbour, such as all that read 8-bit codes, share one y.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import coo_array
+
+from tvm_hquant.search.problem import CostModel, LayerPrecision
+
+_RELATIVE_GAP = 1e-6
+_TIE = 1e-7
+"""How much the losses count beside the costs: of two plans of equal cost the one with the smaller loss is taken."""
+
+
+@dataclass(frozen=True)
+class IntegerProgram:
+    """Layers, what they cost, and what they lose.
+
+    Attributes:
+        candidates: precisions of every layer.
+        costs: what is minimized.
+        losses: by (layer, precision), not negative; infinite ones are never chosen.
+        levels: how many layers have to get each precision that is named, or None.
+    """
+
+    candidates: Mapping[str, tuple[str, ...]]
+    costs: CostModel
+    losses: Mapping[LayerPrecision, float]
+    levels: Mapping[str, int] | None = None
+
+    def solve(self, bound: float) -> dict[str, str] | None:
+        """The plan of least cost whose losses add up to at most ``bound``; None if there is none."""
+        return _Model(self, bound).solve()
+
+
+class _Model:
+    """Variables and constraints of one program; x come first, then y."""
+
+    def __init__(self, program: IntegerProgram, bound: float) -> None:
+        self.program = program
+        pairs = [(layer, p) for layer, precisions in program.candidates.items() for p in precisions]
+        self.x = {pair: number for number, pair in enumerate(pairs)}
+        self.count = len(pairs)
+        self.objective = [program.costs.layers[pair] for pair in pairs]
+        self.rows: list[tuple[dict[int, float], float, float]] = []
+        self.bound = bound
+        for layer, precisions in program.candidates.items():
+            self._add({self.x[layer, p]: 1.0 for p in precisions}, 1.0, 1.0)
+        self._add_losses()
+        for (first, second), extra in program.costs.pairs.items():
+            self._add_pair(first, second, extra)
+        for precision, wanted in (program.levels or {}).items():
+            chosen = {n: 1.0 for (_, p), n in self.x.items() if p == precision}
+            self._add(chosen, float(wanted), float(wanted))
+
+    def solve(self) -> dict[str, str] | None:
+        if not self.program.candidates:
+            return {}
+        losses = np.array([self.program.losses[pair] for pair in self.x])
+        upper = np.ones(self.count)
+        upper[: len(losses)][~np.isfinite(losses)] = 0.0
+        scale = max(map(abs, self.objective), default=1.0) or 1.0
+        objective = np.array(self.objective) / scale
+        finite = np.where(np.isfinite(losses), losses, 0.0)
+        objective[: len(losses)] += _TIE * finite / (finite.max() or 1.0)
+        entries = [(r, c, v) for r, (row, _, _) in enumerate(self.rows) for c, v in row.items()]
+        rows, columns, values = zip(*entries, strict=True)
+        matrix = coo_array((values, (rows, columns)), shape=(len(self.rows), self.count)).tocsr()
+        integrality = np.zeros(self.count)
+        integrality[: len(self.x)] = 1
+        result = milp(
+            objective,
+            integrality=integrality,
+            bounds=Bounds(0.0, upper),
+            constraints=LinearConstraint(matrix, [low for _, low, _ in self.rows], [high for _, _, high in self.rows]),
+            options={"mip_rel_gap": _RELATIVE_GAP},
+        )
+        if result.x is None:
+            return None
+        return {layer: p for (layer, p), number in self.x.items() if result.x[number] > 0.5}
+
+    def _add(self, row: dict[int, float], low: float, high: float) -> None:
+        self.rows.append((row, low, high))
+
+    def _add_losses(self) -> None:
+        if math.isinf(self.bound):
+            return
+        # Scaled so that the solver's tolerance is far below what tells plans apart.
+        scale = 1.0 / self.bound if self.bound > 0 else 1e9
+        row = {n: self.program.losses[pair] * scale for pair, n in self.x.items()}
+        finite = {n: value for n, value in row.items() if math.isfinite(value)}
+        self._add(finite, -np.inf, self.bound * scale)
+
+    def _add_pair(self, first: str, second: str, extra: Mapping[tuple[str, str], float]) -> None:
+        if not any(extra.values()) or first not in self.program.candidates or second not in self.program.candidates:
+            return
+        own, other = self.program.candidates[first], self.program.candidates[second]
+        rows = _classes(own, lambda p: tuple(extra.get((p, q), 0.0) for q in other))
+        columns = _classes(other, lambda q: tuple(extra.get((p, q), 0.0) for p in own))
+        y = {(r, c): self.count + i * len(columns) + j for i, r in enumerate(rows) for j, c in enumerate(columns)}
+        self.objective += [extra.get((r[0], c[0]), 0.0) for r in rows for c in columns]
+        self.count += len(y)
+        for r in rows:
+            self._add({**{y[r, c]: 1.0 for c in columns}, **{self.x[first, p]: -1.0 for p in r}}, 0.0, 0.0)
+        for c in columns:
+            self._add({**{y[r, c]: 1.0 for r in rows}, **{self.x[second, q]: -1.0 for q in c}}, 0.0, 0.0)
+
+
+def _classes(precisions: tuple[str, ...], signature: Callable[[str], object]) -> list[tuple[str, ...]]:
+    """Precisions with equal signatures together."""
+    found: dict[object, list[str]] = {}
+    for precision in precisions:
+        found.setdefault(signature(precision), []).append(precision)
+    return [tuple(group) for group in found.values()]
