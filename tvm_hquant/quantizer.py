@@ -24,7 +24,7 @@ from tvm_hquant.plan import LayerDecision, PrecisionPlan
 from tvm_hquant.planning import make_plan
 from tvm_hquant.precision import A8W8, BFLOAT16, FLOAT16, FLOAT32, INT8, Precision, parse_precision
 from tvm_hquant.report.quantization_report import LayerReport, ModelRow, QuantizationReport, SampleCounts
-from tvm_hquant.search.expected_drop import ExpectedDrop
+from tvm_hquant.search.expected_drop import SCORES, expected_drop
 from tvm_hquant.search.problem import Assignment, CostModel, SearchProblem, SearchResult, SearchStrategy
 from tvm_hquant.search.registry import DEFAULT_STRATEGY, StrategyContext, make_strategy
 from tvm_hquant.sensitivity.measured import SensitivityTable
@@ -121,7 +121,6 @@ class Quantizer:
             session.calibrate(roles.calibration)
         samples = random_samples(roles.calibration, SENSITIVITY_SAMPLES, options.seed)
         self.table = SensitivityTable(session, samples)
-        self._expected_drop = ExpectedDrop()
 
     # Search.
 
@@ -206,11 +205,9 @@ class Quantizer:
 
     def _joint_losses(self, assignments: Sequence[Assignment]) -> list[float]:
         programs = [self.session.program({name: parse_precision(p) for name, p in a.items()}) for a in assignments]
-        metrics = [self.metric, METRICS["agreement"]]
+        metrics = SCORES if self.metric.name == "top1" else [self.metric]
         scores = self.session.evaluate_metrics(programs, self.roles.search, metrics, "searching")
-        if self.metric.name != "top1":
-            return [own.loss for own, _ in scores]
-        return [self._expected_drop.of(own, agreement) for own, agreement in scores]
+        return [expected_drop(*own) if self.metric.name == "top1" else own[0].loss for own in scores]
 
     # Plan.
 

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tvm_hquant.simulator.machine import Array, CallProgram, KernelMachine, Schedule
-from tvm_hquant.simulator.metrics import METRICS
+from tvm_hquant.simulator.margins import SCORED
 
 Floats = npt.NDArray[np.float64]
 
@@ -51,7 +51,7 @@ class ProgramSet:
         self._machine = machine
         self._float = float_program
         self._programs = programs
-        self._metrics = [METRICS[name] for name in metrics]
+        self._metrics = [SCORED[name] for name in metrics]
         self._schedules: dict[bool, Schedule] = {}
 
     def score(self, samples: Sequence[ChunkSample]) -> ChunkScores:

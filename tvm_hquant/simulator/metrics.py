@@ -141,13 +141,9 @@ class Divergence(Metric):
     name = "kl"
 
     def score(self, float_outputs: Outputs, outputs: Outputs, label: int | None = None) -> Score:
-        reference, output = _first_outputs(float_outputs, outputs)
-        if not np.isfinite(output).all():
+        expected, actual = log_probabilities(float_outputs, outputs)
+        if not np.isfinite(actual).all():
             return Score(0.0, math.inf)
-        if reference.size > 1 and reference.min() >= 0 and abs(float(reference.sum()) - 1.0) < 1e-3:
-            expected, actual = _log_of_probabilities(reference), _log_of_probabilities(output)
-        else:
-            expected, actual = _log_softmax(reference), _log_softmax(output)
         # Rounding can leave the sum for equal outputs a little below zero.
         return Score(0.0, max(0.0, float(np.sum(np.exp(expected) * (expected - actual)))))
 
@@ -261,6 +257,23 @@ class MetricAccumulator:
         if not self.scores:
             raise DataError(f"{self.metric.name} of no samples: evaluate at least one")
         return np.array(self.scores, np.float64)
+
+
+def log_probabilities(float_outputs: Outputs, outputs: Outputs) -> tuple[Floats, Floats]:
+    """Logarithms of the class probabilities of the first outputs of both models, float64 [classes]; at least two classes.
+
+    Outputs that the float model gives as probabilities (none negative, sum 1) are taken as such, others as logits. What the
+    quantized model gives is NaN throughout where its output is not finite.
+    """
+    reference, output = _first_outputs(float_outputs, outputs)
+    is_finite = bool(np.isfinite(output).all())
+    if reference.size > 1 and reference.min() >= 0 and abs(float(reference.sum()) - 1.0) < 1e-3:
+        expected = _log_of_probabilities(reference)
+        actual = _log_of_probabilities(output) if is_finite else np.full_like(expected, np.nan)
+    else:
+        expected = _log_softmax(reference)
+        actual = _log_softmax(output) if is_finite else np.full_like(expected, np.nan)
+    return expected, actual
 
 
 def _first_outputs(float_outputs: Outputs, outputs: Outputs) -> tuple[Floats, Floats]:
