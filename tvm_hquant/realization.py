@@ -22,7 +22,7 @@ from tvm_hquant.kernels.interface import (
     NoConstants,
     TableConstants,
 )
-from tvm_hquant.kernels.saturation import saturation_free_pairs
+from tvm_hquant.kernels.saturation import centred_products, saturation_free_pairs
 from tvm_hquant.layers import Layer
 from tvm_hquant.operators import Add, AveragePool2D, Conv2D, Convert, Dense, Movement, Shape, Unary
 from tvm_hquant.precision import Arithmetic, Precision
@@ -103,6 +103,7 @@ def _integer_anchor(
         str(weights.codes.dtype),
         len(weights.codes),
         saturation_free_pairs(weights.codes) if is_int8 else 0,
+        centred_products(weights.codes) if is_int8 else 2,
     )
     return request, constants
 

@@ -32,8 +32,12 @@ TARGET_FEATURES: Mapping[str, tuple[str, ...]] = {
     "cortex-a53": ("+neon",),
     "cortex-a72": ("+neon",),
     "cortex-a76": ("+neon", "+dotprod"),
+    "neoverse-v1": ("+neon", "+dotprod", "+i8mm", "+bf16"),
 }
-"""The CPUs of the board, as LLVM and the emulator name them, and LLVM's features that they have."""
+"""The CPUs of the board, as LLVM names them, and LLVM's features that they have."""
+
+_EMULATED_AS: Mapping[str, str] = {"neoverse-v1": "max"}
+"""What the emulator calls a CPU that it does not have under LLVM's name: its own with all extensions."""
 
 
 class BoardMissingError(Exception):
@@ -100,7 +104,10 @@ class Board:
         """
         root = self.folder / "cpus" / cpu
         if not root.is_dir():
-            raise BoardMissingError(f"the board has no CPU {cpu!r}: it has {', '.join(TARGET_FEATURES)}")
+            raise BoardMissingError(
+                f"the board has no CPU {cpu!r}: 'python tests/emulated_board/build_board.py' adds what is missing of "
+                f"{', '.join(TARGET_FEATURES)}"
+            )
         variables = {
             "PYTHONPATH": ":".join(str(p) for p in (*path, self.folder / "packages")),
             "PYTHONDONTWRITEBYTECODE": "1",
@@ -109,7 +116,7 @@ class Board:
         }
         settings = [part for name, value in variables.items() for part in ("-E", f"{name}={value}")]
         unset = [part for name in sorted(_host_only_variables()) for part in ("-U", name)]
-        program = [EMULATOR, "-L", str(root), "-cpu", cpu, *unset, *settings, str(root / PYTHON)]
+        program = [EMULATOR, "-L", str(root), "-cpu", _EMULATED_AS.get(cpu, cpu), *unset, *settings, str(root / PYTHON)]
         return [*program, *map(str, arguments)]
 
     def run_python(

@@ -154,6 +154,10 @@ def run(command: Sequence[str]) -> str:
 def main() -> int:
     folder = board_folder()
     if Marker.read(folder) == Marker.wanted():
+        for cpu in TARGET_FEATURES:
+            if not (folder / "cpus" / cpu).is_dir():
+                make_cpu_root(folder, cpu)
+                print(f"added a {cpu}")
         print(f"the emulated board in {folder} is up to date")
         return 0
     try:

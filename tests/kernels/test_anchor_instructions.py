@@ -19,6 +19,7 @@ ARM = {"kind": "llvm", "mtriple": "aarch64-linux-gnu"}
 TARGETS = {
     "avx512_vnni": {"kind": "llvm", "mtriple": "x86_64-linux-gnu", "mcpu": "cascadelake"},
     "avx2": {"kind": "llvm", "mtriple": "x86_64-linux-gnu", "mcpu": "x86-64-v3"},
+    "arm_i8mm": {**ARM, "mcpu": "neoverse-v1"},
     "arm_dotprod": {**ARM, "mcpu": "cortex-a76"},
     "arm_neon": {**ARM, "mcpu": "cortex-a72"},
 }
@@ -51,7 +52,8 @@ def innermost_loop(source: str, instruction: str) -> list[str]:
         ("avx2", 0, ["vpmaddwd", "vcvtps2dq"]),
         ("avx2", 1, ["vpmaddubsw", "vpmaddwd"]),
         ("arm_dotprod", 0, ["sdot", "fcvtn|frintx|frintn|fcvtns"]),
-        ("arm_neon", 0, ["smull", "smlal", "sadalp"]),
+        ("arm_i8mm", 0, ["usmmla|usdot", "fcvtn|frintx|frintn|fcvtns"]),
+        ("arm_neon", 0, ["smull", "sadalp"]),
     ],
 )
 def test_families_use_their_instructions(operator: Conv2D, family: str, pairs: int, instructions: list[str]) -> None:
@@ -63,7 +65,8 @@ def test_families_use_their_instructions(operator: Conv2D, family: str, pairs: i
 
 
 @pytest.mark.parametrize(
-    ("family", "instruction"), [("avx512_vnni", "vpdpbusd"), ("avx2", "vpmaddwd"), ("arm_dotprod", "sdot")]
+    ("family", "instruction"),
+    [("avx512_vnni", "vpdpbusd"), ("avx2", "vpmaddwd"), ("arm_i8mm", "usmmla"), ("arm_dotprod", "sdot")],
 )
 def test_sums_stay_in_registers(family: str, instruction: str) -> None:
     """The inner loop reads activations and weights only: nothing goes to the stack, nothing is stored."""

@@ -27,7 +27,7 @@ from tvm_hquant.kernels.interface import (
 )
 from tvm_hquant.kernels.kernel_function import input_shapes
 from tvm_hquant.kernels.registry import ANCHOR_FAMILIES, families_for_target, host_instruction_sets, select_kernel
-from tvm_hquant.kernels.saturation import saturation_free_pairs
+from tvm_hquant.kernels.saturation import centred_products, saturation_free_pairs
 from tvm_hquant.operators import Conv2D, Dense, Epilogue, Window
 from tvm_hquant.tensor_format import STORAGE_DTYPE
 
@@ -90,8 +90,13 @@ def random_case(rng: np.random.Generator, request: KernelRequest, weight_limit: 
             0.37 * out / 128 if residual else 0.0,
             11 if residual else 0,
         )
-        pairs = saturation_free_pairs(codes) if request.weights == "int8" else 0
-        return replace(request, saturation_free_pairs=pairs), constants, inputs
+        if request.weights == "int8":
+            proven = {
+                "saturation_free_pairs": saturation_free_pairs(codes),
+                "centred_products": centred_products(codes),
+            }
+            request = replace(request, **proven)
+        return request, constants, inputs
     weights = numerics.narrow(rng.normal(size=conv.weight_shape).astype(np.float32), request.weights)
     bias = rng.normal(size=conv.out_channels).astype(np.float32) * np.float32(operator.epilogue.has_bias)
     return request, FloatAnchorConstants(weights, bias, -2.0, 3.5), inputs

@@ -1,6 +1,7 @@
 """Convolutions and dense layers compiled for AArch64 and run on the emulated board, against the arithmetic contract.
 
-Protects that ``sdot`` and ``smull`` kernels, which hold activations less 128, give the bits of the x86 kernels.
+Protects that ``sdot`` and ``smull`` kernels, which hold activations less 128, and ``usmmla`` kernels, whose sums lie two by
+two, give the bits of the x86 kernels.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from tvm_hquant.kernels.registry import families_for_target, select_kernel
 from tvm_hquant.operators import Conv2D, Epilogue, Window
 from tvm_hquant.tensor_format import STORAGE_DTYPE
 
+BOARDS = [("arm_neon", "cortex-a53"), ("arm_dotprod", "cortex-a76"), ("arm_i8mm", "neoverse-v1")]
 DEPTHWISE = {
     "depthwise, rows shared": Conv2D((1, 9, 8, 21), 21, Window((3, 3), padding=(1, 1, 1, 1)), groups=21),
     "depthwise, five rows": Conv2D((2, 9, 8, 8), 8, Window((5, 3), (2, 1), (2, 1, 2, 1), (1, 2)), groups=8),
@@ -28,7 +30,15 @@ DEPTHWISE = {
 
 def requests() -> list[KernelRequest]:
     """Cases with 8-bit codes, one with 16-bit codes, two points and a fused residual, some as floats."""
-    plain = ("1x1 strided", "stem, three channels", "asymmetric, dilated", "grouped", "few outputs", "dense, rows")
+    plain = (
+        "1x1",
+        "1x1 strided",
+        "stem, three channels",
+        "asymmetric, dilated",
+        "grouped",
+        "few outputs",
+        "dense, rows",
+    )
     operators = [*(CASES[name] for name in plain), *DEPTHWISE.values()]
     found = [KernelRequest(operator, ("uint8",), "uint8", "int8") for operator in operators]
     for operator in (CASES["3x3 padded"], DEPTHWISE["depthwise, rows shared"]):
@@ -38,19 +48,27 @@ def requests() -> list[KernelRequest]:
     return [*found, KernelRequest(CASES["dense"], ("float16",), "float16", "float16")]
 
 
-@pytest.mark.parametrize(("family", "cpu"), [("arm_neon", "cortex-a53"), ("arm_dotprod", "cortex-a76")])
+def narrow_weights() -> list[tuple[KernelRequest, int]]:
+    """Layers whose weights let four and eight products meet in int16, with the largest magnitude of a weight."""
+    layer = KernelRequest(Conv2D((1, 5, 5, 64), 16, Window((3, 3), padding=(1, 1, 1, 1))), ("uint8",), "uint8", "int8")
+    return [(layer, 63), (layer, 31)]
+
+
+@pytest.mark.parametrize(("family", "cpu"), BOARDS)
 def test_anchors_on_a_board_match_the_contract(emulated_board: Board, tmp_path: Path, family: str, cpu: str) -> None:
     """All forms of convolutions on a core without and one with dot products; full-range codes and weights."""
     functions, arguments, expected = {}, {}, {}
-    for index, request in enumerate(requests()):
+    for index, (request, limit) in enumerate([*((r, 127) for r in requests()), *narrow_weights()]):
         name = f"kernel_{index}"
-        request, constants, inputs = random_case(np.random.default_rng(index), request)
+        request, constants, inputs = random_case(np.random.default_rng(index), request, limit)
         kernel = select_kernel(families_for_target((family,)), request)
         functions[name] = kernel.function.with_attr("global_symbol", name)
         output = np.zeros(request.operator.output_shape, STORAGE_DTYPE[request.output])
         for position, array in enumerate([*inputs, *kernel.pack(constants), output]):
             arguments[f"{name}/{position}"] = array
         expected[name] = (kernel.name, numerics.evaluate(request, constants, inputs))
+    if family == "arm_neon":
+        assert {"chain 4", "chain 8"} <= {name[-8:-1] for name, _ in expected.values()}
     library = export_for_board(tvm.compile(tvm.IRModule(functions), target=tvm_target(cpu)), tmp_path / "kernels.so")
     np.savez(tmp_path / "arguments.npz", **arguments)
     script, outputs = Path(__file__).with_name("run_kernels_on_board.py"), tmp_path / "outputs.npz"

@@ -1,6 +1,7 @@
 """The proof that int16 sums suffice, against every extreme activation.
 
-Protects exactness on AVX2: a chain that the proof allows must never saturate, and the proof must not be needlessly strict.
+Protects exactness on AVX2 and NEON: a chain that the proof allows must never saturate, and the proof must not be needlessly
+strict.
 """
 
 from __future__ import annotations
@@ -12,19 +13,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tvm_hquant.kernels.saturation import LONGEST_CHAIN, saturation_free_pairs
+from tvm_hquant.kernels.saturation import LONGEST_CHAIN, centred_products, saturation_free_pairs
 
 INT16 = np.iinfo(np.int16)
 
 
-def largest_sums(weights: np.ndarray) -> tuple[int, int]:
-    """Lowest and highest sum of activations times weights, over all activations that are 0 or 255."""
-    sums = [int(np.dot(weights.astype(int), choice)) for choice in product((0, 255), repeat=len(weights))]
+def largest_sums(weights: np.ndarray, activations: tuple[int, int]) -> tuple[int, int]:
+    """Lowest and highest sum of activations times weights, over all that are one of two extreme activations."""
+    sums = [int(np.dot(weights.astype(int), choice)) for choice in product(activations, repeat=len(weights))]
     return min(sums), max(sums)
 
 
-def fits(weights: np.ndarray) -> bool:
-    low, high = largest_sums(weights)
+def fits(weights: np.ndarray, activations: tuple[int, int] = (0, 255)) -> bool:
+    low, high = largest_sums(weights, activations)
     return bool(low >= INT16.min and high <= INT16.max)
 
 
@@ -42,6 +43,24 @@ def test_a_chain_is_allowed_exactly_where_it_cannot_saturate(channels: int, limi
         # Channels (0, 1) and (2, 3) of each quad meet in one int16 sum each.
         lanes = padded.reshape(2, -1, chain, 2, 2).swapaxes(2, 3).reshape(-1, 2 * chain)
         assert (allowed >= chain) == all(fits(lane) for lane in lanes)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 9), st.integers(4, 127), st.integers(0, 2**31))
+def test_centred_products_are_allowed_exactly_where_they_fit(channels: int, limit: int, seed: int) -> None:
+    """Two products of signed codes always fit; four are tried with all extreme activations."""
+    codes = np.random.default_rng(seed).integers(-limit, limit + 1, (1, 2, channels, 1, 1)).astype(np.int8)
+    padded = np.pad(codes[0, :, :, 0, 0], ((0, 0), (0, -channels % 16)))
+    # Four even channels meet in one int16 sum, and four odd ones in another.
+    lanes = padded.reshape(2, -1, 4, 2).swapaxes(2, 3).reshape(-1, 4)
+    assert (centred_products(codes) >= 4) == all(fits(lane, (-128, 127)) for lane in lanes)
+    assert all(fits(lane[:2], (-128, 127)) for lane in lanes)
+
+
+@pytest.mark.parametrize(("limit", "count"), [(127, 2), (-127, 2), (64, 4), (-64, 2), (-63, 4), (32, 8), (-31, 8)])
+def test_fewer_bits_let_more_products_meet(limit: int, count: int) -> None:
+    """7-bit weights within −63…63 let four products meet, 6-bit ones eight; −128 times −64 is one too much for four."""
+    assert centred_products(np.full((1, 1, 64, 3, 3), limit, np.int8)) == count
 
 
 @pytest.mark.parametrize(("limit", "chain"), [(127, 0), (64, 1), (32, 2), (16, 4), (8, 8)])

@@ -39,6 +39,11 @@ def as_conv2d(operator: Conv2D | Dense) -> Conv2D:
     return conv
 
 
+def _powers_of_two_below(limit: int) -> tuple[int, ...]:
+    """The largest first."""
+    return tuple(1 << bit for bit in reversed(range((limit - 1).bit_length())))
+
+
 @dataclass(frozen=True)
 class AnchorGeometry:
     """A convolution, the dot product that computes it, and how many byte planes its activations have.
@@ -71,6 +76,12 @@ class AnchorGeometry:
         while steps % chain:
             chain //= 2
         return chain
+
+    def parts(self, steps: int) -> tuple[int, tuple[int, ...]]:
+        """How ``steps`` steps are cut: so many full loads of operands, and the steps of the shorter loads after them."""
+        full = max(self.dot.operand_steps, self.chain)
+        count, left = divmod(steps, full)
+        return count, tuple(size for size in _powers_of_two_below(full) if left & size)
 
     @property
     def steps(self) -> int:
@@ -108,22 +119,22 @@ class AnchorGeometry:
         """The tiles that fit the registers, the cheapest by a count of instructions first.
 
         A step of a tile of p pixels and v vectors takes p·v multiply-adds (at least as many as hide their latency), and
-        loads p operands and v weights that run beside them. Long chains keep as many weights in registers as they have
-        steps, so they take one vector. Every tile pays for its epilogue, so tiles that overlap cost twice.
+        loads p operands and v weights that run beside them. Every tile pays for its epilogue, so tiles that overlap cost
+        twice.
         """
         _, width = self.output_size
         kernel_height, kernel_width = self.conv.window.kernel
         steps = kernel_height * kernel_width * self.steps
-        most_vectors = 1 if self.is_narrow or self.chain > 1 else self.group_outputs // self.dot.lanes
-        extra = 1 if self.dot.chain > 1 or self.dot.products > 1 else 0
+        most_vectors = 1 if self.is_narrow else self.group_outputs // self.dot.lanes
         found = []
         for pixels in range(1, min(width, 16) + 1):
             for vectors in range(1, min(most_vectors, 8) + 1):
-                sums = pixels * vectors
+                groups = -(-pixels // self.dot.pixels)
+                sums = groups * vectors * self.dot.accumulator_registers
                 # LLVM unrolls short loops over kernel columns and keeps operands that later columns read again.
                 is_unrolled = kernel_width > 1 and kernel_width * self.steps * (sums + pixels + vectors) < _UNROLLED
                 shared = self.dot.registers * 3 // 8 if is_unrolled else 0
-                if sums + max(vectors + 1 + extra, shared) > self.dot.registers:
+                if sums + max(self.dot.spare_registers(groups, vectors, self.chain), shared) > self.dot.registers:
                     continue
                 tiles = -(-width // pixels) * -(-self.group_outputs // (vectors * self.dot.lanes))
                 step = max(sums, _LATENCY) + self.dot.operand_cost * pixels + vectors

@@ -12,23 +12,20 @@ from dataclasses import dataclass
 from tvm.tirx.script import builder as T
 
 from tvm_hquant.kernels.anchor_family import AnchorFamily
-from tvm_hquant.kernels.dot_product import DotProduct, FloatDot, WideDot, repeated_word
+from tvm_hquant.kernels.arm_floats import arm_float_dot
+from tvm_hquant.kernels.arm_operands import LANES, REGISTERS, TOP_BITS, ElementOperands, word_operands
+from tvm_hquant.kernels.dot_product import DotProduct, WideDot
 from tvm_hquant.kernels.interface import KernelRequest
 from tvm_hquant.kernels.kernel_function import Buffer
 from tvm_hquant.kernels.primitives import Expression
 
-_LANES = 4
-_REGISTERS = 32
-_TOP_BITS = 0x80808080 - 2**32
-"""The top bit of each byte of an int32."""
-
 
 @dataclass(frozen=True)
-class SdotDot:
-    """Four channels a step."""
+class SdotDot(ElementOperands):
+    """Four channels a step; sixteen are loaded and made signed at once."""
 
-    lanes: int = _LANES
-    registers: int = _REGISTERS
+    lanes: int = LANES
+    registers: int = REGISTERS
     products: int = 4
     chain: int = 1
     operand_dtype: str = "uint8"
@@ -36,24 +33,25 @@ class SdotDot:
     weight_dtype: str = "int8"
     accumulator_dtype: str = "int32"
     name: str = "sdot"
-    operand_cost: float = 1.5
+    operand_cost: float = 0.5
+    operand_steps: int = 4
 
-    def operand(self, buffer: Buffer, index: Expression) -> Expression:
-        return repeated_word(buffer, index, "int8", self.lanes, flip=_TOP_BITS)
+    def operands(self, buffer: Buffer, indices: Sequence[Expression], steps: int) -> Sequence[Expression]:
+        return word_operands(buffer, indices[0], steps, "int8", flip=TOP_BITS)
 
     def accumulate(
         self, accumulator: Expression, operands: Sequence[Expression], weights: Sequence[Expression]
     ) -> Expression:
-        return T.call_llvm_pure_intrin("int32x4", "llvm.aarch64.neon.sdot", accumulator, operands[0], weights[0])
+        return T.call_llvm_pure_intrin("int32x4", "llvm.aarch64.neon.sdot", accumulator, weights[0], operands[0])
 
 
 def _dot(request: KernelRequest) -> DotProduct:
     if request.weights == "int8":
         return SdotDot()
     if request.weights == "int16":
-        return WideDot(2, _REGISTERS)
-    return FloatDot(_LANES, _REGISTERS, request.weights, operand_cost=1.0)
+        return WideDot(2, REGISTERS)
+    return arm_float_dot(request)
 
 
-FAMILY = AnchorFamily("arm_dotprod", _dot, _LANES)
+FAMILY = AnchorFamily("arm_dotprod", _dot, LANES)
 """The kernel family of this instruction set."""

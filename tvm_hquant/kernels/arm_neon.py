@@ -1,7 +1,7 @@
-"""Plain AArch64 NEON (Cortex-A53, A72): ``smull`` and ``smlal`` sum two products of bytes in int16, ``sadalp`` widens.
+"""Plain AArch64 NEON (Cortex-A53, A72): ``smull`` and ``smlal`` sum products of bytes in int16, ``sadalp`` widens.
 
-Activations less 128 and weights within −127…127 make products of at most 2¹⁴ − 128, so two of them always fit int16. That is
-twice as many products an instruction as ``smlal`` of int16 values gives.
+Activations less 128 and weights within −127…127 make products of at most 2¹⁴ − 128, so two of them always fit int16. Narrower
+weights let more products meet there before they are widened.
 """
 
 from __future__ import annotations
@@ -12,55 +12,101 @@ from dataclasses import dataclass
 from tvm.tirx.script import builder as T
 
 from tvm_hquant.kernels.anchor_family import AnchorFamily
-from tvm_hquant.kernels.dot_product import DotProduct, FloatDot, WideDot, repeated_word
+from tvm_hquant.kernels.arm_floats import arm_float_dot
+from tvm_hquant.kernels.arm_operands import (
+    LANES,
+    REGISTERS,
+    TOP_BITS,
+    ElementOperands,
+    element_in_all_lanes,
+    halves,
+    load_words,
+    word_operands,
+)
+from tvm_hquant.kernels.dot_product import DotProduct, RepeatedOperand, WideDot
 from tvm_hquant.kernels.interface import KernelRequest
 from tvm_hquant.kernels.kernel_function import Buffer
 from tvm_hquant.kernels.primitives import Expression, convert
-
-_LANES = 4
-_REGISTERS = 32
-_TOP_BITS = 0x80808080 - 2**32
-"""The top bit of each byte of an int32."""
+from tvm_hquant.operators import Conv2D
 
 
 @dataclass(frozen=True)
-class ByteDot:
-    """Four channels a step: the first and the third of them, then the second and the fourth, meet in int16 lanes."""
+class PairDot(ElementOperands):
+    """Two channels a step for eight output channels; ``chain`` steps are summed in int16, lane by lane, then widened."""
 
-    lanes: int = _LANES
-    registers: int = _REGISTERS
-    products: int = 4
-    chain: int = 1
+    chain: int = 2
+    lanes: int = 2 * LANES
+    registers: int = REGISTERS
+    products: int = 2
     operand_dtype: str = "uint8"
     operand_offset: int = -128
     weight_dtype: str = "int8"
     accumulator_dtype: str = "int32"
     name: str = "smlal"
     operand_cost: float = 1.0
+    accumulator_registers: int = 2
 
-    def operand(self, buffer: Buffer, index: Expression) -> Expression:
-        return repeated_word(buffer, index, "int8", self.lanes, flip=_TOP_BITS)
+    @property
+    def operand_steps(self) -> int:
+        return max(4, self.chain)
+
+    def spare_registers(self, groups: int, vectors: int, chain: int) -> int:
+        return 2 * groups + (chain + 2) * vectors
+
+    def operands(self, buffer: Buffer, indices: Sequence[Expression], steps: int) -> Sequence[Expression]:
+        words = load_words(buffer, indices[0], steps // 2, TOP_BITS)
+        pairs = T.bind(T.reinterpret(f"int16x{steps}", words))
+        return [T.reinterpret("int8x16", element_in_all_lanes(pairs, step, 8)) for step in range(steps)]
 
     def accumulate(
         self, accumulator: Expression, operands: Sequence[Expression], weights: Sequence[Expression]
     ) -> Expression:
-        pairs = _pairs(operands[0], 0) * _pairs(weights[0], 0) + _pairs(operands[0], 1) * _pairs(weights[0], 1)
-        return accumulator + T.call_llvm_pure_intrin("int32x4", "llvm.aarch64.neon.saddlp", pairs)
+        products = [convert(x, "int16") * convert(w, "int16") for x, w in zip(operands, weights, strict=True)]
+        total = products[0]
+        for other in products[1:]:
+            total = total + other
+        return accumulator + T.Shuffle([_add_neighbours(half) for half in halves(total)], list(range(8)))
 
 
-def _pairs(bytes_of_quads: Expression, half: int) -> Expression:
-    """The first or the second two bytes of each of four quads, as int16x8."""
-    halves = T.Shuffle([T.reinterpret("int16x8", bytes_of_quads)], [2 * lane + half for lane in range(_LANES)])
-    return convert(T.reinterpret("int8x8", halves), "int16")
+@dataclass(frozen=True)
+class QuadDot(RepeatedOperand):
+    """Four products a lane, as depthwise layers have them: neighbouring products meet in int16, then in int32."""
+
+    lanes: int = LANES
+    registers: int = REGISTERS
+    products: int = 4
+    chain: int = 1
+    operand_dtype: str = "uint8"
+    operand_offset: int = -128
+    weight_dtype: str = "int8"
+    accumulator_dtype: str = "int32"
+    name: str = "smull"
+    operand_cost: float = 1.0
+
+    def operand(self, buffer: Buffer, index: Expression) -> Expression:
+        return word_operands(buffer, index, 1, "int8", TOP_BITS)[0]
+
+    def accumulate(
+        self, accumulator: Expression, operands: Sequence[Expression], weights: Sequence[Expression]
+    ) -> Expression:
+        products = convert(operands[0], "int16") * convert(weights[0], "int16")
+        pairs = T.call_llvm_pure_intrin("int16x8", "llvm.aarch64.neon.addp", *halves(products))
+        return accumulator + _add_neighbours(pairs)
+
+
+def _add_neighbours(pairs: Expression) -> Expression:
+    """int16x8 to int32x4; with the addition of an accumulator LLVM makes ``sadalp`` of it."""
+    return T.call_llvm_pure_intrin("int32x4", "llvm.aarch64.neon.saddlp", pairs)
 
 
 def _dot(request: KernelRequest) -> DotProduct:
     if request.weights == "int8":
-        return ByteDot()
+        is_depthwise = isinstance(request.operator, Conv2D) and request.operator.is_depthwise
+        return QuadDot() if is_depthwise else PairDot(request.centred_products)
     if request.weights == "int16":
-        return WideDot(2, _REGISTERS)
-    return FloatDot(_LANES, _REGISTERS, request.weights, operand_cost=1.0)
+        return WideDot(2, REGISTERS)
+    return arm_float_dot(request)
 
 
-FAMILY = AnchorFamily("arm_neon", _dot, _LANES)
+FAMILY = AnchorFamily("arm_neon", _dot, LANES)
 """The kernel family of this instruction set."""

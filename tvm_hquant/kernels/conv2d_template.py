@@ -178,8 +178,13 @@ class _Emitter:
             start = T.min(start, geometry.group_outputs - geometry.block)
         channel = T.bind(group * geometry.group_outputs + start)
         constants = T.bind(channel_block * geometry.block)
-        places = [(i, j) for i in range(pixels) for j in range(vectors)]
-        accumulators = {place: self._register(dot.accumulator_dtype) for place in places}
+        # An accumulator is named by its first pixel; of its pixels, those beyond the tile are left out in the end.
+        places = [(i, j) for i in range(0, pixels, dot.pixels) for j in range(vectors)]
+        accumulators = {place: self._register(dot.accumulator_dtype, dot.lanes * dot.pixels) for place in places}
+
+        def sums(i: int, j: int) -> Expression:
+            first = i - i % dot.pixels
+            return dot.rows(load(accumulators[first, j], 0, dot.lanes * dot.pixels))[i - first]
 
         def output_index(i: int, j: int) -> Expression:
             return (row * width + x + i) * geometry.conv.out_channels + channel + j * dot.lanes
@@ -188,7 +193,7 @@ class _Emitter:
             self._accumulate(accumulators, row, x, group, channel_block, None)
 
             def scaled(i: int, j: int) -> Expression:
-                value = load(accumulators[i, j], 0, dot.lanes)
+                value = sums(i, j)
                 if not self.is_integer:
                     return value
                 at = constants + j * dot.lanes
@@ -197,16 +202,17 @@ class _Emitter:
 
             self._finish(scaled, output_index)
             return
-        values = {place: self._register("float32") for place in places}
-        for i, j in places:
+        values = {(i, j): self._register("float32", dot.lanes) for i in range(pixels) for j in range(vectors)}
+        for i, j in values:
             store(values[i, j], 0, load(self.offsets, constants + j * dot.lanes, dot.lanes), dot.lanes)
         with T.serial(geometry.passes) as number:
             self._accumulate(accumulators, row, x, group, channel_block, number)
             base = number * len(geometry.channel_rows) + constants
-            for i, j in places:
+            for j in range(vectors):
                 multiplier = load(self.multipliers, base + j * dot.lanes, dot.lanes)
-                sums, value = load(accumulators[i, j], 0, dot.lanes), load(values[i, j], 0, dot.lanes)
-                store(values[i, j], 0, scale_accumulator(sums, multiplier, value), dot.lanes)
+                for i in range(pixels):
+                    value = load(values[i, j], 0, dot.lanes)
+                    store(values[i, j], 0, scale_accumulator(sums(i, j), multiplier, value), dot.lanes)
         self._finish(lambda i, j: load(values[i, j], 0, dot.lanes), output_index)
 
     def _finish(self, value: Callable[[int, int], Expression], output_index: Callable[[int, int], Expression]) -> None:
@@ -223,9 +229,9 @@ class _Emitter:
                 values = [[value(i, first + j) for j in range(size)] for i in pixels]
                 self.packed_epilogue.finish(values, [output_index(i, first) for i in pixels])
 
-    def _register(self, dtype: str) -> Buffer:
+    def _register(self, dtype: str, lanes: int) -> Buffer:
         """A vector of the tile. Each is a buffer of its own: TVM puts nothing on the stack that has 1024 bytes or more."""
-        return T.alloc_buffer((self.dot.lanes,), dtype, scope=STACK)
+        return T.alloc_buffer((lanes,), dtype, scope=STACK)
 
     def _accumulate(
         self,
@@ -238,7 +244,7 @@ class _Emitter:
     ) -> None:
         """Sums of one pass, from its start values."""
         geometry, dot, window = self.geometry, self.dot, self.geometry.conv.window
-        pixels, vectors = geometry.tile.pixels, geometry.tile.vectors
+        vectors = geometry.tile.vectors
         (kh, kw), (sh, sw), (dh, dw) = window.kernel, window.strides, window.dilation
         height, _ = geometry.output_size
         padded_height, padded_width = geometry.padded_size
@@ -248,7 +254,8 @@ class _Emitter:
         lanes_of_all = len(geometry.channel_rows)
         start_base = channel_block * geometry.block + (number * lanes_of_all if number is not None else 0)
         for (_, j), accumulator in accumulators.items():
-            store(accumulator, 0, load(self.starts, start_base + j * dot.lanes, dot.lanes), dot.lanes)
+            start = dot.start(load(self.starts, start_base + j * dot.lanes, dot.lanes))
+            store(accumulator, 0, start, dot.lanes * dot.pixels)
         image, y = row // height, row % height
         corner = T.bind(
             ((image * padded_height + y * sh) * padded_width + x * sw) * pixel
@@ -258,29 +265,60 @@ class _Emitter:
         vector_weights = dot.lanes * dot.products
         block_weights = kh * kw * geometry.steps * vectors * vector_weights
         weight_base = T.bind(channel_block * block_weights + point * geometry.weight_elements)
-        chain = geometry.chain
         # Columns that lie side by side in memory are further steps of one loop.
         merged = dw == 1 and geometry.conv.groups == 1
         columns, steps = (1, kw * geometry.steps) if merged else (kw, geometry.steps)
+        full, rest = geometry.parts(steps)
+        full_steps = max(dot.operand_steps, geometry.chain)
         with ExitStack() as loops:
             ky = loops.enter_context(T.serial(kh)) if kh > 1 else 0
             kx = loops.enter_context(T.serial(columns)) if columns > 1 else 0
-            count = steps // chain
-            step = loops.enter_context(T.serial(count)) if count > 1 else 0
-            at = T.bind(corner + (ky * dh * padded_width + kx * dw) * pixel + step * (chain * dot.products))
-            weight_at = T.bind(weight_base + ((ky * columns + kx) * steps + step * chain) * (vectors * vector_weights))
-            weight_type = vector_type(dot.weight_dtype, vector_weights)
-            weights = [
+            at = T.bind(corner + (ky * dh * padded_width + kx * dw) * pixel)
+            weight_at = T.bind(weight_base + (ky * columns + kx) * steps * (vectors * vector_weights))
+
+            def part(first: Expression, count: int) -> None:
+                """``count`` steps from step ``first``."""
+                self._steps(
+                    accumulators, at + first * dot.products, weight_at + first * vectors * vector_weights, count
+                )
+
+            if full > 1:
+                with T.serial(full) as number_of_load:
+                    part(number_of_load * full_steps, full_steps)
+            elif full:
+                part(0, full_steps)
+            done = full * full_steps
+            for size in rest:
+                part(done, size)
+                done += size
+
+    def _steps(
+        self,
+        accumulators: Mapping[tuple[int, int], Buffer],
+        activation: Expression,
+        weight: Expression,
+        steps: int,
+    ) -> None:
+        """Some steps, whose operands are loaded at once, for all accumulators."""
+        geometry, dot, conv = self.geometry, self.dot, self.geometry.conv
+        pixels, vectors = geometry.tile.pixels, geometry.tile.vectors
+        pixel = conv.window.strides[1] * conv.groups * geometry.padded_inputs
+        vector_weights, chain = dot.lanes * dot.products, geometry.chain
+        activation, weight = T.bind(activation), T.bind(weight)
+        operands: dict[int, list[Expression]] = {}
+        weight_type = vector_type(dot.weight_dtype, vector_weights)
+        size = dot.lanes * dot.pixels
+        for first in range(0, steps, chain):
+            of_vectors = [
                 [
-                    T.bind(self.weights.vload([weight_at + (c * vectors + j) * vector_weights], weight_type))
+                    T.bind(self.weights.vload([weight + ((first + c) * vectors + j) * vector_weights], weight_type))
                     for c in range(chain)
                 ]
                 for j in range(vectors)
             ]
-            for i in range(pixels):
-                operands = [
-                    T.bind(dot.operand(self.source, at + i * sw * pixel + c * dot.products)) for c in range(chain)
-                ]
-                for j in range(vectors):
-                    value = dot.accumulate(load(accumulators[i, j], 0, dot.lanes), operands, weights[j])
-                    store(accumulators[i, j], 0, value, dot.lanes)
+            for (i, j), accumulator in accumulators.items():
+                if i not in operands:
+                    indices = [activation + min(i + k, pixels - 1) * pixel for k in range(dot.pixels)]
+                    operands[i] = [T.bind(operand) for operand in dot.operands(self.source, indices, steps)]
+                value = dot.accumulate(load(accumulator, 0, size), operands[i][first : first + chain], of_vectors[j])
+                store(accumulator, 0, value, size)

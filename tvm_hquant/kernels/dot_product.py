@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -26,6 +27,9 @@ class DotProduct(Protocol):
         weight_dtype: of packed weights.
         accumulator_dtype: int32, float32 or float64.
         operand_cost: what loading and repeating an operand costs beside the multiply-adds, in multiply-adds of a vector.
+        operand_steps: steps whose operands come from memory at once, a power of two (a chain takes its own steps at least).
+        pixels: neighbouring pixels that share an accumulator; it has ``lanes · pixels`` elements.
+        accumulator_registers: vector registers of an accumulator.
     """
 
     @property
@@ -48,18 +52,77 @@ class DotProduct(Protocol):
     def accumulator_dtype(self) -> str: ...
     @property
     def operand_cost(self) -> float: ...
+    @property
+    def operand_steps(self) -> int: ...
+    @property
+    def pixels(self) -> int: ...
+    @property
+    def accumulator_registers(self) -> int: ...
 
-    def operand(self, buffer: Buffer, index: Expression) -> Expression:
-        """``products`` neighbouring activations, repeated for every lane."""
+    def spare_registers(self, groups: int, vectors: int, chain: int) -> int:
+        """Registers that a step needs beside the accumulators of a tile of ``groups`` times ``pixels`` pixels."""
+
+    def operands(self, buffer: Buffer, indices: Sequence[Expression], steps: int) -> Sequence[Expression]:
+        """What ``accumulate`` takes for each of ``steps`` steps, from ``steps · products`` activations at each of the
+        ``pixels`` indices."""
 
     def accumulate(
         self, accumulator: Expression, operands: Sequence[Expression], weights: Sequence[Expression]
     ) -> Expression:
         """The accumulator plus the products of ``chain`` steps."""
 
+    def start(self, values: Expression) -> Expression:
+        """An accumulator that holds the values of ``lanes`` channels for each of its pixels."""
+
+    def rows(self, accumulator: Expression) -> Sequence[Expression]:
+        """The ``lanes`` sums of each pixel of an accumulator."""
+
+
+class OnePixel:
+    """The part of a dot product whose accumulators are vectors of channels of one pixel."""
+
+    @property
+    def pixels(self) -> int:
+        return 1
+
+    def start(self, values: Expression) -> Expression:
+        return values
+
+    def rows(self, accumulator: Expression) -> Sequence[Expression]:
+        return [accumulator]
+
+
+class RepeatedOperand(OnePixel, ABC):
+    """The part of a dot product that loads one operand for each step and repeats it in all lanes."""
+
+    chain: int
+    products: int
+    registers: int
+
+    @abstractmethod
+    def operand(self, buffer: Buffer, index: Expression) -> Expression:
+        """``products`` neighbouring activations, repeated for every lane."""
+
+    @property
+    def operand_steps(self) -> int:
+        return 1
+
+    @property
+    def accumulator_registers(self) -> int:
+        return 1
+
+    def spare_registers(self, groups: int, vectors: int, chain: int) -> int:
+        # A chain keeps the weights of all its steps.
+        if chain > 1 and vectors > 1:
+            return self.registers
+        return vectors + (2 if self.chain > 1 or self.products > 1 else 1)
+
+    def operands(self, buffer: Buffer, indices: Sequence[Expression], steps: int) -> Sequence[Expression]:
+        return [self.operand(buffer, indices[0] + step * self.products) for step in range(steps)]
+
 
 @dataclass(frozen=True)
-class FloatDot:
+class FloatDot(RepeatedOperand):
     """float32 fused multiply-adds; weights in any float storage are widened, which is exact."""
 
     lanes: int
@@ -90,7 +153,7 @@ class FloatDot:
 
 
 @dataclass(frozen=True)
-class WideDot:
+class WideDot(RepeatedOperand):
     """Exact sums in float64 for weights of more than 8 bits, which are only simulated: every sum stays below 2^53."""
 
     lanes: int
@@ -115,7 +178,7 @@ class WideDot:
 
 
 @dataclass(frozen=True)
-class WideningDot:
+class WideningDot(RepeatedOperand):
     """int32 multiply-adds of widened codes: what any LLVM target compiles (``smlal`` on NEON, ``vpmaddwd`` on x86)."""
 
     lanes: int

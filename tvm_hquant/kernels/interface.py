@@ -32,6 +32,7 @@ class KernelRequest:
         weight_points: how many weight tensors are summed (multipoint); 1 for plain weights.
         saturation_free_pairs: what the weights prove: how many chained sums of two products u8·s8 surely fit int16.
             0: not even one pair. Kernels may use it to be faster, never to compute other values.
+        centred_products: likewise, how many products of codes less 128 (s8·s8) surely fit int16: 2, 4 or 8.
     """
 
     operator: Operator
@@ -40,6 +41,7 @@ class KernelRequest:
     weights: str = ""
     weight_points: int = 1
     saturation_free_pairs: int = 0
+    centred_products: int = 2
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ import numpy as np
 import numpy.typing as npt
 
 LONGEST_CHAIN = 8
-_LARGEST_ACTIVATION = 255
 _INT16 = np.iinfo(np.int16)
 
 
@@ -46,8 +45,30 @@ def saturation_free_pairs(weight_codes: npt.NDArray[Any]) -> int:
     return longest
 
 
-def _fits(weights: npt.NDArray[np.int32]) -> bool:
+def centred_products(weight_codes: npt.NDArray[Any]) -> int:
+    """How many products of activation codes less 128 with weights surely fit int16 when added: 2, 4 or 8.
+
+    Two always do, since weights are within −127…127. The products of a sum are, at one kernel position, those of n consecutive
+    even or n consecutive odd channels, starting at a multiple of 2n. Missing channels at the end count as zero weights.
+
+    Args:
+        weight_codes: int8 [points, out_channels, in_channels / groups, kernel_h, kernel_w].
+    """
+    in_channels = weight_codes.shape[2]
+    rows = np.moveaxis(weight_codes, 2, -1).reshape(-1, in_channels).astype(np.int32)
+    rows = np.pad(rows, ((0, 0), (0, -in_channels % (2 * LONGEST_CHAIN))))
+    longest = 2
+    for count in (4, LONGEST_CHAIN):
+        if not _fits(rows.reshape(len(rows), -1, count, 2).swapaxes(2, 3).reshape(-1, count), (-128, 127)):
+            break
+        longest = count
+    return longest
+
+
+def _fits(weights: npt.NDArray[np.int32], activations: tuple[int, int] = (0, 255)) -> bool:
     """Whether sums of activations times weights along the last axis stay within int16 whatever the activations are."""
-    highest = _LARGEST_ACTIVATION * np.maximum(weights, 0).sum(axis=-1)
-    lowest = _LARGEST_ACTIVATION * np.minimum(weights, 0).sum(axis=-1)
+    lowest_activation, highest_activation = activations
+    positive, negative = np.maximum(weights, 0).sum(axis=-1), np.minimum(weights, 0).sum(axis=-1)
+    highest = highest_activation * positive + lowest_activation * negative
+    lowest = lowest_activation * positive + highest_activation * negative
     return bool(highest.max(initial=0) <= _INT16.max and lowest.min(initial=0) >= _INT16.min)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from tvm.tirx.script import builder as T
 
 from tvm_hquant.kernels.anchor_family import AnchorFamily
-from tvm_hquant.kernels.dot_product import DotProduct, FloatDot, WideDot, repeated_word
+from tvm_hquant.kernels.dot_product import DotProduct, FloatDot, RepeatedOperand, WideDot, repeated_word
 from tvm_hquant.kernels.interface import KernelRequest
 from tvm_hquant.kernels.kernel_function import Buffer
 from tvm_hquant.kernels.primitives import Expression
@@ -24,7 +24,7 @@ _REGISTERS = 16
 
 
 @dataclass(frozen=True)
-class WordDot:
+class WordDot(RepeatedOperand):
     """``vpmaddwd``: two channels a step, activations and weights widened to int16 beforehand."""
 
     lanes: int = _LANES
@@ -48,7 +48,7 @@ class WordDot:
 
 
 @dataclass(frozen=True)
-class ByteDot:
+class ByteDot(RepeatedOperand):
     """``vpmaddubsw``: four channels a step, ``chain`` steps summed in int16, then widened by ``vpmaddwd`` with ones."""
 
     chain: int

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from tvm.tirx.script import builder as T
 
 from tvm_hquant.kernels.anchor_family import AnchorFamily
-from tvm_hquant.kernels.dot_product import DotProduct, FloatDot, WideDot, repeated_word
+from tvm_hquant.kernels.dot_product import DotProduct, FloatDot, RepeatedOperand, WideDot, repeated_word
 from tvm_hquant.kernels.interface import KernelRequest
 from tvm_hquant.kernels.kernel_function import Buffer
 from tvm_hquant.kernels.primitives import Expression
@@ -21,7 +21,7 @@ _REGISTERS = 32
 
 
 @dataclass(frozen=True)
-class VnniDot:
+class VnniDot(RepeatedOperand):
     """Four channels a step."""
 
     lanes: int = _LANES

@@ -22,6 +22,7 @@ INSTRUCTION_SETS: Mapping[str, frozenset[str]] = MappingProxyType(
     {
         "avx512_vnni": frozenset({"avx512f", "avx512bw", "avx512vl", "avx512_vnni"}),
         "avx2": frozenset({"avx2", "fma"}),
+        "arm_i8mm": frozenset({"asimd", "asimddp", "i8mm"}),
         "arm_dotprod": frozenset({"asimd", "asimddp"}),
         "arm_neon": frozenset({"asimd"}),
         "portable": frozenset(),
