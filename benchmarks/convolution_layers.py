@@ -159,7 +159,7 @@ def peak_function(dot: DotProduct) -> Any:
         for number, register in enumerate(registers.values()):
             store(register, 0, load(sums, number * dot.lanes, dot.lanes), dot.lanes)
         operands = [
-            [T.bind(dot.operand(source, (i * dot.chain + c) * dot.products)) for c in range(dot.chain)]
+            [T.bind(operand) for operand in dot.operands(source, [i * dot.chain * dot.products], dot.chain)]
             for i in range(_PEAK_PIXELS)
         ]
         with T.serial(_PEAK_STEPS) as step:
