@@ -26,7 +26,7 @@ from tvm_hquant.kernels.interface import (
     QuantizeConstants,
     TableConstants,
 )
-from tvm_hquant.kernels.saturation import saturation_free_pairs
+from tvm_hquant.kernels.saturation import centred_products, saturation_free_pairs
 from tvm_hquant.layers import Layer
 from tvm_hquant.operators import (
     Add,
@@ -81,8 +81,8 @@ def test_integer_layer_asks_for_an_integer_kernel(name: str, storage: TensorForm
     precision = parse_precision(name)
     codes = quantize_layer_weights(layer, precision)
     request, constants = realize_layer(layer, precision, [storage], BYTE, codes)
-    pairs = request.saturation_free_pairs
-    assert request == KernelRequest(layer.operator, (storage.storage,), "uint8", weights, points, pairs)
+    proven = (request.saturation_free_pairs, request.centred_products)
+    assert request == KernelRequest(layer.operator, (storage.storage,), "uint8", weights, points, *proven)
     assert isinstance(constants, IntegerAnchorConstants)
     np.testing.assert_array_equal(constants.weight_codes, codes.codes)
     assert constants.input_zero_point == storage.storage_zero_point
@@ -102,6 +102,7 @@ def test_request_says_what_narrow_weights_prove() -> None:
         codes = quantize_layer_weights(layer, precision)
         request, _ = realize_layer(layer, precision, [BYTE], BYTE, codes)
         assert request.saturation_free_pairs == saturation_free_pairs(codes.codes)
+        assert request.centred_products == centred_products(codes.codes)
         proofs.append(request.saturation_free_pairs)
     assert proofs == sorted(proofs), "fewer bits prove at least as much"
     assert proofs[1] >= 1, "two products of 7-bit weights always fit"
