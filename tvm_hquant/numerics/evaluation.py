@@ -27,6 +27,7 @@ from tvm_hquant.kernels.interface import (
 from tvm_hquant.numerics import float_layers, integer_layers
 from tvm_hquant.numerics.codes import dequantize
 from tvm_hquant.numerics.functions import unary_float32
+from tvm_hquant.numerics.movement import move
 from tvm_hquant.numerics.storage import narrow, widen
 from tvm_hquant.operators import (
     Add,
@@ -147,25 +148,9 @@ def _parameters(constants: LayerConstants, own: tuple[float, ...]) -> tuple[floa
 
 
 def _move(operator: Movement, constants: LayerConstants, x: Array, request: KernelRequest) -> Array:
-    p = operator.parameters
-    match operator.function:
-        case "reshape":
-            return x.reshape(operator.output_shape)
-        case "permute_dims":
-            return x.transpose(p)
-        case "take":
-            return np.take(x, p[1:], axis=p[0])
-        case "strided_slice":
-            slices = [slice(None)] * x.ndim
-            for axis, begin, stride in zip(p[::3], p[1::3], p[2::3], strict=True):
-                last = begin + (operator.output_shape[axis] - 1) * stride
-                slices[axis] = slice(begin, last + 1, stride)
-            return x[tuple(slices)]
-        case "pad":
-            fill = constants.fill if isinstance(constants, FillConstants) else operator.fill
-            widths = list(zip(p[::2], p[1::2], strict=True))
-            return np.pad(x, widths, constant_values=_stored_fill(fill, request.inputs[0]))
-    raise KernelError(f"no movement {operator.function!r}: use reshape, permute_dims, strided_slice, take or pad")
+    fill = constants.fill if isinstance(constants, FillConstants) else operator.fill
+    stored = _stored_fill(fill, request.inputs[0]) if operator.function == "pad" else 0
+    return move(operator, x, stored)
 
 
 def _stored_fill(fill: float, storage: Storage) -> Any:

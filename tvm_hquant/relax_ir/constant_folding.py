@@ -49,6 +49,8 @@ def evaluate(call: Any, array_of: Callable[[Any], Array | None]) -> Array | None
         None where an argument is not constant, or where this operator is not one that gets folded.
     """
     name = operator_name(call)
+    if name == "relax.ones":
+        return np.ones(shape_of(call), str(call.ty.dtype))
     if name in ("relax.concat", "relax.stack") and isinstance(call.args[0], relax.Tuple):
         fields = [array_of(f) for f in call.args[0].fields]
         known = [f for f in fields if f is not None]
@@ -62,7 +64,7 @@ def evaluate(call: Any, array_of: Callable[[Any], Array | None]) -> Array | None
             return None
         with np.errstate(all="ignore"):
             return _typed(_ELEMENTWISE[name](*arrays), call, arrays)
-    if name not in (*_RESHAPES, "relax.broadcast_to", "relax.permute_dims", "relax.astype", "relax.take"):
+    if name not in (*_RESHAPES, "relax.broadcast_to", "relax.permute_dims", "relax.astype", "relax.take", "relax.flip"):
         return None
     values = array_of(call.args[0])
     if values is None:
@@ -71,6 +73,8 @@ def evaluate(call: Any, array_of: Callable[[Any], Array | None]) -> Array | None
         return values.reshape(shape_of(call))
     if name == "relax.broadcast_to":
         return np.broadcast_to(values, shape_of(call)).copy()
+    if name == "relax.flip":
+        return np.flip(values, int(call.attrs.axis)).copy()
     if name == "relax.astype":
         return values.astype(str(call.attrs.dtype))
     if name == "relax.take":

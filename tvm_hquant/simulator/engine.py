@@ -137,6 +137,11 @@ class SimulationEngine:
         values = self._all_values(inputs, program)
         return [values[step.key].numpy() for step in program.steps]
 
+    def forget(self, program: Program) -> None:
+        """Gives back the packed constants of a program that will not run again."""
+        for step in program.steps:
+            self._bound.pop(id(step.constants), None)
+
     def time_layers(
         self, inputs: Mapping[str, Array], program: Program, only: str | None = None, repeat: int = 10
     ) -> dict[str, float]:

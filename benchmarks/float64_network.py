@@ -1,0 +1,137 @@
+"""A network in float64, as plain NumPy: where float32 is too coarse, and to check gradients against."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tvm_hquant.errors import KernelError
+from tvm_hquant.layers import Layer, LayerGraph
+from tvm_hquant.numerics.functions import unary_float64
+from tvm_hquant.numerics.movement import move
+from tvm_hquant.numerics.windows import pad_spatial, positions
+from tvm_hquant.operators import (
+    Add,
+    AveragePool2D,
+    Concat,
+    Conv2D,
+    Dense,
+    LocalResponseNormalization,
+    MaxPool2D,
+    Movement,
+    Softmax,
+    Unary,
+    Window,
+)
+
+Array = npt.NDArray[Any]
+Floats = npt.NDArray[np.float64]
+
+
+class Float64Network:
+    """The layers of a partitioned float module over any number of samples at once."""
+
+    def __init__(self, graph: LayerGraph) -> None:
+        self.graph = graph
+        self.weights: dict[str, Floats] = {
+            layer.name: layer.weights.astype(np.float64) for layer in graph.anchors if layer.weights is not None
+        }
+
+    def run(
+        self,
+        inputs: Mapping[str, Array],
+        added: Mapping[str, Floats] | None = None,
+        weights: Mapping[str, Floats] | None = None,
+    ) -> dict[str, Floats]:
+        """All tensors by name.
+
+        Args:
+            inputs: graph inputs, any batch.
+            added: for layers with weights what is added to the tensor that they read first.
+            weights: in place of the model's own, for some layers.
+        """
+        tensors: dict[str, Floats] = {name: np.asarray(inputs[name], np.float64) for name in self.graph.inputs}
+        given = {**self.weights, **(weights or {})}
+        for layer in self.graph.layers:
+            read = [tensors[name] for name in layer.inputs]
+            if added is not None and layer.name in added:
+                read[0] = read[0] + added[layer.name]
+            tensors[layer.name] = _layer(layer, read, given.get(layer.name))
+        return tensors
+
+    def logits(self, inputs: Mapping[str, Array], **changes: Any) -> Floats:
+        """The first output, [samples, classes]."""
+        found = self.run(inputs, **changes)[self.graph.outputs[0]]
+        return found.reshape(len(next(iter(inputs.values()))), -1)
+
+
+def cross_entropy(logits: Floats, labels: Sequence[int] | Array) -> Floats:
+    """For each sample, in nats: −log softmax(logits)[label]."""
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    logarithms = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    return np.asarray(-logarithms[np.arange(len(logits)), np.asarray(labels)])
+
+
+def _layer(layer: Layer, read: list[Floats], weights: Floats | None) -> Floats:
+    operator, x = layer.operator, read[0]
+    match operator:
+        case Conv2D() | Dense():
+            assert weights is not None
+            assert layer.bias is not None
+            product = _convolution(operator, x, weights) if isinstance(operator, Conv2D) else x @ weights[:, :, 0, 0].T
+            sums = product + layer.bias
+            epilogue = operator.epilogue
+            return np.clip(sums + read[1] if epilogue.has_residual else sums, epilogue.lower, epilogue.upper)
+        case Add():
+            return np.clip(x + read[1], operator.lower, operator.upper)
+        case MaxPool2D():
+            return np.max(np.stack(_windows(operator.window, x, -np.inf)), axis=0)
+        case AveragePool2D():
+            rows, columns = (np.array(d) for d in operator.divisors)
+            return sum(_windows(operator.window, x, 0.0)) / (rows[:, None] * columns)[None, :, :, None]
+        case Concat():
+            return np.concatenate(read, axis=operator.axis)
+        case Unary():
+            return unary_float64(operator.function, operator.parameters, x)
+        case Movement():
+            return move(_for_batch(operator, len(x)), x, operator.fill)
+        case Softmax():
+            e = np.exp(x - x.max(axis=operator.axis, keepdims=True))
+            return np.asarray(e / e.sum(axis=operator.axis, keepdims=True))
+        case LocalResponseNormalization():
+            before, after = (operator.size - 1) // 2, operator.size // 2
+            squares = np.pad(x * x, [(0, 0)] * (x.ndim - 1) + [(before, after)])
+            sums = sum(squares[..., i : i + x.shape[-1]] for i in range(operator.size))
+            return np.asarray(x / (operator.bias + operator.alpha / operator.size * sums) ** operator.beta)
+    raise KernelError(f"layer {layer.name}: {layer.operator_kind} is not computed in float64")
+
+
+def _for_batch(operator: Movement, batch: int) -> Movement:
+    """The movement for another number of samples than the graph has (a reshape that keeps the batch axis first)."""
+    return replace(operator, output_shape=(batch, *operator.output_shape[1:]))
+
+
+def _windows(window: Window, x: Floats, fill: float) -> list[Floats]:
+    return list(positions(pad_spatial(x, window, fill), window, window.output_size(*x.shape[1:3])))
+
+
+def _convolution(operator: Conv2D, x: Floats, weights: Floats) -> Floats:
+    groups, per_group = operator.groups, operator.in_channels // operator.groups
+    shape = (len(x), *operator.output_shape[1:3])
+    kernel = weights.reshape(operator.out_channels, per_group, -1)
+    result = np.zeros((*shape, operator.out_channels))
+    for index, part in enumerate(_windows(operator.window, x, 0.0)):
+        if operator.is_depthwise:
+            result += part * kernel[:, 0, index]
+        elif groups == 1:
+            result += (part.reshape(-1, per_group) @ kernel[:, :, index].T).reshape(result.shape)
+        else:
+            outs = operator.out_channels // groups
+            for g in range(groups):
+                block = slice(g * outs, (g + 1) * outs)
+                result[..., block] += part[..., g * per_group : (g + 1) * per_group] @ kernel[block, :, index].T
+    return result
