@@ -82,17 +82,17 @@ def _layer(layer: Layer, read: list[Floats], weights: Floats | None) -> Floats:
         case Conv2D() | Dense():
             assert weights is not None
             assert layer.bias is not None
-            product = _convolution(operator, x, weights) if isinstance(operator, Conv2D) else x @ weights[:, :, 0, 0].T
-            sums = product + layer.bias
+            sums = linear(operator, x, weights) + layer.bias
             epilogue = operator.epilogue
             return np.clip(sums + read[1] if epilogue.has_residual else sums, epilogue.lower, epilogue.upper)
         case Add():
             return np.clip(x + read[1], operator.lower, operator.upper)
         case MaxPool2D():
-            return np.max(np.stack(_windows(operator.window, x, -np.inf)), axis=0)
+            return np.asarray(np.max(np.stack(_windows(operator.window, x, -np.inf)), axis=0))
         case AveragePool2D():
             rows, columns = (np.array(d) for d in operator.divisors)
-            return sum(_windows(operator.window, x, 0.0)) / (rows[:, None] * columns)[None, :, :, None]
+            total = np.sum(np.stack(_windows(operator.window, x, 0.0)), axis=0)
+            return np.asarray(total / (rows[:, None] * columns)[None, :, :, None])
         case Concat():
             return np.concatenate(read, axis=operator.axis)
         case Unary():
@@ -105,9 +105,14 @@ def _layer(layer: Layer, read: list[Floats], weights: Floats | None) -> Floats:
         case LocalResponseNormalization():
             before, after = (operator.size - 1) // 2, operator.size // 2
             squares = np.pad(x * x, [(0, 0)] * (x.ndim - 1) + [(before, after)])
-            sums = sum(squares[..., i : i + x.shape[-1]] for i in range(operator.size))
-            return np.asarray(x / (operator.bias + operator.alpha / operator.size * sums) ** operator.beta)
+            near = np.sum(np.stack([squares[..., i : i + x.shape[-1]] for i in range(operator.size)]), axis=0)
+            return np.asarray(x / (operator.bias + operator.alpha / operator.size * near) ** operator.beta)
     raise KernelError(f"layer {layer.name}: {layer.operator_kind} is not computed in float64")
+
+
+def linear(operator: Conv2D | Dense, x: Floats, weights: Floats) -> Floats:
+    """The sums of a layer, without its bias."""
+    return _convolution(operator, x, weights) if isinstance(operator, Conv2D) else np.asarray(x @ weights[:, :, 0, 0].T)
 
 
 def _for_batch(operator: Movement, batch: int) -> Movement:

@@ -75,8 +75,9 @@ _WEIGHT = ".weight"
 def differentiate() -> Any:
     """The pass.
 
-    The module's outputs are ``loss``, ``log_probabilities``, and for each layer with weights ``<layer>.input_gradient``, with respect to the tensor that
-    it reads first, and ``<layer>.sum_gradient``, with respect to its sums before the bias, both in the shapes of those.
+    The module's outputs are ``loss``, ``log_probabilities``, and for each layer with weights ``<layer>.input_gradient``, with
+    respect to the tensor that it reads first, and ``<layer>.sum_gradient``, with respect to its sums before the bias; gradients
+    have the shapes of those tensors.
 
     Raises (when run):
         ModelError: an operator has no gradient.
@@ -100,14 +101,18 @@ def _differentiated(mod: IRModule) -> IRModule:
     graph = read_layers(mod)
     flat, probes, weights = _flat_loss(mod, graph)
     try:
-        adjoint = relax.transform.Gradient("main", require_grads=[p.parameter for p in probes])(flat)["main_adjoint"]
+        derived = relax.transform.Gradient("main", require_grads=[p.parameter for p in probes])(flat)
     except (RuntimeError, ValueError, TypeError, AssertionError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelError(f"the network has no gradient that TVM can derive: {lines[-1]}") from error
     count = len(graph.inputs) + 1
-    function = adjoint.with_attrs({INPUT_COUNT_ATTRIBUTE: count + len(probes)})
+    function = derived["main_adjoint"].with_attrs({INPUT_COUNT_ATTRIBUTE: count + len(probes)})
     function = function.with_attr(WEIGHTS_ATTRIBUTE, [tvm.runtime.tensor(a) for a in weights.values()])
-    main = read_main(IRModule({flat.get_global_var("main"): function}))
+    main_variable = derived.get_global_var("main")
+    # Rules may have added TIR functions.
+    others = {g: f for g, f in derived.functions_items() if not isinstance(f, relax.Function)}
+    whole = IRModule({**others, main_variable: function})
+    main = read_main(whole)
     inputs, parameters = main.inputs[:count], set(main.inputs[count:])
     bindings, names = _without_probes(main, parameters)
     fields = [names.get(f, f) for f in _output_fields(main.output, dict(main.bindings))]
@@ -116,7 +121,7 @@ def _differentiated(mod: IRModule) -> IRModule:
         OUTPUTS_ATTRIBUTE: [LOSS, LOG_PROBABILITIES, *(p.name for p in probes)],
     }
     reduced = MainFunction(inputs, main.weights, tuple(bindings), relax.Tuple(fields), attributes)
-    return write_main(IRModule({flat.get_global_var("main"): function}), _folded(reduced))
+    return write_main(whole, _folded(reduced))
 
 
 def _flat_loss(mod: IRModule, graph: LayerGraph) -> tuple[IRModule, list[_Probe], dict[str, Array]]:

@@ -10,14 +10,17 @@ erf                         g · 2/√π · exp(−x²)
 nn.pad (constant)           the slice of g that x was put into
 strided_slice               g with zeros between its elements (strides), padded to the shape of x
 concat                      the slices of g
+avg_pool3d (stride 1)       the same mean of g, with the padding the other way round (local response normalization)
+max_pool2d, channels-last   g at the largest elements of its window, shared equally among equal ones
 conv2d, channels-last       a convolution of stride 1 with the weights turned by 180° and input and output channels
                             exchanged, over g with stride − 1 zeros between its pixels
 ==========================  ===================================================================================
 
 TVM's rule for ``conv2d`` (tvm/relax/op/_op_gradient.py) asks for channels-first and makes a ``conv2d_transpose``, for which
-there is only an unscheduled loop. The one here holds a plain ``conv2d``, which becomes a layer with a kernel of the project.
-Channels-first calls are left to TVM's rule. For ``concat`` TVM has a ``split``, which gives a tuple; slices have kernels. Gradients with respect to convolution weights are computed elsewhere
-(:mod:`tvm_hquant.sensitivity.weight_gradient`).
+there is only an unscheduled loop; the plain ``conv2d`` here becomes a layer with a kernel of the project. Channels-first calls
+are left to TVM's rule. For ``concat`` TVM makes a ``split``, which gives a tuple; slices have kernels. What TVM makes for
+``max_pool2d`` reads beyond its buffers where the window is padded (TVM 0.27). Gradients with respect
+to the weights of channels-last convolutions are computed elsewhere (:mod:`tvm_hquant.sensitivity.weight_gradient`).
 """
 
 from __future__ import annotations
@@ -28,12 +31,13 @@ from typing import Any
 
 import numpy as np
 from tvm import relax
-from tvm.relax.op._op_gradient import conv2d_grad
+from tvm.relax.op._op_gradient import conv2d_grad, max_pool2d_grad
 from tvm.relax.op.base import register_gradient
 from tvm.relax.op.grad import no_grad
 
 from tvm_hquant.errors import ModelError
 from tvm_hquant.operators import Window
+from tvm_hquant.relax_ir.pool_gradient import max_pool2d_gradient
 
 _LEVEL = 11
 """TVM's own rules have 10: the one for channels-last convolutions takes their place."""
@@ -51,13 +55,11 @@ def _dtype(expression: Any) -> str:
     return str(expression.ty.dtype)
 
 
-@register_gradient("relax.clip", level=_LEVEL)
 def _clip(output: Any, call: Any, gradient: Any, builder: Any) -> list[Any]:
     lower, upper = float(call.args[1].value), float(call.args[2].value)
     return [_within(output, lower, upper, gradient, builder), no_grad(call.args[1]), no_grad(call.args[2])]
 
 
-@register_gradient("relax.nn.relu6", level=_LEVEL)
 def _relu6(output: Any, _call: Any, gradient: Any, builder: Any) -> list[Any]:
     return [_within(output, 0.0, 6.0, gradient, builder)]
 
@@ -71,13 +73,11 @@ def _within(output: Any, lower: float, upper: float, gradient: Any, builder: Any
     return gradient
 
 
-@register_gradient("relax.nn.leakyrelu", level=_LEVEL)
 def _leaky_relu(_output: Any, call: Any, gradient: Any, builder: Any) -> list[Any]:
     slope = relax.const(float(call.attrs.alpha), _dtype(gradient))
     return [_two_slopes(call.args[0], slope, gradient, builder)]
 
 
-@register_gradient("relax.nn.prelu", level=_LEVEL)
 def _prelu(_output: Any, call: Any, gradient: Any, builder: Any) -> list[Any]:
     data, slopes = call.args
     axis = int(call.attrs.axis) % len(_shape(data))
@@ -90,7 +90,6 @@ def _two_slopes(data: Any, slope: Any, gradient: Any, builder: Any) -> Any:
     return builder.emit(relax.op.where(is_positive, gradient, builder.emit(relax.op.multiply(gradient, slope))))
 
 
-@register_gradient("relax.nn.gelu", level=_LEVEL)
 def _gelu(_output: Any, call: Any, gradient: Any, builder: Any) -> list[Any]:
     (x,) = call.args
     dtype = _dtype(x)
@@ -105,7 +104,6 @@ def _gelu(_output: Any, call: Any, gradient: Any, builder: Any) -> list[Any]:
     return [builder.emit(relax.op.multiply(gradient, slope))]
 
 
-@register_gradient("relax.erf", level=_LEVEL)
 def _erf(_output: Any, call: Any, gradient: Any, builder: Any) -> list[Any]:
     (x,) = call.args
     slope = relax.op.multiply(relax.const(2 / math.sqrt(math.pi), _dtype(x)), _gaussian(x, builder))
@@ -117,7 +115,6 @@ def _gaussian(x: Any, builder: Any) -> Any:
     return builder.emit(relax.op.exp(relax.op.negative(relax.op.multiply(x, x))))
 
 
-@register_gradient("relax.nn.pad", level=_LEVEL)
 def _pad(output: Any, call: Any, gradient: Any, builder: Any) -> list[Any]:
     if str(call.attrs.pad_mode) != "constant":
         raise ModelError(
@@ -129,7 +126,6 @@ def _pad(output: Any, call: Any, gradient: Any, builder: Any) -> list[Any]:
     return [builder.emit(relax.op.strided_slice(gradient, list(range(len(shape))), before, ends))]
 
 
-@register_gradient("relax.strided_slice", level=_LEVEL)
 def _strided_slice(_output: Any, call: Any, gradient: Any, builder: Any) -> list[Any]:
     shape = _shape(call.args[0])
     lists = [[int(v) for v in a.fields] for a in call.args[1:]]
@@ -147,7 +143,6 @@ def _strided_slice(_output: Any, call: Any, gradient: Any, builder: Any) -> list
     return [data, *(no_grad(a) for a in call.args[1:])]
 
 
-@register_gradient("relax.concat", level=_LEVEL)
 def _concat(_output: Any, call: Any, gradient: Any, builder: Any) -> list[Any]:
     axis = int(call.attrs.axis or 0) % len(_shape(gradient))
     parts, begin = [], 0
@@ -158,7 +153,38 @@ def _concat(_output: Any, call: Any, gradient: Any, builder: Any) -> list[Any]:
     return [relax.Tuple(parts)]
 
 
-@register_gradient("relax.nn.conv2d", level=_LEVEL)
+def _avg_pool3d(output: Any, call: Any, gradient: Any, builder: Any) -> list[Any]:
+    attributes = call.attrs
+    strides, padding = [int(s) for s in attributes.strides], [int(p) for p in attributes.padding]
+    if max(strides) > 1 or not bool(attributes.count_include_pad) or _shape(output) != _shape(call.args[0]):
+        raise ModelError(
+            f"{output.name}: an avg_pool3d has a gradient only with stride 1, counting its padding, of one size"
+        )
+    # The transpose of a window mean is a window mean; before and behind change places.
+    mirrored = [*padding[3:], *padding[:3]]
+    data_gradient = relax.op.nn.avg_pool3d(
+        gradient, attributes.pool_size, strides, mirrored, count_include_pad=True, layout=str(attributes.layout)
+    )
+    return [builder.emit(data_gradient)]
+
+
+def _max_pool2d(output: Any, call: Any, gradient: Any, builder: Any) -> list[Any]:
+    attributes = call.attrs
+    if str(attributes.layout) != "NHWC" or bool(attributes.ceil_mode):
+        return list(max_pool2d_grad(output, call, gradient, builder))
+    pool, strides, padding, dilation = (
+        [int(v) for v in values]
+        for values in (attributes.pool_size, attributes.strides, attributes.padding, attributes.dilation)
+    )
+    window = Window(
+        (pool[0], pool[1]),
+        (strides[0], strides[1]),
+        (padding[0], padding[1], padding[2], padding[3]),
+        (dilation[0], dilation[1]),
+    )
+    return [builder.emit(max_pool2d_gradient(builder, gradient, call.args[0], output, window))]
+
+
 def _conv2d(output: Any, call: Any, gradient: Any, builder: Any) -> list[Any]:
     if str(call.attrs.data_layout) != "NHWC":
         return list(conv2d_grad(output, call, gradient, builder))
@@ -167,7 +193,7 @@ def _conv2d(output: Any, call: Any, gradient: Any, builder: Any) -> list[Any]:
         raise ModelError(f"{output.name}: the gradient of a channels-last convolution wants weights as OIHW")
     groups = int(call.attrs.groups)
     _, height, width, _ = _shape(data)
-    top, left, bottom, right = (int(p) for p in call.attrs.padding)
+    top, left = (int(p) for p in list(call.attrs.padding)[:2])
     strides, dilation = [int(s) for s in call.attrs.strides], [int(d) for d in call.attrs.dilation]
     kernel = _shape(weights)[2:]
     window = Window((kernel[0], kernel[1]), (1, 1), (0, 0, 0, 0), (dilation[0], dilation[1]))
@@ -243,3 +269,22 @@ def fitted(tensor: Any, before: Sequence[int], after: Sequence[int], builder: An
         return tensor
     widths = [w for b, a in zip(before, after, strict=True) for w in (max(b, 0), max(a, 0))]
     return builder.emit(relax.op.nn.pad(tensor, widths))
+
+
+_RULES = {
+    "relax.clip": _clip,
+    "relax.nn.relu6": _relu6,
+    "relax.nn.leakyrelu": _leaky_relu,
+    "relax.nn.prelu": _prelu,
+    "relax.nn.gelu": _gelu,
+    "relax.erf": _erf,
+    "relax.nn.pad": _pad,
+    "relax.strided_slice": _strided_slice,
+    "relax.concat": _concat,
+    "relax.nn.avg_pool3d": _avg_pool3d,
+    "relax.nn.max_pool2d": _max_pool2d,
+    "relax.nn.conv2d": _conv2d,
+}
+
+for _operator, _rule in _RULES.items():
+    register_gradient(_operator, _rule, _LEVEL)

@@ -1,7 +1,7 @@
 """Gradients of the loss with respect to what layers read and to their weights, at the float model or at other weights.
 
-The differentiated network (:mod:`tvm_hquant.passes.differentiate`) is a network of layers, so the simulation engine runs it with
-the same kernels; other weights are other constants of the same kernels and compile nothing.
+The differentiated network (:mod:`tvm_hquant.passes.differentiate`) is a network of layers, so the simulation engine runs it
+with the same kernels; other weights are other constants of the same kernels and compile nothing.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy.typing as npt
 from tvm import IRModule
 
 from tvm_hquant.calibration.samples import Sample
+from tvm_hquant.errors import DataError
 from tvm_hquant.kernels.interface import KernelFamily
 from tvm_hquant.layers import Layer, LayerGraph, read_layers
 from tvm_hquant.operators import Conv2D, Dense
@@ -22,7 +23,6 @@ from tvm_hquant.passes.differentiate import (
     DATA_GRADIENT,
     INPUT_GRADIENT,
     LOG_PROBABILITIES,
-    LOSS,
     SUM_GRADIENT,
     TARGET,
     differentiate,
@@ -31,8 +31,9 @@ from tvm_hquant.passes.partition_layers import partition_layers
 from tvm_hquant.precision import FLOAT32
 from tvm_hquant.relax_ir.gradient_rules import turned_weight_values
 from tvm_hquant.sensitivity.weight_gradient import weight_gradient
-from tvm_hquant.simulator.engine import SimulationEngine
-from tvm_hquant.simulator.program import Program, ProgramBuilder
+from tvm_hquant.simulator.engine import SimulationEngine, as_calls
+from tvm_hquant.simulator.machine import CallProgram, Schedule
+from tvm_hquant.simulator.program import ProgramBuilder
 
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float64]
@@ -74,15 +75,21 @@ class GradientEvaluator:
         self.layers: tuple[Layer, ...] = read_layers(mod).anchors
         self._engine = SimulationEngine(partition_layers()(differentiate()(mod)), families, host_target)
         self._graph: LayerGraph = self._engine.graph
-        self._own = self._program({})
-        self._tensor_of = dict(zip(self._graph.output_names, self._graph.outputs, strict=True))
-        self.classes: int = self._graph.inputs[TARGET].shape[1]
-        self._batch: int = self._graph.inputs[TARGET].shape[0]
+        self._batch, self.classes = self._graph.inputs[TARGET].shape
+        tensor_of = dict(zip(self._graph.output_names, self._graph.outputs, strict=True))
+        names = [layer.name for layer in self.layers]
+        self._read = (
+            tensor_of[LOG_PROBABILITIES],
+            *(tensor_of[name + INPUT_GRADIENT] for name in names),
+            *(tensor_of[name + SUM_GRADIENT] for name in names),
+            *(self._graph.by_name[name].inputs[0] for name in names),
+        )
+        self._own = self._schedule({})
 
-    def probabilities(self, sample: Sample, weights: Weights | None = None) -> Array:
-        """The network's probabilities of all classes for a sample, float32 [classes]."""
-        found = self._tensors(sample, np.zeros(self.classes, np.float32), self._program(weights or {}))
-        return np.exp(found[self._tensor_of[LOG_PROBABILITIES]].reshape(-1, self.classes)[0])
+    def probabilities(self, sample: Sample) -> Array:
+        """The float model's probabilities of all classes for a sample, float32 [classes]."""
+        logarithms, *_ = self._run(self._own, sample, np.zeros(self.classes, np.float32))
+        return np.asarray(np.exp(logarithms.reshape(-1, self.classes)[0]))
 
     def label(self, sample: Sample) -> Array:
         """A target: 1 for the class that the sample's label names, or, without label, for the class that the model predicts.
@@ -90,66 +97,76 @@ class GradientEvaluator:
         The divergence from the model's own output cannot stand in here: at the model itself its gradient is 0 everywhere.
         """
         label = sample.label if sample.label is not None else int(self.probabilities(sample).argmax())
-        return np.eye(1, self.classes, label, dtype=np.float32)[0]
-
-    def own_output(self, sample: Sample) -> Array:
-        """A target: the probabilities of the float model, for the divergence of other weights from it."""
-        return self.probabilities(sample)
+        target = np.zeros(self.classes, np.float32)
+        target[label] = 1.0
+        return target
 
     def mean(
         self, samples: Iterable[Sample], targets: Targets, weights: Weights | None = None, of_weights: bool = False
     ) -> MeanGradients:
-        """Mean gradients over samples, at the model's weights or at others; those of weights only if asked for."""
-        program = self._program(weights or {})
-        loss, count = 0.0, 0
+        """Mean gradients over samples, at the model's weights or at others; those of weights only if asked for.
+
+        Raises:
+            DataError: there is no sample.
+        """
+        schedule = self._schedule(weights) if weights else self._own
+        loss, count, layers = 0.0, 0, len(self.layers)
         inputs: dict[str, Floats] = {}
         by_weight: dict[str, Floats] = {}
         for sample in samples:
-            tensors = self._tensors(sample, targets(sample), program)
-            loss += float(tensors[self._tensor_of[LOSS]].reshape(()))
+            target = targets(sample)
+            logarithms, *tensors = self._run(schedule, sample, target)
+            loss -= float(np.sum(target * logarithms.reshape(-1, self.classes)[0], dtype=np.float64))
             count += 1
-            for layer in self.layers:
-                _accumulate(inputs, layer.name, tensors[self._tensor_of[layer.name + INPUT_GRADIENT]])
+            for number, layer in enumerate(self.layers):
+                _accumulate(inputs, layer.name, tensors[number])
                 if of_weights:
                     assert isinstance(layer.operator, (Conv2D, Dense))
-                    read = tensors[self._graph.by_name[layer.name].inputs[0]]
-                    at_sums = tensors[self._tensor_of[layer.name + SUM_GRADIENT]]
+                    at_sums, read = tensors[layers + number], tensors[2 * layers + number]
                     _accumulate(by_weight, layer.name, weight_gradient(layer.operator, read, at_sums))
-        self.forget(program)
-        scale = 1.0 / max(count, 1)
+        if not count:
+            raise DataError("gradients are means over samples, but there is no sample: give at least one")
         return MeanGradients(
-            loss * scale,
-            {name: values * scale for name, values in inputs.items()},
-            {name: values * scale for name, values in by_weight.items()},
+            loss / count,
+            {name: values / count for name, values in inputs.items()},
+            {name: values / count for name, values in by_weight.items()},
             count,
         )
 
-    def forget(self, program: Program) -> None:
-        """Gives back what the weights of a program take, unless it is that of the model itself."""
-        if program is not self._own:
-            self._engine.forget(program)
-
-    def _program(self, weights: Weights) -> Program:
-        if not weights and hasattr(self, "_own"):
-            return self._own
-        layers = []
-        for layer in self._graph.layers:
-            name = layer.name.removesuffix(DATA_GRADIENT)
-            values = weights.get(name)
-            if values is not None and name != layer.name:
-                forward = self._graph.by_name[name].operator
-                values = turned_weight_values(values, forward.groups if isinstance(forward, Conv2D) else 1)
-            layers.append(layer if values is None else replace(layer, weights=np.ascontiguousarray(values, np.float32)))
-        graph = replace(self._graph, layers=tuple(layers))
-        program = ProgramBuilder(graph, lambda _layer, _precision: None).program(
-            {layer.name: FLOAT32 for layer in graph.layers}, {}
-        )
+    def _schedule(self, weights: Weights) -> Schedule:
+        """The differentiated network with some weights replaced, ready to run."""
+        layers = tuple(self._with_weights(layer, weights) for layer in self._graph.layers)
+        graph = replace(self._graph, layers=layers)
+        builder = ProgramBuilder(graph, lambda _layer, _precision: None)
+        program = builder.program({layer.name: FLOAT32 for layer in layers}, {})
         self._engine.compile([program])
-        return program
+        for step in program.steps:
+            # Names of realizations do not tell float weights apart, so layers with weights are bound anew every time.
+            if not self._engine.machine.has(step.realization) or (step.layer is not None and step.layer.is_anchor):
+                self._engine.machine.bind(step.realization, self._engine.bound_kernel(step))
+        keys = {
+            **{name: key for key, name in enumerate(graph.inputs)},
+            **{step.tensor: step.key for step in program.steps},
+        }
+        calls = CallProgram(as_calls(program).calls, tuple(keys[name] for name in self._read))
+        return self._engine.machine.schedule([calls])
 
-    def _tensors(self, sample: Sample, target: Array, program: Program) -> dict[str, Array]:
-        repeated = np.repeat(np.asarray(target, np.float32)[None], self._batch, axis=0)
-        return self._engine.tensors({**sample.inputs, TARGET: repeated}, program)
+    def _with_weights(self, layer: Layer, weights: Weights) -> Layer:
+        name = layer.name.removesuffix(DATA_GRADIENT)
+        if name not in weights or not layer.is_anchor:
+            return layer
+        values = weights[name]
+        if name != layer.name:
+            forward = self._graph.by_name[name].operator
+            values = turned_weight_values(values, forward.groups if isinstance(forward, Conv2D) else 1)
+        return replace(layer, weights=np.ascontiguousarray(values, np.float32))
+
+    def _run(self, schedule: Schedule, sample: Sample, target: Array) -> tuple[Array, ...]:
+        given = {**sample.inputs, TARGET: np.asarray(target, np.float32)[None]}
+        # A sample alone fills the whole batch axis, so that means over the batch are those of the sample.
+        inputs = [np.broadcast_to(given[name], tensor.shape) for name, tensor in self._graph.inputs.items()]
+        outputs: tuple[Array, ...] = schedule.run(inputs)[0]
+        return outputs
 
 
 def _accumulate(sums: dict[str, Floats], name: str, values: Array) -> None:

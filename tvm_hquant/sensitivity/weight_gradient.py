@@ -1,7 +1,7 @@
 """Gradients with respect to the weights of layers, from the gradient at their sums: the chain rule's last step.
 
-Each is a product of two matrices that both change with the sample: what the layer read, one row for each position of the window,
-and the gradient at its sums. NumPy's BLAS computes it.
+Each is a product of two matrices that both change with the sample: what the layer read, one row for each position of the
+window, and the gradient at its sums. NumPy's BLAS computes it.
 """
 
 from __future__ import annotations
@@ -29,11 +29,12 @@ def weight_gradient(operator: Anchor, values: Array, sum_gradient: Array) -> Arr
         [out_channels, in_channels / groups, kernel_h, kernel_w] in the dtype of the arguments.
     """
     if not isinstance(operator, Conv2D):
-        rows = sum_gradient.reshape(-1, operator.out_features)
-        return np.asarray(rows.T @ values.reshape(-1, operator.in_features))[:, :, None, None]
+        product = sum_gradient.reshape(-1, operator.out_features).T @ values.reshape(-1, operator.in_features)
+        return np.asarray(product)[:, :, None, None]
+    output_size = operator.window.output_size(*operator.input_shape[1:3])
     rows = [
         np.ascontiguousarray(part).reshape(-1, operator.in_channels)
-        for part in positions(pad_spatial(values, operator.window, 0.0), operator.window, operator.output_shape[1:3])
+        for part in positions(pad_spatial(values, operator.window, 0.0), operator.window, output_size)
     ]
     gradients = sum_gradient.reshape(-1, operator.out_channels)
     if operator.is_depthwise:

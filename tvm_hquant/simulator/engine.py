@@ -99,8 +99,8 @@ class SimulationEngine:
         request = step.request
         if request is None:
             assert step.layer is not None
-            shape = step.layer.operator.output_shape
-            return BoundKernel(step.layer.function_name, (), shape, "float32", returns=True)
+            shape, dtype = step.layer.operator.output_shape, str(self._mod[step.layer.function_name].ret_ty.dtype)
+            return BoundKernel(step.layer.function_name, (), shape, dtype, returns=True)
         shape, dtype = request.operator.output_shape, STORAGE_DTYPE[request.output]
         if is_view(request):
             return BoundKernel("", (), shape, dtype)
@@ -136,11 +136,6 @@ class SimulationEngine:
         """What every step of a program makes for one sample, in order (views that the next call overwrites)."""
         values = self._all_values(inputs, program)
         return [values[step.key].numpy() for step in program.steps]
-
-    def forget(self, program: Program) -> None:
-        """Gives back the packed constants of a program that will not run again."""
-        for step in program.steps:
-            self._bound.pop(id(step.constants), None)
 
     def time_layers(
         self, inputs: Mapping[str, Array], program: Program, only: str | None = None, repeat: int = 10
