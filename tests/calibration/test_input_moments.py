@@ -71,3 +71,12 @@ def test_layers_with_many_columns_are_cut_at_channels(monkeypatch: pytest.Monkey
     whole = np.cov(columns_of(x, window, 1)[0].astype(np.float64).T, bias=True)
     assert [c.shape[1] for c in moments.covariances] == [45, 45, 18]
     np.testing.assert_allclose(moments.covariances[1][0], whole[45:90, 45:90], atol=1e-5)
+
+
+def test_covariance_of_one_row_is_not_indefinite() -> None:
+    """One sample, with values whose squares float32 cannot hold exactly: rounding weights takes the matrix's square root."""
+    layer = Layer("head", "head", Dense(1, 64, 8), ("x",))
+    collector = InputMomentsCollector([layer])
+    collector.observe("x", np.random.default_rng(0).normal(1e4, 1e3, (1, 64)).astype(np.float32))
+    covariance = collector.moments()["head"].covariances[0][0]
+    assert np.linalg.eigvalsh(covariance).min() > 0

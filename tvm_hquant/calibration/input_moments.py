@@ -30,6 +30,7 @@ LARGEST_BLOCK = 1536
 """Columns up to which all correlations of a layer are kept."""
 BLOCK_OF_LARGE_LAYERS = 512
 _ROWS_AT_ONCE = 512
+_EPSILON = float(np.finfo(np.float32).eps)
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,7 +110,11 @@ class _ColumnSums:
         covariances = []
         for block, products in zip(self._blocks, self._products, strict=True):
             part = means[:, block]
-            covariances.append(products.astype(np.float64) / self.count - part[:, :, None] * part[:, None, :])
+            covariance = products.astype(np.float64) / self.count - part[:, :, None] * part[:, None, :]
+            # The products are summed in float32. Where the means are large against the spread, what that loses could make
+            # the difference indefinite; it is at most this much of any direction.
+            np.einsum("gii->gi", covariance)[...] += _EPSILON * (part**2).sum(axis=1, keepdims=True)
+            covariances.append(covariance)
         return InputMoments(self.count, means, tuple(covariances))
 
     def _rows(self, values: Array) -> Array:
