@@ -18,6 +18,7 @@ import numpy as np
 import tvm
 from tvm import IRModule
 
+from tvm_hquant.c_source import SOURCE_NAME, compile_function, find_c_compiler, module_source
 from tvm_hquant.compilation import StageObserver, build_module, lower
 from tvm_hquant.cuda_compilation import find_nvcc, pack_machine_code, source_kept
 from tvm_hquant.errors import ArtifactError, ToolchainError
@@ -64,6 +65,8 @@ def compile_artifact(
     try:
         _check_space(folder, graph)
         _export(executable, folder / LIBRARY_NAME, spec)
+        if spec.tvm_target().kind.name == "c":
+            (folder / SOURCE_NAME).write_text(module_source(executable), encoding="utf-8")
         plan.save(folder)
         floats = [n for n, p in plan.precisions().items() if p.arithmetic is Arithmetic.FLOAT]
         save_weights(folder / "weights.npz", graph, floats)
@@ -101,6 +104,8 @@ def check_linker(spec: TargetSpec) -> None:
     """
     if spec.tvm_target().kind.name == "cuda":
         find_nvcc()
+    if spec.tvm_target().kind.name == "c":
+        find_c_compiler()
     compiler = spec.target.cross_compiler
     if compiler is not None and shutil.which(compiler) is None:
         raise ToolchainError(
@@ -116,7 +121,9 @@ def _export(executable: Any, path: Path, spec: TargetSpec) -> None:
     options: dict[str, Any] = {}
     if (compiler := spec.target.cross_compiler) is not None:
         options["fcompile"] = tvm.support.cc.cross_compiler(compiler)
-    if (target := spec.tvm_target()).kind.name == "cuda":
+    if (target := spec.tvm_target()).kind.name == "c":
+        options["fcompile"] = compile_function()
+    if target.kind.name == "cuda":
         options["fpack_imports"] = pack_machine_code(str(target.attrs["arch"]))
     try:
         executable.export_library(str(path), **options)

@@ -12,6 +12,7 @@ from tvm.s_tir import dlight
 from tvm_hquant.errors import ToolchainError
 from tvm_hquant.kernels.interface import KernelFamily
 from tvm_hquant.passes.annotate_precision import annotate_precision
+from tvm_hquant.passes.exact_float_constants import exact_float_constants
 from tvm_hquant.passes.insert_casts import insert_casts
 from tvm_hquant.passes.lower_layers import lower_layers
 from tvm_hquant.passes.realize_quantization import realize_quantization
@@ -29,10 +30,10 @@ def build_pipeline(target: Any) -> Any:
     functions are inlined first, so that memory is planned over the whole graph. Reshapes stay reshapes, which the runtime
     does without copying: TVM's own way there, ``RewriteDataflowReshape``, only looks into functions made of blocks.
     Nothing is fused: every operator that TVM legalizes compiles by itself, as in the simulator. For a GPU, functions get
-    their threads from TVM's dlight.
+    their threads from TVM's dlight; for C source, constants are written so that no digit is lost.
     """
     transform = relax.transform
-    is_gpu = target.kind.name == "cuda"
+    kind = target.kind.name
     return tvm.transform.Sequential(
         [
             transform.InlinePrivateFunctions(),
@@ -40,7 +41,8 @@ def build_pipeline(target: Any) -> Any:
             relax.backend.DispatchSampling(),
             relax.backend.DispatchSortScan(),
             transform.LegalizeOps(skip_ops=["relax.reshape"]),
-            *([dlight.ApplyDefaultSchedule(dlight.gpu.Fallback())] if is_gpu else []),
+            *([dlight.ApplyDefaultSchedule(dlight.gpu.Fallback())] if kind == "cuda" else []),
+            *([exact_float_constants()] if kind == "c" else []),
             transform.ToNonDataflow(),
             transform.RemovePurityChecking(),
             transform.CallTIRRewrite(),

@@ -183,6 +183,41 @@ class CudaPrimitives:
         return _cell(value, "local", in_block=True)
 
 
+def _c_function(name: str, *arguments: Expression) -> Expression:
+    if lanes_of(arguments[0]) != 1:
+        raise ValueError(f"{name} takes scalars: kernels in C are written without vectors")
+    return T.call_pure_extern("float32", name, *arguments)
+
+
+@dataclass(frozen=True)
+class CSourcePrimitives:
+    """For C99, compiled with ``-ffp-contract=off``: then operators round alone, and ``fmaf`` fuses where it is meant to."""
+
+    def fma(self, a: Expression, b: Expression, c: Expression) -> Expression:
+        return _c_function("fmaf", a, b, c)
+
+    def multiply(self, a: Expression, b: Expression) -> Expression:
+        return a * b
+
+    def add(self, a: Expression, b: Expression) -> Expression:
+        return a + b
+
+    def subtract(self, a: Expression, b: Expression) -> Expression:
+        return a - b
+
+    def divide(self, a: Expression, b: Expression) -> Expression:
+        return a / b
+
+    def round(self, a: Expression) -> Expression:
+        return _c_function("rintf", a)
+
+    def round_to_int32(self, a: Expression) -> Expression:
+        return convert(self.round(a), "int32")
+
+    def bind(self, value: Expression) -> Expression:
+        return _cell(value, STACK, in_block=True)
+
+
 def clamp(p: Primitives, value: Expression, lower: Expression, upper: Expression) -> Expression:
     """v = v > lower ? v : lower; v = v < upper ? v : upper. A NaN gives ``lower``. The bounds are scalars."""
     lanes = lanes_of(value)

@@ -1,4 +1,4 @@
-"""Every operator as plain loop nests, for targets without kernels of their own: any LLVM target, and CUDA through dlight.
+"""Every operator as plain loop nests, for targets without kernels of their own: any LLVM target, C source, CUDA by dlight.
 
 These kernels take the constants exactly as ``constant_arrays`` lists them (a take has its indices besides), so that a
 realized module can be read back. They are correct before they are fast.
@@ -6,11 +6,12 @@ realized module can be read back. They are correct before they are fast.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from tvm_hquant.kernels.interface import Kernel, KernelRequest
-from tvm_hquant.kernels.primitives import CudaPrimitives, LlvmPrimitives, Primitives
+from tvm_hquant.kernels.primitives import CSourcePrimitives, CudaPrimitives, LlvmPrimitives, Primitives
 from tvm_hquant.kernels.reference_anchor import reference_anchor
 from tvm_hquant.kernels.reference_layers import reference_layer
 
@@ -23,13 +24,20 @@ class ReferenceFamily:
     bindings yet: ``dlight.ApplyDefaultSchedule(dlight.gpu.Fallback())`` gives them some.
     """
 
-    compiler: Literal["llvm", "cuda"] = "llvm"
+    compiler: Literal["llvm", "cuda", "c"] = "llvm"
 
     @property
     def name(self) -> str:
-        return "reference" if self.compiler == "llvm" else "cuda"
+        return "reference" if self.compiler == "llvm" else self.compiler
 
     def kernel(self, request: KernelRequest) -> Kernel | None:
         """The kernel for a request; None for opaque layers and combinations of storages that no precision makes."""
-        primitives: Primitives = LlvmPrimitives(in_blocks=True) if self.compiler == "llvm" else CudaPrimitives()
+        primitives = _PRIMITIVES[self.compiler]
         return reference_anchor(request, primitives) or reference_layer(request, primitives)
+
+
+_PRIMITIVES: Mapping[str, Primitives] = {
+    "llvm": LlvmPrimitives(in_blocks=True),
+    "cuda": CudaPrimitives(),
+    "c": CSourcePrimitives(),
+}

@@ -36,8 +36,10 @@ def families_for_target(instruction_sets: tuple[str, ...]) -> tuple[KernelFamily
             families.append(ReferenceFamily())
         elif name == "cuda":
             families.append(ReferenceFamily("cuda"))
+        elif name == "c":
+            families.append(ReferenceFamily("c"))
         else:
-            known = ", ".join([*ANCHOR_FAMILIES, "reference", "cuda"])
+            known = ", ".join([*ANCHOR_FAMILIES, "reference", "cuda", "c"])
             raise KernelError(f"unknown kernel family {name!r}: use one of {known}")
     return tuple(families)
 

@@ -108,7 +108,7 @@ class TargetConfiguration(Table):
 
     Attributes:
         tag: name of a target that TVM knows, such as ``raspberry-pi/4b-aarch64``; other options override its own.
-        kind: ``llvm`` or ``cuda``, where no tag is given.
+        kind: ``llvm``, ``cuda`` or ``c`` (C source), where no tag is given.
         mtriple: LLVM's triple; without it, the machine that compiles.
         mcpu: LLVM's name of the CPU; mattr: features added (``+dotprod``) or removed (``-sve``).
         mabi, mfloat_abi: of the ABI, where the triple leaves it open.
@@ -117,7 +117,7 @@ class TargetConfiguration(Table):
     """
 
     tag: Text | None = None
-    kind: Literal["llvm", "cuda"] | None = None
+    kind: Literal["llvm", "cuda", "c"] | None = None
     mtriple: Text | None = None
     mcpu: Text | None = None
     mattr: (
@@ -132,9 +132,11 @@ class TargetConfiguration(Table):
     @model_validator(mode="after")
     def _tag_or_kind(self) -> TargetConfiguration:
         if (self.tag is None) == (self.kind is None):
-            raise ValueError("needs either tag (a target that TVM knows by name) or kind (llvm or cuda), not both")
+            raise ValueError("needs either tag (a target that TVM knows by name) or kind (llvm, cuda or c), not both")
         if self.kind == "cuda" and self.arch is None:
             raise ValueError('needs arch for kind = "cuda", such as arch = "sm_87"')
+        if self.kind == "c" and (options := sorted(self.options().keys() - {"kind"})):
+            raise ValueError(f'kind = "c" takes no other option, {", ".join(options)} belongs to the C compiler')
         if self.kind == "llvm" and self.arch is not None:
             raise ValueError('arch belongs to kind = "cuda"; an LLVM target names its CPU with mcpu')
         return self

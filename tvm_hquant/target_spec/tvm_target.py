@@ -20,6 +20,10 @@ _OTHER_ARCHITECTURE_NAMES = re.compile(r"amd64|x86|i[456]86|arm64|armv\w+|thumbv
 """Spellings that LLVM's triple parser takes beside the names of its targets."""
 
 
+_KIND_OF_FAMILY = {"cuda": "cuda", "c": "c"}
+"""Kernel families whose code is for another kind of target than LLVM."""
+
+
 def build_target(name: str, options: Mapping[str, Any], instruction_sets: Sequence[str]) -> Any:
     """The ``tvm.target.Target`` for the options of spec ``name``.
 
@@ -35,15 +39,15 @@ def build_target(name: str, options: Mapping[str, Any], instruction_sets: Sequen
         target = Target(dict(options))
     except (ValueError, TypeError) as error:
         raise TargetSpecError(f"target spec {name}, target: TVM refuses {dict(options)}: {error}") from error
-    is_gpu = target.kind.name == "cuda"
-    unfit = [family for family in instruction_sets if (family == "cuda") != is_gpu]
+    kind = str(target.kind.name)
+    unfit = [family for family in instruction_sets if _KIND_OF_FAMILY.get(family, "llvm") != kind]
     if unfit:
-        advice = 'use instruction_sets = ["cuda"]' if is_gpu else "leave it to specs of GPUs"
+        own = [family for family, needed in _KIND_OF_FAMILY.items() if needed == kind]
+        advice = f'use instruction_sets = ["{own[0]}"]' if own else "leave it to specs of another kind of target"
         raise TargetSpecError(
-            f"target spec {name}, instruction_sets: {', '.join(unfit)} does not fit a target of kind "
-            f"{target.kind.name}; {advice}"
+            f"target spec {name}, instruction_sets: {', '.join(unfit)} does not fit a target of kind {kind}; {advice}"
         )
-    if not is_gpu:
+    if kind == "llvm":
         _check_families(name, target, instruction_sets)
     return target
 

@@ -28,6 +28,7 @@ INSTRUCTION_SETS: Mapping[str, frozenset[str]] = MappingProxyType(
         "portable": frozenset(),
         "reference": frozenset(),
         "cuda": frozenset(),
+        "c": frozenset(),
     }
 )
 """Kernel families by the name that a spec uses, each with the CPU features that its kernels need.
