@@ -70,7 +70,9 @@ def artifact_runner(model: str, inputs: dict[str, Any], threads: int) -> Runner:
     from tvm_hquant.runtime import load_artifact
 
     artifact = load_artifact(model)
-    tensors = [tvm.runtime.tensor(array) for array in artifact.checked_inputs(inputs).values()]
+    tensors = [tvm.runtime.tensor(array) for array in artifact.checked_inputs(inputs).values()] + list(
+        artifact.parameters
+    )
     main = artifact.machine["main"]
     return lambda: main(*tensors)
 

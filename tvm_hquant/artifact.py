@@ -28,12 +28,15 @@ from tvm_hquant.layer_record import graph_record, save_weights
 from tvm_hquant.layers import LayerGraph, read_layers
 from tvm_hquant.operator_codec import to_jsonable
 from tvm_hquant.passes.expose_layers import expose_layers, exposed_functions
+from tvm_hquant.passes.lift_weights import lift_weights
 from tvm_hquant.plan import PrecisionPlan
 from tvm_hquant.precision import Arithmetic
 from tvm_hquant.relax_ir.kernel_calls import KERNEL_ATTRIBUTE
 from tvm_hquant.report.quantization_report import QuantizationReport
-from tvm_hquant.runtime import LIBRARY_NAME, MANIFEST_VERSION, Artifact
+from tvm_hquant.runtime import LIBRARY_NAME, MANIFEST_VERSION, PACKED_WEIGHTS_NAME, Artifact
+from tvm_hquant.stored_weights import StoredWeights
 from tvm_hquant.target_spec import TargetSpec
+from tvm_hquant.weight_storage import packed_weights
 
 _CODE_BYTES = 8 * 2**20
 """Room that is asked for besides the constants, generously: for compiled code and the linker's tables."""
@@ -58,9 +61,11 @@ def compile_artifact(
     graph = read_layers(module)
     plan = plan.completed(graph, spec.rules.weight_scales == "per-channel")
     families = families_for_target(spec.instruction_sets)
-    lowered = expose_layers()(lower(module, plan, spec, families, observe))
+    lowered = lower(module, plan, spec, families, observe)
+    stored = packed_weights(lowered, plan, families)
+    deployed = expose_layers()(lift_weights(tuple(stored))(lowered) if stored else lowered)
     with source_kept():
-        executable = build_module(lowered, spec.tvm_target(), spec.name)
+        executable = build_module(deployed, spec.tvm_target(), spec.name)
     folder = Path(tempfile.mkdtemp(prefix="tvm_hquant_"))
     try:
         _check_space(folder, graph)
@@ -70,7 +75,9 @@ def compile_artifact(
         plan.save(folder)
         floats = [n for n, p in plan.precisions().items() if p.arithmetic is Arithmetic.FLOAT]
         save_weights(folder / "weights.npz", graph, floats)
-        manifest = _manifest(graph, lowered, plan, spec, report, name, folder)
+        if stored:
+            (folder / PACKED_WEIGHTS_NAME).write_bytes(b"".join(w.data for w in stored.values()))
+        manifest = _manifest(graph, lowered, plan, spec, report, name, folder, exposed_functions(deployed), stored)
         (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         shutil.rmtree(folder, ignore_errors=True)
@@ -140,6 +147,8 @@ def _manifest(
     report: QuantizationReport | None,
     name: str,
     folder: Path,
+    functions: Mapping[str, str],
+    stored: Mapping[str, StoredWeights],
 ) -> dict[str, Any]:
     formats = assign_formats(graph, plan.precisions(), plan.scales)
     target = spec.tvm_target()
@@ -147,7 +156,6 @@ def _manifest(
         {"name": n, "shape": list(graph.tensor_shape(t)), "dtype": "float32"}
         for n, t in zip(graph.output_names, graph.outputs, strict=True)
     ]
-    functions = exposed_functions(lowered)
     return {
         "version": MANIFEST_VERSION,
         "model": name,
@@ -175,6 +183,7 @@ def _manifest(
             }
             for layer in read_layers(lowered).layers
         ],
+        "packed_weights": [{"layer": layer, **weights.record()} for layer, weights in stored.items()],
         "graph": graph_record(graph),
         "measured": report.to_jsonable() if report is not None else None,
         "versions": {

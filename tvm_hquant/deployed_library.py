@@ -20,7 +20,7 @@ Array = npt.NDArray[Any]
 
 
 class DeployedLibrary:
-    """A library on this machine, or on a board behind an RPC server.
+    """A library on this machine, or on a board behind an RPC server, with the weights that it does not hold itself.
 
     Args:
         artifact: a loaded or just compiled artifact; for a board it need not run here.
@@ -39,6 +39,7 @@ class DeployedLibrary:
         self._input_names = [str(e["name"]) for e in artifact.manifest["inputs"]]
         if rpc is None:
             self._device, self._library, self._machine = artifact.device, artifact.library, artifact.machine
+            self._weights = self._on_device(artifact)
             return
         host, _, port = rpc.rpartition(":")
         if not host or not port.isdigit():
@@ -55,12 +56,17 @@ class DeployedLibrary:
             ) from None
         self._device = session.cuda(0) if artifact.manifest["target"]["device"] == "cuda" else session.cpu(0)
         self._machine = tvm.relax.VirtualMachine(self._library, self._device)
+        self._weights = self._on_device(artifact)
+
+    def _on_device(self, artifact: Artifact) -> dict[str, Any]:
+        return {layer: self._tensor(array) for layer, array in artifact.packed_weights().items()}
 
     def run(self, sample: Mapping[str, Array]) -> list[Array]:
         """Outputs of the whole module for one sample."""
         if self._main is None:
             self._main = self._machine["main"]
-        result = self._main(*(self._tensor(sample[name]) for name in self._input_names))
+        inputs = [self._tensor(sample[name]) for name in self._input_names]
+        result = self._main(*inputs, *self._weights.values())
         return [result.numpy()] if hasattr(result, "numpy") else [r.numpy() for r in result]
 
     def run_layers(self, program: Program, sample: Mapping[str, Array]) -> dict[int, Array]:
@@ -84,7 +90,8 @@ class DeployedLibrary:
         Raises:
             ArtifactError: the library lacks the layer.
         """
-        result: Array = self._layer(step.name)(*map(self._tensor, inputs)).numpy()
+        weights = [self._weights[step.name]] if step.name in self._weights else []
+        result: Array = self._layer(step.name)(*map(self._tensor, inputs), *weights).numpy()
         return result
 
     def _layer(self, name: str) -> Any:

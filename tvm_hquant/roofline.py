@@ -156,7 +156,7 @@ def _timed_calls(artifact: Artifact, sample: Mapping[str, Array], repeat: int) -
                 artifact.device.sync()
             events.append((symbol, time.perf_counter()))
 
-    tensors = [tensor(array, artifact.device) for array in sample.values()]
+    tensors = [*(tensor(array, artifact.device) for array in sample.values()), *artifact.parameters]
     main = machine["main"]
     main(*tensors)
     machine.set_instrument(record)

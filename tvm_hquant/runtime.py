@@ -2,7 +2,7 @@
 
 This module imports nothing of the compiler: it works where only TVM's runtime library is installed
 (``TVM_USE_RUNTIME_LIB=1``), needs neither onnx nor the rest of this package, and may be copied to a board beside
-``errors.py``.
+``errors.py``, ``cpu_features.py``, ``stored_weights.py`` and ``bfloat16.py``, which import nothing but NumPy.
 """
 
 from __future__ import annotations
@@ -21,11 +21,13 @@ import numpy.typing as npt
 
 from tvm_hquant.cpu_features import cpu_features
 from tvm_hquant.errors import ArtifactError, DataError
+from tvm_hquant.stored_weights import restored
 
 Array = npt.NDArray[Any]
 
 MANIFEST_VERSION = 2
 LIBRARY_NAME = "model.so"
+PACKED_WEIGHTS_NAME = "weights.bin"
 _TENSOR_ALIGNMENT = 64
 """Bytes that TVM's kernels want tensors to be aligned to."""
 _FIELDS = {"inputs": list, "outputs": list, "target": dict, "library": str}
@@ -114,15 +116,8 @@ class Artifact:
             ArtifactError: this machine cannot run it, or the file is missing or damaged.
         """
         check_machine(self.manifest)
-        path = self.folder / self.manifest["library"]
-        if not path.is_file():
-            raise ArtifactError(f"{self.folder} is incomplete: {path.name} is missing; compile the model again")
         # The loader maps a library into memory: one that is cut short would end the process when it runs.
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != self.manifest.get("files", {}).get(path.name, found):
-            raise ArtifactError(f"cannot load {path}: it is damaged, or another file than manifest.json has the SHA-256 "
-                                "of; copy or compile it again")  # fmt: skip
+        path = self._checked_file(self.manifest["library"])
         use_all_cores()
         import tvm
 
@@ -135,6 +130,47 @@ class Artifact:
             return tvm.runtime.load_module(str(path))
         except (RuntimeError, OSError) as error:
             raise ArtifactError(f"cannot load {path}: {str(error).strip().splitlines()[-1]}") from None
+
+    def _checked_file(self, name: str) -> Path:
+        """The path of a file of the artifact that is there and whole."""
+        path = self.folder / name
+        if not path.is_file():
+            raise ArtifactError(f"{self.folder} is incomplete: {name} is missing; compile the model again")
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != self.manifest.get("files", {}).get(name, found):
+            raise ArtifactError(f"cannot load {path}: it is damaged, or another file than manifest.json has the SHA-256 "
+                                "of; copy or compile it again")  # fmt: skip
+        return path
+
+    def packed_weights(self) -> dict[str, Array]:
+        """Weights that the library does not hold, as their layers' kernels read them, in the order of its parameters.
+
+        Raises:
+            ArtifactError: their file is missing or damaged.
+        """
+        records = self.manifest.get("packed_weights", [])
+        if not records:
+            return {}
+        data = self._checked_file(PACKED_WEIGHTS_NAME).read_bytes()
+        arrays, start = {}, 0
+        try:
+            for record in records:
+                end = start + int(record["bytes"])
+                arrays[str(record["layer"])] = restored(record, data[start:end]).array()
+                start = end
+        except (KeyError, TypeError, ValueError) as error:
+            raise ArtifactError(
+                f"{self.folder / PACKED_WEIGHTS_NAME} does not fit manifest.json ({error}); compile the model again"
+            ) from None
+        return arrays
+
+    @cached_property
+    def parameters(self) -> tuple[Any, ...]:
+        """What ``main`` of the library takes behind the inputs: the packed weights, on the device."""
+        import tvm
+
+        return tuple(tvm.runtime.tensor(array, self.device) for array in self.packed_weights().values())
 
     @cached_property
     def device(self) -> Any:
@@ -211,12 +247,13 @@ class Artifact:
         arrays = self.checked_inputs(inputs)
         batch = next(iter(self._inputs.values()))[0][0]
         tensors = [self._tensor(name, _padded(a[:batch], batch)) for name, a in arrays.items()]
+        tensors += self.parameters
         self._main(*tensors)
         evaluator = self.machine.time_evaluator("main", self.device, number=1, repeat=repeat)
         return [float(t) for t in evaluator(*tensors).results]
 
     def _call(self, arrays: Mapping[str, Array]) -> list[Array]:
-        result = self._main(*(self._tensor(name, arrays[name]) for name in self._inputs))
+        result = self._main(*(self._tensor(name, arrays[name]) for name in self._inputs), *self.parameters)
         return [result.numpy()] if hasattr(result, "numpy") else [r.numpy() for r in result]
 
     def _tensor(self, name: str, array: Array) -> Any:
@@ -279,6 +316,7 @@ def load_artifact(folder: Path | str) -> Artifact:
     """
     artifact = Artifact(Path(folder), read_manifest(folder))
     artifact.library  # noqa: B018 - loads it, so that errors show here
+    artifact.parameters  # noqa: B018
     return artifact
 
 

@@ -3,6 +3,7 @@
 The simulator and every kernel are compared with these functions. Nothing here knows of TVM.
 """
 
+from tvm_hquant.bfloat16 import bfloat16_bits, bfloat16_values
 from tvm_hquant.fused_multiply_add import fma
 from tvm_hquant.numerics.codes import (
     activation_format,
@@ -27,7 +28,7 @@ from tvm_hquant.numerics.evaluation import evaluate
 from tvm_hquant.numerics.functions import PARAMETER_COUNTS, clamp, unary_float32, unary_float64, unary_table
 from tvm_hquant.numerics.integer_layers import requantize
 from tvm_hquant.numerics.samples import evaluate_samples
-from tvm_hquant.numerics.storage import bfloat16_bits, bfloat16_values, narrow, widen
+from tvm_hquant.numerics.storage import narrow, widen
 from tvm_hquant.numerics.weights import (
     check_accumulator,
     dequantize_weights,

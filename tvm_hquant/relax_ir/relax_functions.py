@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from tvm import IRModule, relax, tirx
@@ -43,11 +44,13 @@ def rebuild_main(
     graph: LayerGraph,
     functions: Mapping[str, Any],
     calls: Sequence[tuple[str, tuple[str, ...]]],
+    weights: Mapping[str, Any] = MappingProxyType({}),
 ) -> IRModule:
     """A module whose ``main`` calls layers in the given order.
 
     ``functions`` gives each layer its function by the layer's name. ``calls`` lists (layer, tensors read); its last entry,
-    with an empty name, lists the tensors that leave the graph. ``builder`` may hold TIR functions already.
+    with an empty name, lists the tensors that leave the graph. ``builder`` may hold TIR functions already. ``weights`` gives
+    layers a parameter of ``main``, behind the graph's inputs, that is passed to them behind their tensors.
     """
     main = mod["main"]
     names: dict[str, Any] = {}
@@ -60,10 +63,12 @@ def rebuild_main(
         names[layer] = builder.add_func(function, identifier)
     parameters = [relax.Var(p.name, p.ty) for p in main.params]
     tensors: dict[str, Any] = dict(zip(graph.inputs, parameters, strict=True))
-    with builder.function("main", parameters, dict(main.attrs)):
+    attributes = {**dict(main.attrs), "num_input": len(parameters)} if weights else dict(main.attrs)
+    with builder.function("main", [*parameters, *weights.values()], attributes):
         with builder.dataflow():
             for layer, arguments in calls[:-1]:
-                call = relax.Call(names[layer], [tensors[a] for a in arguments])
+                own = [weights[layer]] if layer in weights else []
+                call = relax.Call(names[layer], [*(tensors[a] for a in arguments), *own])
                 tensors[layer] = builder.emit(call, name_hint=function_identifier(layer))
             outputs = [tensors[t] for t in calls[-1][1]]
             is_tuple = isinstance(main.ret_ty, relax.TupleType)

@@ -1,0 +1,107 @@
+"""Weights in few bits: protects that what is made of them again is what kernels read, to the last bit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.planned_models import mixed_plan, one_sample, partitioned, shared_session
+from tvm_hquant.artifact import compile_artifact
+from tvm_hquant.bfloat16 import bfloat16_bits
+from tvm_hquant.errors import ArtifactError
+from tvm_hquant.runtime import PACKED_WEIGHTS_NAME, Artifact, load_artifact
+from tvm_hquant.stored_weights import pack_bits, restored, stored_floats, stored_integers, unpack_bits
+from tvm_hquant.verification import verify_artifact
+
+Array = npt.NDArray[Any]
+
+PRECISIONS = {"stem": "w4", "left": "w8", "right": "a8w3", "merge": "float32"}
+
+
+@given(st.integers(1, 16), st.integers(0, 40), st.integers(0, 2**32 - 1))
+def test_codes_come_back(bits: int, count: int, seed: int) -> None:
+    """Any width, any count: as many bits in the file as there are, rounded up to a byte."""
+    codes = np.random.default_rng(seed).integers(0, 2**bits, count).astype(np.uint16)
+    packed = pack_bits(codes, bits)
+    assert packed.nbytes == (count * bits + 7) // 8
+    np.testing.assert_array_equal(unpack_bits(packed, bits, count), codes)
+
+
+@given(st.integers(-127, 127), st.integers(-127, 127), st.integers(1, 5), st.sampled_from(["int8", "int16"]))
+def test_integers_take_the_bits_of_their_range(a: int, b: int, rows: int, dtype: str) -> None:
+    """Zeros of unfilled tiles count: they are in the array."""
+    array = np.array([[a, b, 0]] * rows, dtype)
+    stored = stored_integers(array)
+    assert 2**stored.bits > max(a, b, 0) - min(a, b, 0)
+    again = restored(stored.record(), stored.data)
+    np.testing.assert_array_equal(again.array(), array, strict=True)
+
+
+@pytest.mark.parametrize("values", ["float32", "float16", "bfloat16"])
+def test_floats_are_codes_times_the_scale_of_their_lane(values: str) -> None:
+    """[blocks, …, lanes], the layout of all templates; unfilled lanes hold code 0."""
+    random = np.random.default_rng(1)
+    codes = random.integers(-7, 8, (3, 10, 4))
+    codes[2, :, 2:] = 0
+    scales = np.broadcast_to(random.uniform(0.01, 0.1, (3, 1, 4)).astype(np.float32), codes.shape)
+    stored = stored_floats(values, codes, scales)
+    assert stored is not None
+    assert stored.scales is not None
+    assert stored.scales.shape == (3, 4)
+    assert stored.bits == 4
+    expected = codes.astype(np.float32) * scales
+    wanted = bfloat16_bits(expected) if values == "bfloat16" else expected.astype(values)
+    np.testing.assert_array_equal(restored(stored.record(), stored.data).array(), wanted, strict=True)
+
+
+def test_scales_without_order_are_refused() -> None:
+    """Where every element had its own scale nothing would be saved."""
+    assert stored_floats("float32", np.ones((1, 97)), np.arange(97, dtype=np.float32)) is None
+
+
+@pytest.fixture(scope="module")
+def artifact() -> Artifact:
+    """Weights of 3, 4 and 8 bits in a depthwise, a grouped and a plain convolution; one layer is float."""
+    session = shared_session("branches")
+    return compile_artifact(partitioned("branches"), mixed_plan(session, PRECISIONS), session.spec)
+
+
+def test_artifacts_keep_codes_and_run_as_simulated(artifact: Artifact) -> None:
+    """The simulator has whole arrays, the artifact makes its own from a side file: their outputs are equal."""
+    session = shared_session("branches")
+    records = {r["layer"]: r for r in artifact.manifest["packed_weights"]}
+    assert {name: r["bits"] for name, r in records.items()} == {"stem": 4, "left": 8, "right": 3}
+    assert sum(r["bytes"] for r in records.values()) == (artifact.folder / PACKED_WEIGHTS_NAME).stat().st_size
+    plan = mixed_plan(session, PRECISIONS)
+    program = session.builder.program(plan.precisions(), plan.scales)
+    session.engine.compile([program])
+    for ours, simulated in zip(
+        artifact.run(one_sample(session)).values(), session.engine.run(one_sample(session), [program])[0], strict=True
+    ):
+        np.testing.assert_array_equal(ours, simulated)
+    assert verify_artifact(artifact).holds
+
+
+def test_the_library_does_not_hold_them(artifact: Artifact) -> None:
+    """Not as floats, in the order of the kernel, anywhere in the file."""
+    library = (artifact.folder / "model.so").read_bytes()
+    for layer, array in artifact.packed_weights().items():
+        assert array.tobytes() not in library, layer
+
+
+def test_damaged_packed_weights(artifact: Artifact, tmp_path: Any) -> None:
+    """A file that is cut short, and one that is gone."""
+    folder = artifact.save(tmp_path / "artifact").folder
+    path = folder / PACKED_WEIGHTS_NAME
+    data = path.read_bytes()
+    path.unlink()
+    with pytest.raises(ArtifactError, match=r"weights\.bin is missing"):
+        load_artifact(folder)
+    path.write_bytes(data[:-3])
+    with pytest.raises(ArtifactError, match=r"weights\.bin: it is damaged"):
+        load_artifact(folder)
