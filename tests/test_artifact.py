@@ -385,7 +385,7 @@ def test_runs_where_only_the_runtime_is_installed(folder: Path, tmp_path: Path) 
         env={**os.environ, "TVM_USE_RUNTIME_LIB": "1"},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         check=False,
     )
     assert done.returncode == 0, done.stderr

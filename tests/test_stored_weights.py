@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,9 @@ from hypothesis import strategies as st
 from tests.planned_models import mixed_plan, one_sample, partitioned, shared_session
 from tvm_hquant.artifact import compile_artifact
 from tvm_hquant.bfloat16 import bfloat16_bits
-from tvm_hquant.errors import ArtifactError
+from tvm_hquant.errors import ArtifactError, PlanError
+from tvm_hquant.plan import LayerDecision, load_plan
+from tvm_hquant.planning import make_plan
 from tvm_hquant.runtime import PACKED_WEIGHTS_NAME, Artifact, load_artifact
 from tvm_hquant.stored_weights import pack_bits, restored, stored_floats, stored_integers, unpack_bits
 from tvm_hquant.verification import verify_artifact
@@ -87,6 +91,49 @@ def test_artifacts_keep_codes_and_run_as_simulated(artifact: Artifact) -> None:
     assert verify_artifact(artifact).holds
 
 
+STORED = {"stem": ("bfloat16", 4), "left": ("float16", 8), "right": ("a16w8", 3), "merge": ("float32", 2)}
+
+
+def test_storage_apart_from_computation(tmp_path: Path) -> None:
+    """A plan stores weights in fewer bits than it computes with: through plan.json, in simulator, library and contract."""
+    session = shared_session("branches")
+    decisions = {n: LayerDecision(p, "chosen by the user", stored_bits=b) for n, (p, b) in STORED.items()}
+    made = make_plan(session, decisions)
+    made.save(tmp_path)
+    plan = load_plan(tmp_path / "plan.json")
+    assert {n: d.stored_bits for n, d in plan.layers.items() if d.stored_bits} == {n: b for n, (_, b) in STORED.items()}
+    assert dict(plan.weight_precisions) == {"stem": "w4", "left": "w8", "right": "a16w3", "merge": "w2"}
+    artifact = compile_artifact(partitioned("branches"), plan, session.spec)
+    assert {r["layer"]: r["bits"] for r in artifact.manifest["packed_weights"]} == {
+        n: b for n, (_, b) in STORED.items()
+    }
+    program = session.builder.program(plan.precisions(), plan.scales, plan.layer_weights)
+    session.engine.compile([program])
+    simulated = session.engine.run(one_sample(session), [program])[0]
+    for ours, expected in zip(artifact.run(one_sample(session)).values(), simulated, strict=True):
+        np.testing.assert_array_equal(ours, expected)
+    assert verify_artifact(artifact).holds
+
+
+@pytest.mark.parametrize(
+    ("precision", "bits", "message"),
+    [
+        ("a8w4", 5, "use 2 to 4"),
+        ("float32", 9, "use 2 to 8"),
+        ("a16w16", 1, "use 2 to 8"),
+        ("a8w8", "4", "not an integer"),
+    ],
+)
+def test_impossible_storage_is_refused(tmp_path: Path, precision: str, bits: Any, message: str) -> None:
+    """More bits than the precision has, fewer than 2, or no number at all: the layer is named."""
+    uniform = mixed_plan(shared_session("branches"), dict.fromkeys(PRECISIONS, "float32"))
+    document = json.loads(uniform.to_json())
+    document["layers"]["left"] |= {"precision": precision, "stored_bits": bits}
+    (tmp_path / "plan.json").write_text(json.dumps(document), encoding="utf-8")
+    with pytest.raises(PlanError, match=f"layer left: .*{message}"):
+        load_plan(tmp_path / "plan.json")
+
+
 def test_the_library_does_not_hold_them(artifact: Artifact) -> None:
     """Not as floats, in the order of the kernel, anywhere in the file."""
     library = (artifact.folder / "model.so").read_bytes()
@@ -94,7 +141,7 @@ def test_the_library_does_not_hold_them(artifact: Artifact) -> None:
         assert array.tobytes() not in library, layer
 
 
-def test_damaged_packed_weights(artifact: Artifact, tmp_path: Any) -> None:
+def test_damaged_packed_weights(artifact: Artifact, tmp_path: Path) -> None:
     """A file that is cut short, and one that is gone."""
     folder = artifact.save(tmp_path / "artifact").folder
     path = folder / PACKED_WEIGHTS_NAME

@@ -73,7 +73,7 @@ def compile_artifact(
         if spec.tvm_target().kind.name == "c":
             (folder / SOURCE_NAME).write_text(module_source(executable), encoding="utf-8")
         plan.save(folder)
-        floats = [n for n, p in plan.precisions().items() if p.arithmetic is Arithmetic.FLOAT]
+        floats = [n for n, d in plan.layers.items() if d.weight_precision.arithmetic is Arithmetic.FLOAT]
         save_weights(folder / "weights.npz", graph, floats)
         if stored:
             (folder / PACKED_WEIGHTS_NAME).write_bytes(b"".join(w.data for w in stored.values()))

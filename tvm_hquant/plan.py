@@ -37,11 +37,18 @@ class LayerDecision:
     ``reason`` is one of: within budget, sensitive, no kernel, the spec forbids, cast cost, chosen by the user, and for
     layers without weights also: as its readers.
     ``detail`` says it in a sentence.
+    ``stored_bits`` are those of the weights in the artifact, where they are fewer than the precision computes with.
     """
 
     precision: str
     reason: str
     detail: str = ""
+    stored_bits: int | None = None
+
+    @property
+    def weight_precision(self) -> Precision:
+        """The precision whose weight codes the layer has (:meth:`Precision.with_stored_weights`)."""
+        return parse_precision(self.precision).with_stored_weights(self.stored_bits)
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +62,8 @@ class PrecisionPlan:
         scales: for each tensor its formats in the kinds of codes that were calibrated.
         groups: names of tensors that share one format.
         weights: codes per layer with weights, for the precision that ``weight_precisions`` names.
-        weight_precisions: the precision for which the codes of a layer were made.
+        weight_precisions: the precision for which the codes of a layer were made
+            (:attr:`LayerDecision.weight_precision`).
     """
 
     fingerprint: str
@@ -75,11 +83,14 @@ class PrecisionPlan:
 
         None where the precision stores no codes.
         """
-        if not layer.is_anchor or precision.arithmetic is Arithmetic.FLOAT:
+        codes = precision.with_stored_weights(
+            self.layers[layer.name].stored_bits if layer.name in self.layers else None
+        )
+        if not layer.is_anchor or codes.arithmetic is Arithmetic.FLOAT:
             return None
-        if self.weight_precisions.get(layer.name) == precision.name:
+        if self.weight_precisions.get(layer.name) == codes.name:
             return self.weights[layer.name]
-        return quantize_layer_weights(layer, precision, per_channel)
+        return quantize_layer_weights(layer, codes, per_channel)
 
     def with_layers(self, layers: Mapping[str, LayerDecision]) -> PrecisionPlan:
         """The plan with some decisions replaced."""
@@ -100,7 +111,8 @@ class PrecisionPlan:
             codes = self.layer_weights(layer, precisions[layer.name], per_channel)
             if codes is not None:
                 weights[layer.name] = codes
-        return replace(self, weights=weights, weight_precisions={name: precisions[name].name for name in weights})
+        made_for = {name: self.layers[name].weight_precision.name for name in weights}
+        return replace(self, weights=weights, weight_precisions=made_for)
 
     def check_model(self, graph: LayerGraph) -> None:
         """Makes sure that the plan is for this model.
@@ -131,10 +143,7 @@ class PrecisionPlan:
             "version": PLAN_VERSION,
             "model": self.fingerprint,
             "target": self.target,
-            "layers": {
-                name: {"precision": d.precision, "reason": d.reason, "detail": d.detail}
-                for name, d in self.layers.items()
-            },
+            "layers": {name: _decision_entry(decision) for name, decision in self.layers.items()},
             "tensors": {
                 name: {codes: _scale_entry(f) for codes, f in formats.items()} for name, formats in self.scales.items()
             },
@@ -223,7 +232,21 @@ def _decision(layer: str, entry: Any) -> LayerDecision:
         precision = parse_precision(str(entry["precision"]))
     except PrecisionError as error:
         raise PlanError(f"layer {layer}: {error}") from None
-    return LayerDecision(precision.name, str(entry.get("reason", "")), str(entry.get("detail", "")))
+    stored_bits = entry.get("stored_bits")
+    if stored_bits is not None and (not isinstance(stored_bits, int) or isinstance(stored_bits, bool)):
+        raise PlanError(f"layer {layer}: stored_bits {stored_bits!r} is not an integer; leave it out, or write 2 to 8")
+    try:
+        precision.with_stored_weights(stored_bits)
+    except PrecisionError as error:
+        raise PlanError(f"layer {layer}: {error}") from None
+    return LayerDecision(precision.name, str(entry.get("reason", "")), str(entry.get("detail", "")), stored_bits)
+
+
+def _decision_entry(decision: LayerDecision) -> dict[str, Any]:
+    entry: dict[str, Any] = {"precision": decision.precision}
+    if decision.stored_bits is not None:
+        entry["stored_bits"] = decision.stored_bits
+    return {**entry, "reason": decision.reason, "detail": decision.detail}
 
 
 def _check_groups(groups: tuple[tuple[str, ...], ...], scales: TensorScales) -> None:

@@ -25,7 +25,8 @@ def make_plan(session: QuantizationSession, decisions: Mapping[str, LayerDecisio
     for name, f in followed.items():
         layers[name] = LayerDecision(f.precision.name, f.reason, f.detail)
     scales = session.scales([A8W8, INT8, *anchors.values(), *(f.precision for f in followed.values())])
-    weights = {layer.name: session.layer_weights(layer, anchors[layer.name]) for layer in graph.anchors}
+    made_for = {name: decision.weight_precision for name, decision in decisions.items()}
+    weights = {layer.name: session.layer_weights(layer, made_for[layer.name]) for layer in graph.anchors}
     stored = {name: codes for name, codes in weights.items() if codes is not None}
     return PrecisionPlan(
         graph.fingerprint,
@@ -34,7 +35,7 @@ def make_plan(session: QuantizationSession, decisions: Mapping[str, LayerDecisio
         scales,
         session.ranges.groups if session.ranges is not None else (),
         stored,
-        {name: anchors[name].name for name in stored},
+        {name: made_for[name].name for name in stored},
     )
 
 
@@ -49,7 +50,7 @@ def with_calibration(session: QuantizationSession, plan: PrecisionPlan) -> Preci
     weights = dict(plan.weights)
     made_for = dict(plan.weight_precisions)
     for layer in session.graph.anchors:
-        precision = precisions[layer.name]
+        precision = plan.layers[layer.name].weight_precision
         codes = session.layer_weights(layer, precision)
         if codes is not None and made_for.get(layer.name) != precision.name:
             weights[layer.name], made_for[layer.name] = codes, precision.name

@@ -64,6 +64,22 @@ class Precision:
         """Whether ranges of activations must be known."""
         return self.is_integer
 
+    def with_stored_weights(self, bits: int | None) -> Precision:
+        """The precision whose weight codes a layer has that computes in this one and stores its weights in ``bits`` bits.
+
+        A float layer has those of weight-only ``w{bits}``, an integer layer those of the same activations with narrower
+        weights. None gives the precision itself.
+
+        Raises:
+            PrecisionError: weights of this precision cannot be stored in so many bits.
+        """
+        if bits is None:
+            return self
+        most = min(8, self.weight_bits)
+        if not 2 <= bits <= most:
+            raise PrecisionError(f"weights of {self.name} cannot be stored in {bits} bits: use 2 to {most}")
+        return parse_precision(f"a{self.activation_bits}w{bits}" if self.is_integer else f"w{bits}")
+
     @property
     def is_realized(self) -> bool:
         """Whether a compiled module can have this precision; otherwise it is only simulated."""

@@ -229,7 +229,8 @@ class Quantizer:
         metrics: list[Metric] = [self.metric, METRICS["agreement"]]
         scores = session.evaluate_metrics(programs, self.roles.held_out, metrics, "measuring")
         rows = tuple(
-            self._row(name, p, remark, own[0], own[1]) for (name, p, remark), own in zip(named, scores, strict=True)
+            self._row(name, p, remark, own[0], own[1], plan.layers if p is program else {})
+            for (name, p, remark), own in zip(named, scores, strict=True)
         )
         kinds: dict[str, int] = {}
         for conversion in program.conversions:
@@ -259,19 +260,26 @@ class Quantizer:
         return session.program(anchors), remark
 
     def _row(
-        self, name: str, program: Program, remark: str, score: MetricAccumulator, agreement: MetricAccumulator
+        self,
+        name: str,
+        program: Program,
+        remark: str,
+        score: MetricAccumulator,
+        agreement: MetricAccumulator,
+        decisions: Mapping[str, LayerDecision],
     ) -> ModelRow:
         precisions, anchors = program.formats.precisions, self.session.graph.anchors
+        stored = {**precisions, **{n: d.weight_precision for n, d in decisions.items()}}
         total = sum(layer.macs for layer in anchors) or 1
         low = sum(layer.macs for layer in anchors if is_low_bit(precisions[layer.name]))
-        size = sum(weight_bytes(layer, precisions[layer.name]) for layer in anchors)
+        size = sum(weight_bytes(layer, stored[layer.name]) for layer in anchors)
         loss = score.loss_interval() if name != "float32" else Interval(0.0, 0.0, 0.0)
         return ModelRow(name, score.value, loss, agreement.value, low / total, size, len(program.conversions), remark)
 
     def _layer_report(self, plan: PrecisionPlan, layer: Layer) -> LayerReport:
         decision = plan.layers[layer.name]
         losses = self.table.of_layer(layer.name)
-        size = weight_bytes(layer, parse_precision(decision.precision))
+        size = weight_bytes(layer, decision.weight_precision)
         return LayerReport(
             layer.name,
             layer.operator_kind,

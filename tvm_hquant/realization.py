@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import ml_dtypes
 import numpy as np
+import numpy.typing as npt
 
 from tvm_hquant import numerics
 from tvm_hquant.errors import PrecisionError
@@ -25,7 +26,7 @@ from tvm_hquant.kernels.interface import (
 from tvm_hquant.kernels.saturation import centred_products, saturation_free_pairs
 from tvm_hquant.layers import Layer
 from tvm_hquant.operators import Add, AveragePool2D, Conv2D, Convert, Dense, Movement, Shape, Unary
-from tvm_hquant.precision import Arithmetic, Precision
+from tvm_hquant.precision import Precision
 from tvm_hquant.quantized_weights import QuantizedWeights
 from tvm_hquant.tensor_format import TensorFormat
 
@@ -42,7 +43,7 @@ def realize_layer(
     """The kernel request and constants of a layer.
 
     ``inputs`` and ``output`` are the formats of its tensors; ``weights`` are needed by anchors in integer and weight-only
-    precisions.
+    precisions, and by float ones whose weights are stored as codes.
 
     Raises:
         PrecisionError: the layer's sums could leave int32 in this precision, or nothing computes it.
@@ -117,28 +118,26 @@ def _float_anchor(
     weights: QuantizedWeights | None,
 ) -> Realized:
     storage = "float32"
-    if precision.arithmetic is Arithmetic.WEIGHT_ONLY:
-        assert weights is not None
+    if weights is not None:
         values, bias = weights.real(), weights.bias
     else:
         assert layer.weights is not None
         assert layer.bias is not None
         values, bias = layer.weights, layer.bias
-        if precision.name == "float16":
-            values, storage = _to_float16(layer), "float16"
-        elif precision.name == "bfloat16":
-            values, storage = values.astype(ml_dtypes.bfloat16).view(np.uint16), "bfloat16"
+    if precision.name == "float16":
+        values, storage = _to_float16(layer.name, values), "float16"
+    elif precision.name == "bfloat16":
+        values, storage = values.astype(ml_dtypes.bfloat16).view(np.uint16), "bfloat16"
     epilogue = operator.epilogue
     request = KernelRequest(operator, tuple(f.storage for f in inputs), output.storage, storage)
     return request, FloatAnchorConstants(values, bias, epilogue.lower, epilogue.upper)
 
 
-def _to_float16(layer: Layer) -> np.ndarray[tuple[int, ...], np.dtype[np.float16]]:
-    assert layer.weights is not None
-    largest = float(np.abs(layer.weights).max(initial=0.0))
+def _to_float16(layer: str, values: npt.NDArray[np.float32]) -> npt.NDArray[np.float16]:
+    largest = float(np.abs(values).max(initial=0.0))
     if largest > float(np.finfo(np.float16).max):
-        raise PrecisionError(f"layer {layer.name}: its largest weight {largest:g} does not fit float16; use bfloat16")
-    return layer.weights.astype(np.float16)
+        raise PrecisionError(f"layer {layer}: its largest weight {largest:g} does not fit float16; use bfloat16")
+    return values.astype(np.float16)
 
 
 def _unary(layer: Layer, operator: Unary, source: TensorFormat, output: TensorFormat) -> LayerConstants:

@@ -149,9 +149,8 @@ def _float_weights(path: Path) -> dict[str, Array]:
 
 def _check_plan(plan: PrecisionPlan, graph: LayerGraph, folder: Path) -> None:
     """The artifact holds weights only for the precisions that it was compiled with."""
-    precisions = plan.precisions()
     for layer in graph.layers:
-        precision = precisions.get(layer.name)
+        precision = plan.layers[layer.name].weight_precision if layer.name in plan.layers else None
         if precision is not None and not layer.is_anchor:
             continue
         if precision is None or not (
