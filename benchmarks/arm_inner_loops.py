@@ -1,0 +1,179 @@
+"""Inner loops of the AArch64 kernels, counted by LLVM's machine code analyser where no Arm core is at hand to time them.
+
+    apt install llvm-19
+    python -m benchmarks.arm_inner_loops                       # all cores, a8w8
+    python -m benchmarks.arm_inner_loops --cores cortex-a53 --precision a8w5
+
+Typical layers are compiled for each core, the innermost loop with the most multiply-adds is cut out of the assembly, and
+``llvm-mca`` says how many cycles an iteration takes on its model of the core, loads hitting the first-level cache. The peak is
+what the same model says of the multiply-adds alone, on registers, none waiting for another. Depthwise kernels are unrolled over
+the kernel's window, so their inner loop holds the epilogue too.
+
+Models of LLVM: the Cortex-A72 is modelled as a Cortex-A57, and the Cortex-A76 less precisely than the Neoverse N1, which
+has the same vector units.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import tvm
+
+from tvm_hquant.cli.tables import print_table
+from tvm_hquant.kernels.interface import Kernel, KernelRequest
+from tvm_hquant.kernels.registry import families_for_target, select_kernel
+from tvm_hquant.operators import Conv2D, Dense, Window
+
+ANALYSERS = ("llvm-mca-19", "llvm-mca")
+TRIPLE = "aarch64-linux-gnu"
+ITERATIONS = 200
+_PEAK_SUMS = 20
+"""Independent sums in the peak's loop: more than four pipes with a latency of four cycles hold."""
+SAME = (1, 1, 1, 1)
+
+CORES = {
+    "cortex-a53": "arm_neon",
+    "cortex-a72": "arm_neon",
+    "cortex-a76": "arm_dotprod",
+    "neoverse-n1": "arm_dotprod",
+    "neoverse-v1": "arm_i8mm",
+}
+"""Cores by LLVM's names, with the kernel family that serves each best."""
+
+LAYERS: dict[str, Conv2D | Dense] = {
+    "56×56 64→64 3×3": Conv2D((1, 56, 56, 64), 64, Window((3, 3), padding=SAME)),
+    "28×28 128→128 3×3": Conv2D((1, 28, 28, 128), 128, Window((3, 3), padding=SAME)),
+    "14×14 256→256 3×3": Conv2D((1, 14, 14, 256), 256, Window((3, 3), padding=SAME)),
+    "7×7 512→512 3×3": Conv2D((1, 7, 7, 512), 512, Window((3, 3), padding=SAME)),
+    "56×56 64→256 1×1": Conv2D((1, 56, 56, 64), 256, Window((1, 1))),
+    "14×14 1024→256 1×1": Conv2D((1, 14, 14, 1024), 256, Window((1, 1))),
+    "dense 2048→1000": Dense(1, 2048, 1000),
+    "depthwise 56×56×144 3×3": Conv2D((1, 56, 56, 144), 144, Window((3, 3), padding=SAME), groups=144),
+    "depthwise 14×14×384 3×3": Conv2D((1, 14, 14, 384), 384, Window((3, 3), padding=SAME), groups=384),
+}
+
+CENTRED_PRODUCTS = {"a8w8": 2, "a8w7": 4, "a8w6": 8, "float32": 2}
+"""What the weights of a precision prove (7 and 6 bits: symmetric ones)."""
+
+
+@dataclass(frozen=True)
+class MultiplyAdd:
+    """An instruction that multiplies and adds: its name as a pattern, its products, and how the peak's loop spells it."""
+
+    pattern: str
+    products: int
+    spelling: str
+
+
+FORMS = (
+    MultiplyAdd(r"u?s?mmla\b", 32, "usmmla v{n}.4s, v30.16b, v31.16b"),
+    MultiplyAdd(r"(sdot|sudot|usdot)\b", 16, "sdot v{n}.4s, v30.16b, v31.4b[0]"),
+    MultiplyAdd(r"sm(ull|lal)2?\s+v\d+\.8h", 8, "smlal v{n}.8h, v30.8b, v31.8b"),
+    MultiplyAdd(r"fml[as]\s+v\d+\.4s", 4, "fmla v{n}.4s, v30.4s, v31.s[0]"),
+)
+
+
+@dataclass(frozen=True)
+class Loop:
+    """The instructions of an innermost loop, and which form of multiply-add does its work."""
+
+    instructions: tuple[str, ...]
+    form: MultiplyAdd
+
+    @property
+    def products(self) -> int:
+        return self.form.products * sum(bool(re.match(self.form.pattern, line)) for line in self.instructions)
+
+    @property
+    def on_the_stack(self) -> int:
+        """Instructions that read or write the stack: spilled registers."""
+        return sum("[sp" in line for line in self.instructions)
+
+    def peak_loop(self) -> tuple[tuple[str, ...], int]:
+        """Multiply-adds of this loop's kind alone, with the widening additions that they need, and their products."""
+        sums = [line for line in self.instructions if line.startswith("sadalp")]
+        count = self.products // self.form.products
+        lines = [self.form.spelling.format(n=n) for n in range(_PEAK_SUMS)]
+        if sums:
+            widened = round(_PEAK_SUMS * len(sums) / count)
+            lines += [f"sadalp v{_PEAK_SUMS + n}.4s, v30.8h" for n in range(widened)]
+        return tuple(lines), _PEAK_SUMS * self.form.products
+
+
+def request_for(operator: Conv2D | Dense, precision: str) -> KernelRequest:
+    """A layer from and to codes, or floats."""
+    if precision == "float32":
+        return KernelRequest(operator, ("float32",), "float32", "float32")
+    return KernelRequest(operator, ("uint8",), "uint8", "int8", centred_products=CENTRED_PRODUCTS[precision])
+
+
+def assembly(kernel: Kernel, core: str) -> str:
+    """What LLVM makes of a kernel for a core."""
+    module = tvm.IRModule({"kernel": kernel.function.with_attr("global_symbol", "kernel")})
+    target = tvm.target.Target({"kind": "llvm", "mtriple": TRIPLE, "mcpu": core})
+    return str(tvm.compile(module, target=target).mod.inspect_source("s"))
+
+
+def innermost_loop(source: str) -> Loop:
+    """The innermost loop with the most products."""
+    lines = [line.split("//")[0].strip() for line in source.splitlines()]
+    labels = {match[1]: index for index, line in enumerate(lines) if (match := re.match(r"(\.LBB\w+):", line))}
+    found: list[Loop] = []
+    for index, line in enumerate(lines):
+        jump = re.match(r"(?:b|cb|tb)\S*\s+(?:.*,\s*)?(\.LBB\w+)$", line)
+        if jump is None or labels.get(jump[1], index) >= index:
+            continue
+        body = lines[labels[jump[1]] + 1 : index + 1]
+        if not any(inner.startswith(".LBB") for inner in body):
+            code = tuple(part for part in body if part and not part.startswith("."))
+            found += [Loop(code, form) for form in FORMS]
+    # With equal products the shorter loop: a copy of it may stand elsewhere with other work around it.
+    return max(found, key=lambda loop: (loop.products, -len(loop.instructions)))
+
+
+def cycles(instructions: tuple[str, ...], core: str) -> float:
+    """Cycles of an iteration on LLVM's model of a core."""
+    analyser = next((found for name in ANALYSERS if (found := shutil.which(name))), None)
+    if analyser is None:
+        sys.exit("llvm-mca is not installed: apt install llvm-19")
+    features = "-mattr=+dotprod,+i8mm,+bf16"
+    command = [analyser, f"-mtriple={TRIPLE}", f"-mcpu={core}", features, f"-iterations={ITERATIONS}"]
+    result = subprocess.run(command, input="\n".join(instructions), capture_output=True, text=True, check=True)
+    total = re.search(r"Total Cycles:\s+(\d+)", result.stdout)
+    assert total is not None
+    return int(total[1]) / ITERATIONS
+
+
+def row(layer: str, operator: Conv2D | Dense, core: str, precision: str) -> list[str]:
+    """The table's row of a layer on a core."""
+    kernel = select_kernel(families_for_target((CORES[core],)), request_for(operator, precision))
+    loop = innermost_loop(assembly(kernel, core))
+    spent = cycles(loop.instructions, core)
+    peak_instructions, peak_products = loop.peak_loop()
+    rate, peak = loop.products / spent, peak_products / cycles(peak_instructions, core)
+    numbers = [str(len(loop.instructions)), str(loop.on_the_stack), f"{spent:.1f}", f"{rate:.1f}", f"{peak:.1f}"]
+    return [core, layer, kernel.name.partition(".")[2], *numbers, f"{rate / peak:.0%}"]
+
+
+def main() -> None:
+    """Prints one table for all cores."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cores", default=",".join(CORES))
+    parser.add_argument("--precision", default="a8w8", choices=CENTRED_PRODUCTS)
+    arguments = parser.parse_args()
+    columns = ("core", "layer", "kernel", "instructions", "spills", "cycles", "MACs/cycle", "peak", "share")
+    rows = [
+        row(layer, operator, core, arguments.precision)
+        for core in arguments.cores.split(",")
+        for layer, operator in LAYERS.items()
+    ]
+    print_table(columns, rows)
+
+
+if __name__ == "__main__":
+    main()
