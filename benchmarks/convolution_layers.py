@@ -42,9 +42,9 @@ from tvm_hquant.kernels.interface import (
     LayerConstants,
     Requantization,
 )
-from tvm_hquant.kernels.kernel_function import input_shapes
+from tvm_hquant.kernels.kernel_function import imported_functions, input_shapes
 from tvm_hquant.kernels.primitives import STACK
-from tvm_hquant.kernels.registry import ANCHOR_FAMILIES, host_instruction_sets
+from tvm_hquant.kernels.registry import ANCHOR_FAMILIES, host_instruction_sets, select_kernel
 from tvm_hquant.kernels.saturation import saturation_free_pairs
 from tvm_hquant.kernels.vector_loops import load, store
 from tvm_hquant.layers import read_layers
@@ -55,7 +55,10 @@ from tvm_hquant.target_spec import load_target_spec
 from tvm_hquant.tensor_format import STORAGE_DTYPE, Storage, float_format
 
 NETWORKS = ("resnet50", "inception_v1", "shufflenet", "squeezenet", "imagenet_mobilenetv2_1.0")
-SPECS = {"avx512_vnni": "x86-64-avx512-vnni", "avx2": "x86-64-avx2", "portable": "portable-cpu"}
+SPECS = {
+    "avx512_bf16": "x86-64-avx512-bf16", "avx512_vnni": "x86-64-avx512-vnni", "avx_vnni": "x86-64-avx-vnni",
+    "avx2": "x86-64-avx2", "portable": "portable-cpu",
+}  # fmt: skip
 _ROTATED_BYTES = 4 * 2**20
 """More than the second-level cache of a core has."""
 _SAMPLE_SECONDS = 3e-4
@@ -91,10 +94,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=21)
     arguments = parser.parse_args()
     os.environ["TVM_NUM_THREADS"] = "1"
-    target = load_target_spec(SPECS[arguments.instruction_set]).tvm_target()
-    family = ANCHOR_FAMILIES[arguments.instruction_set]
+    spec = load_target_spec(SPECS[arguments.instruction_set])
+    families = [ANCHOR_FAMILIES[name] for name in spec.instruction_sets]
     for network in arguments.networks.split(","):
-        _measure(network, family, arguments.precision, target, arguments.rounds)
+        _measure(network, families, arguments.precision, spec.tvm_target(), arguments.rounds)
 
 
 def network_layers(network: str) -> Counter[Operator]:
@@ -162,7 +165,7 @@ def peak_function(dot: DotProduct) -> Any:
             [T.bind(operand) for operand in dot.operands(source, [i * dot.chain * dot.products], dot.chain)]
             for i in range(_PEAK_PIXELS)
         ]
-        with T.serial(_PEAK_STEPS) as step:
+        with imported_functions(dot.llvm_functions), T.serial(_PEAK_STEPS) as step:
             for j in range(_PEAK_VECTORS):
                 # Another vector in every step, or the products would leave the loop.
                 base = (step % 2 * _PEAK_VECTORS + j) * dot.chain * count
@@ -193,14 +196,13 @@ def timed_peak(dot: DotProduct, target: Any) -> tuple[Timed, int]:
     return Timed(library["peak"], [[tvm.runtime.tensor(a) for a in arrays]]), macs
 
 
-def _measure(network: str, family: AnchorFamily, precision: str, target: Any, rounds: int) -> None:
+def _measure(network: str, families: Sequence[AnchorFamily], precision: str, target: Any, rounds: int) -> None:
     counts = network_layers(network)
     kernels, functions = [], {}
     constants: list[list[LayerConstants]] = []
     for number, operator in enumerate(counts):
         request, first = random_layer(operator, precision, number)
-        kernel = family.kernel(request)
-        assert kernel is not None
+        kernel = select_kernel(families, request)
         copies = max(1, min(_ROTATED_BYTES // kernel.pack(first)[0].nbytes, 16))
         kernels.append(kernel)
         constants.append([first] * copies)
@@ -213,13 +215,17 @@ def _measure(network: str, family: AnchorFamily, precision: str, target: Any, ro
     ]
     # The dot product of the largest layer stands for all: what the weights of small ones prove may differ.
     largest = max(kernels, key=lambda k: k.request.operator.macs if isinstance(k.request.operator, Operator) else 0)
-    peak, peak_macs = timed_peak(family.dot(largest.request), target)
+    peak, peak_macs = timed_peak(_dot(families, largest.request), target)
     samples: list[list[float]] = [[] for _ in range(len(layers) + 1)]
     for _ in range(rounds):
         for timed, found in zip([peak, *layers], samples, strict=True):
             found.extend(timed.seconds())
     medians = [statistics.median(found) for found in samples]
     _print(network, counts, kernels, medians, 2 * peak_macs / medians[0], compiled)
+
+
+def _dot(families: Sequence[AnchorFamily], request: KernelRequest) -> DotProduct:
+    return next(dot for family in families if (dot := family.dot(request)) is not None)
 
 
 def _print(

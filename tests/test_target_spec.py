@@ -375,7 +375,9 @@ class TestShipped:
         """Protects the promised list, and that packaging carries the data files."""
         assert {
             "x86-64-avx2",
+            "x86-64-avx-vnni",
             "x86-64-avx512-vnni",
+            "x86-64-avx512-bf16",
             "cortex-a72",
             "cortex-a76",
             "jetson-orin",
@@ -594,6 +596,8 @@ class TestDetection:
         assert base_spec_name("x86_64", v3) == "x86-64-avx2"
         assert base_spec_name("x86_64", v4) == "x86-64-avx2"
         assert base_spec_name("x86_64", v4 | {"avx512_vnni"}) == "x86-64-avx512-vnni"
+        assert base_spec_name("x86_64", v4 | {"avx512_vnni", "avx512_bf16"}) == "x86-64-avx512-bf16"
+        assert base_spec_name("x86_64", v3 | {"avx_vnni"}) == "x86-64-avx-vnni"
         assert base_spec_name("x86_64", {"sse4_2"}) == "portable-cpu"
         assert base_spec_name("aarch64", {"asimd"}) == "cortex-a72"
         assert base_spec_name("aarch64", {"asimd", "asimddp"}) == "cortex-a76"
@@ -615,8 +619,11 @@ class TestDetection:
         """Protects detection: this CPU's flags decide, the result runs here and has the same hash each time."""
         host = detect_host()
         flags = set(Path("/proc/cpuinfo").read_text().split())
+        vnni = flags >= {"avx512_vnni", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512cd"}
         expected = {
-            "avx512_vnni": flags >= {"avx512_vnni", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512cd"},
+            "avx512_bf16": vnni and "avx512_bf16" in flags,
+            "avx512_vnni": vnni,
+            "avx_vnni": "avx_vnni" in flags and not vnni,
             "avx2": flags >= {"avx2", "fma", "f16c", "bmi2"},
             "arm_dotprod": "asimddp" in flags,
             "arm_neon": "asimd" in flags,

@@ -33,14 +33,26 @@ from tvm_hquant.tensor_format import STORAGE_DTYPE
 
 HOST = host_instruction_sets()
 TARGETS = {
+    "avx512_bf16": {"kind": "llvm", "mcpu": "cooperlake"},
     "avx512_vnni": {"kind": "llvm", "mcpu": "cascadelake"},
+    # LLVM encodes the instruction as AVX-512 has it where it may.
+    "avx_vnni": {"kind": "llvm", "mcpu": "cascadelake"},
     "avx2": {"kind": "llvm", "mcpu": "x86-64-v3"},
     "portable": {"kind": "llvm"},
 }
-FAMILIES = [
-    pytest.param(name, marks=[] if name in HOST else pytest.mark.skip(reason=f"this CPU has no {name}"))
-    for name in TARGETS
-]
+_RUNS = {*HOST, *(["avx_vnni"] if "avx512_vnni" in HOST else [])}
+
+
+def families(*names: str) -> list:
+    """Parameters for the named families; those that this CPU cannot run are skipped."""
+    return [
+        pytest.param(name, marks=[] if name in _RUNS else pytest.mark.skip(reason=f"this CPU has no {name}"))
+        for name in names
+    ]
+
+
+FAMILIES = families("avx512_vnni", "avx2", "portable")
+"""Families with a kernel for every request."""
 
 
 def run_kernel(kernel: Kernel, constants, inputs: list[np.ndarray], target: dict) -> np.ndarray:
@@ -178,6 +190,30 @@ def test_sixteen_bit_floats_are_exact(family: str, case: str, storage: str) -> N
 def test_wide_weights_are_exact(family: str, case: str, storage: str) -> None:
     """Weights of 9 to 16 bits, which are only simulated: sums beyond int32 stay exact."""
     check(family, KernelRequest(CASES[case], (storage,), "float32", "int16"))
+
+
+@pytest.mark.parametrize("family", families("avx_vnni"))
+@pytest.mark.parametrize("case", ["3x3 padded", "grouped", "depthwise", "dense", "stem, three channels"])
+def test_family_of_codes_is_exact(family: str, case: str) -> None:
+    """Dot products on 256-bit vectors, with a fused residual where the layer can have one."""
+    check(family, KernelRequest(CASES[case], ("uint8",), "uint8", "int8"))
+
+
+@pytest.mark.parametrize("family", families("avx512_bf16"))
+@pytest.mark.parametrize("case", ["3x3 padded", "1x1 strided", "grouped", "dense, rows", "few outputs"])
+@pytest.mark.parametrize("output", ["bfloat16", "float32"])
+def test_bfloat16_unit_is_exact(family: str, case: str, output: str) -> None:
+    """vdpbf16ps with exchanged halves rounds as fused multiply-adds in the contract's order do."""
+    operator = replace(CASES[case], epilogue=Epilogue(True, True))
+    check(family, KernelRequest(operator, ("bfloat16", "float32"), output, "bfloat16"))
+
+
+@pytest.mark.parametrize("family", families("avx512_bf16"))
+def test_bfloat16_unit_leaves_other_layers(family: str) -> None:
+    """An odd number of channels, depthwise layers and other storages are the next family's."""
+    (found,) = families_for_target((family,))[:1]
+    for case, storage in (("stem, three channels", "bfloat16"), ("depthwise", "bfloat16"), ("1x1", "float32")):
+        assert found.kernel(KernelRequest(CASES[case], (storage,), storage, storage)) is None
 
 
 @pytest.mark.skipif("avx2" not in HOST, reason="this CPU has no AVX2")

@@ -133,7 +133,7 @@ class ActivationCopy:
                 store(self.target, place, broadcast(value, lanes), lanes)
 
     def _converted(self, value: Expression, plane: int) -> Expression:
-        if self.storage in ("float16", "bfloat16"):
+        if self.storage in ("float16", "bfloat16") and self.operand_dtype == "float32":
             return widen(value, self.storage)
         if len(self.fills) > 1:
             number = broadcast(T.uint16(8 if plane else 255), lanes_of(value))

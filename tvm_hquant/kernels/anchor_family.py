@@ -21,39 +21,39 @@ class AnchorFamily:
 
     Attributes:
         name: as target specs call it.
-        dot: the dot product for a request.
+        dot: the dot product for a request; None where the family leaves it to the next one.
         lanes: 32-bit lanes of a vector.
         word_product: how four products of codes are added in byte vectors of x86, for depthwise layers.
         byte_widths: bytes of the vectors that it works on.
     """
 
     name: str
-    dot: Callable[[KernelRequest], DotProduct]
+    dot: Callable[[KernelRequest], DotProduct | None]
     lanes: int
     word_product: Callable[[KernelRequest], WordProduct] | None = None
     byte_widths: tuple[int, ...] = ()
 
     def tiles(self, request: KernelRequest) -> tuple[Tile, ...]:
         """The tiles that a kernel for this request may have, the best first; none for depthwise and other operators."""
-        operator = request.operator
-        if not isinstance(operator, (Conv2D, Dense)) or _is_depthwise(request):
+        dot = self.dot(request) if isinstance(request.operator, (Conv2D, Dense)) else None
+        if dot is None or _is_depthwise(request):
             return ()
-        return conv2d_geometry(request, self.dot(request), vectors=self._byte_vectors(request)).candidates
+        return conv2d_geometry(request, dot, vectors=self._byte_vectors(request)).candidates
 
     def kernel(self, request: KernelRequest, tile: Tile | None = None) -> Kernel | None:
-        """The kernel for a convolution or dense layer; None for other operators.
+        """The kernel for a convolution or dense layer; None for other operators, and where there is no dot product.
 
         Raises:
             KernelError: ``tile`` is not one of :meth:`tiles`.
         """
-        operator = request.operator
-        if not isinstance(operator, (Conv2D, Dense)):
+        dot = self.dot(request) if isinstance(request.operator, (Conv2D, Dense)) else None
+        if dot is None:
             return None
         if _is_depthwise(request):
             if tile is not None:
                 raise KernelError(f"depthwise layers have no choice of tiles: leave {tile} out")
-            return self._interleaved(request) or depthwise_kernel(request, self.dot(request), self.name)
-        return conv2d_kernel(request, self.dot(request), self.name, tile, self._byte_vectors(request))
+            return self._interleaved(request) or depthwise_kernel(request, dot, self.name)
+        return conv2d_kernel(request, dot, self.name, tile, self._byte_vectors(request))
 
     def _byte_vectors(self, request: KernelRequest) -> ByteVectors | None:
         return ByteVectors(4 * self.lanes, self.word_product(request)) if self.word_product is not None else None

@@ -228,6 +228,8 @@ class AnchorGeometry:
         rows = np.pad(weights, pads)[:, self.channel_rows]
         lanes, products = self.dot.lanes, self.dot.products
         split = rows.reshape(points, -1, self.tile.vectors, lanes, self.steps, products, height, width)
+        if self.dot.reverses_products:
+            split = split[..., ::-1, :, :]
         # tile, kernel row, kernel column, step, vector, lane, product
         ordered = split.transpose(0, 1, 6, 7, 4, 2, 3, 5)
         return np.ascontiguousarray(ordered.reshape(-1).astype(self.dot.weight_dtype))

@@ -44,6 +44,8 @@ class UsmmlaDot:
     operand_cost: float = 1.0
     operand_steps: int = 2
     pixels: int = 2
+    reverses_products: bool = False
+    llvm_functions: str = ""
     accumulator_registers: int = 2
 
     def spare_registers(self, groups: int, vectors: int, chain: int) -> int:

@@ -19,7 +19,7 @@ from tvm_hquant.kernels.anchor_geometry import AnchorGeometry, as_conv2d
 from tvm_hquant.kernels.dot_product import DotProduct
 from tvm_hquant.kernels.epilogue import Epilogue, scale_accumulator
 from tvm_hquant.kernels.interface import Array, Kernel, KernelRequest, LayerConstants, Tile
-from tvm_hquant.kernels.kernel_function import Buffer, kernel_function
+from tvm_hquant.kernels.kernel_function import Buffer, imported_functions, kernel_function
 from tvm_hquant.kernels.packed_epilogue import PackedEpilogue, vector_groups
 from tvm_hquant.kernels.primitives import STACK, Expression, vector_type
 from tvm_hquant.kernels.vector_loops import flat, load, store
@@ -80,7 +80,8 @@ def conv2d_kernel(
         return pack_float(constants, geometry)
 
     def emit(inputs: Sequence[Buffer], arrays: Sequence[Buffer], output: Buffer) -> None:
-        _Emitter(request, geometry, inputs, arrays, output, is_integer, vectors).emit()
+        with imported_functions(dot.llvm_functions):
+            _Emitter(request, geometry, inputs, arrays, output, is_integer, vectors).emit()
 
     name = f"{family}.conv2d[{dot.name} {geometry.tile}{f' chain {geometry.chain}' if geometry.chain > 1 else ''}]"
     return Kernel(request, name, kernel_function(request, types, emit), pack)
@@ -163,7 +164,7 @@ class _Emitter:
 
     def _fill(self, plane: int) -> Expression:
         if self.zero_points is None:
-            return T.float32(0)
+            return T.Cast(self.dot.operand_dtype, T.int32(0))
         return T.Cast(self.dot.operand_dtype, self.zero_points[2 + plane])
 
     def _tile(self, row: Expression, tile: Expression, channel_block: Expression) -> None:

@@ -30,6 +30,8 @@ class DotProduct(Protocol):
         operand_steps: steps whose operands come from memory at once, a power of two (a chain takes its own steps at least).
         pixels: neighbouring pixels that share an accumulator; it has ``lanes · pixels`` elements.
         accumulator_registers: vector registers of an accumulator.
+        reverses_products: whether the weights of a step stand in the reverse order of its channels.
+        llvm_functions: definitions, in LLVM's language, of the functions that ``accumulate`` calls.
     """
 
     @property
@@ -58,6 +60,10 @@ class DotProduct(Protocol):
     def pixels(self) -> int: ...
     @property
     def accumulator_registers(self) -> int: ...
+    @property
+    def reverses_products(self) -> bool: ...
+    @property
+    def llvm_functions(self) -> str: ...
 
     def spare_registers(self, groups: int, vectors: int, chain: int) -> int:
         """Registers that a step needs beside the accumulators of a tile of ``groups`` times ``pixels`` pixels."""
@@ -80,6 +86,9 @@ class DotProduct(Protocol):
 
 class OnePixel:
     """The part of a dot product whose accumulators are vectors of channels of one pixel."""
+
+    reverses_products: bool = False
+    llvm_functions: str = ""
 
     @property
     def pixels(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from tvm.script.ir_builder import IRBuilder
@@ -63,6 +64,11 @@ def argument_types(request: KernelRequest) -> tuple[list[ArrayType], ArrayType]:
         )
     inputs = [(shape, STORAGE_DTYPE[storage]) for shape, storage in zip(shapes, request.inputs, strict=True)]
     return inputs, (request.operator.output_shape, STORAGE_DTYPE[request.output])
+
+
+def imported_functions(definitions: str) -> Any:
+    """A scope whose statements may call functions defined in LLVM's language; an empty text defines none."""
+    return T.attr(0, "pragma_import_llvm", definitions) if definitions else nullcontext()
 
 
 def kernel_function(request: KernelRequest, constants: Sequence[ArrayType], emit: Emit) -> Any:

@@ -23,10 +23,22 @@ from tvm_hquant.target_spec.spec import TargetSpec
 from tvm_hquant.target_spec.vocabulary import INSTRUCTION_SETS
 
 _BASES = {
-    "x86_64": (("avx512_vnni", "x86-64-avx512-vnni"), ("avx2", "x86-64-avx2")),
+    "x86_64": (
+        ("avx512_bf16", "x86-64-avx512-bf16"),
+        ("avx512_vnni", "x86-64-avx512-vnni"),
+        ("avx_vnni", "x86-64-avx-vnni"),
+        ("avx2", "x86-64-avx2"),
+    ),
     "aarch64": (("arm_dotprod", "cortex-a76"), ("arm_neon", "cortex-a72")),
 }
 """For each architecture, instruction sets with the shipped spec whose rates are taken, best first."""
+_X86_LEVELS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "avx512_bf16": ("x86-64-v4", ("+avx512vnni", "+avx512bf16")),
+    "avx512_vnni": ("x86-64-v4", ("+avx512vnni",)),
+    "avx_vnni": ("x86-64-v3", ("+avxvnni",)),
+    "avx2": ("x86-64-v3", ()),
+}
+"""LLVM's name of the level of a CPU whose best instruction set this is, and the features beyond that level."""
 _FALLBACK = "portable-cpu"
 
 _BANDWIDTH_BUFFER_BYTES = 64 * 2**20
@@ -143,10 +155,9 @@ def _target(machine: str, instruction_sets: tuple[str, ...], cores: int) -> dict
     best = instruction_sets[0]
     target: dict[str, Any] = {"kind": "llvm", "mtriple": f"{machine}-linux-gnu", "num-cores": cores}
     if machine == "x86_64":
-        levels = {"avx512_vnni": "x86-64-v4", "avx2": "x86-64-v3"}
-        target["mcpu"] = levels.get(best, "x86-64")
-        if best == "avx512_vnni":
-            target["mattr"] = ["+avx512vnni"]
+        target["mcpu"], features = _X86_LEVELS.get(best, ("x86-64", ()))
+        if features:
+            target["mattr"] = list(features)
     elif machine == "aarch64":
         target["mcpu"] = "generic"
         target["mattr"] = ["+neon", "+dotprod"] if best == "arm_dotprod" else ["+neon"]

@@ -20,7 +20,9 @@ STORED_FORMATS: tuple[str, ...] = ("uint8", "int8", "uint16", "float16", "bfloat
 
 INSTRUCTION_SETS: Mapping[str, frozenset[str]] = MappingProxyType(
     {
+        "avx512_bf16": frozenset({"avx512f", "avx512bw", "avx512vl", "avx512_bf16"}),
         "avx512_vnni": frozenset({"avx512f", "avx512bw", "avx512vl", "avx512_vnni"}),
+        "avx_vnni": frozenset({"avx2", "fma", "avx_vnni"}),
         "avx2": frozenset({"avx2", "fma"}),
         "arm_i8mm": frozenset({"asimd", "asimddp", "i8mm"}),
         "arm_dotprod": frozenset({"asimd", "asimddp"}),

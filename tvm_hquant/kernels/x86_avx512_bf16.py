@@ -1,0 +1,84 @@
+"""AVX512-BF16: ``vdpbf16ps`` adds two products of bfloat16 values to each of 16 float32 sums.
+
+A product of two bfloat16 values is exact in float32. The instruction adds the product of the upper halves first, rounds to
+nearest even, adds the product of the lower halves and rounds again. With the halves of both operands exchanged that is two
+fused multiply-adds in the order of the channels, as in the contract, but for one thing: values below 2⁻¹²⁶ count as
+zero on the way.
+
+TVM has no vectors of bfloat16 in its LLVM types, so the call stands in a few lines of LLVM's own language.
+Source: Intel 64 and IA-32 Architectures Software Developer's Manual, VDPBF16PS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tvm.tirx.script import builder as T
+
+from tvm_hquant.kernels.anchor_family import AnchorFamily
+from tvm_hquant.kernels.dot_product import DotProduct, RepeatedOperand
+from tvm_hquant.kernels.interface import KernelRequest
+from tvm_hquant.kernels.kernel_function import Buffer
+from tvm_hquant.kernels.primitives import Expression
+from tvm_hquant.operators import Conv2D, Dense
+
+_LANES = 16
+_REGISTERS = 32
+_FUNCTION = "hquant_vdpbf16ps"
+_DEFINITION = f"""
+declare <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float>, <32 x bfloat>, <32 x bfloat>)
+define linkonce_odr <16 x float> @{_FUNCTION}(<16 x float> %sums, <16 x i32> %a, <16 x i32> %b) alwaysinline
+    "target-features"="+avx512f,+avx512bf16" {{
+  %x = bitcast <16 x i32> %a to <32 x bfloat>
+  %y = bitcast <16 x i32> %b to <32 x bfloat>
+  %r = call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %sums, <32 x bfloat> %x, <32 x bfloat> %y)
+  ret <16 x float> %r
+}}
+"""
+
+
+@dataclass(frozen=True)
+class BFloatDot(RepeatedOperand):
+    """Two channels a step."""
+
+    lanes: int = _LANES
+    registers: int = _REGISTERS
+    products: int = 2
+    chain: int = 1
+    operand_dtype: str = "uint16"
+    operand_offset: int = 0
+    weight_dtype: str = "uint16"
+    accumulator_dtype: str = "float32"
+    name: str = "vdpbf16ps"
+    operand_cost: float = 1.0
+    reverses_products: bool = True
+    llvm_functions: str = _DEFINITION
+
+    def operand(self, buffer: Buffer, index: Expression) -> Expression:
+        word = T.broadcast(T.reinterpret("uint32", buffer.vload([index], "uint16x2")), self.lanes)
+        return self._exchanged(word)
+
+    def accumulate(
+        self, accumulator: Expression, operands: Sequence[Expression], weights: Sequence[Expression]
+    ) -> Expression:
+        words = T.reinterpret(f"uint32x{self.lanes}", weights[0])
+        return T.call_pure_extern(f"float32x{self.lanes}", _FUNCTION, accumulator, operands[0], words)
+
+    def _exchanged(self, words: Expression) -> Expression:
+        return T.call_llvm_pure_intrin(f"uint32x{self.lanes}", "llvm.fshl", words, words, T.broadcast(T.uint32(16), 16))
+
+
+def _dot(request: KernelRequest) -> DotProduct | None:
+    """For layers from bfloat16 with an even number of channels in each group; others are left to the next family."""
+    operator = request.operator
+    if request.weights != "bfloat16" or request.inputs[0] != "bfloat16":
+        return None
+    if isinstance(operator, Conv2D):
+        # A depthwise layer has one channel in each group.
+        return BFloatDot() if operator.in_channels // operator.groups % 2 == 0 else None
+    return BFloatDot() if isinstance(operator, Dense) and operator.in_features % 2 == 0 else None
+
+
+FAMILY = AnchorFamily("avx512_bf16", _dot, _LANES)
+"""The kernel family of this instruction set."""
