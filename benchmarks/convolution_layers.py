@@ -213,8 +213,8 @@ def _measure(network: str, families: Sequence[AnchorFamily], precision: str, tar
     layers = [
         timed_kernel(k, library, f"layer_{n}", c) for n, (k, c) in enumerate(zip(kernels, constants, strict=True))
     ]
-    # The dot product of the largest layer stands for all: what the weights of small ones prove may differ.
-    largest = max(kernels, key=lambda k: k.request.operator.macs if isinstance(k.request.operator, Operator) else 0)
+    # One dot product stands for all: that of the layers with most of the work.
+    largest = max(zip(kernels, counts.items(), strict=True), key=lambda entry: entry[1][0].macs * entry[1][1])[0]
     peak, peak_macs = timed_peak(_dot(families, largest.request), target)
     samples: list[list[float]] = [[] for _ in range(len(layers) + 1)]
     for _ in range(rounds):
