@@ -104,8 +104,10 @@ def main() -> None:
             plans = [p for p in arguments.plans.split(",") if (model.title, split, p) not in done]
             if split not in model.splits() or not plans:
                 continue
+            session = api.open_session(str(model.path), "host")
+            session.calibrate(model.calibration(), CALIBRATION_SAMPLES)
             targets, limits = arguments.targets.split(","), (arguments.samples, arguments.float_samples)
-            for found in compare_model(model, targets, plans, *limits, split=split):
+            for found in compare_model(session, model, targets, plans, *limits, split=split):
                 results += found
                 _print(found)
                 if arguments.results:
@@ -117,6 +119,7 @@ def main() -> None:
 
 
 def compare_model(
+    session: QuantizationSession,
     model: ZooModel,
     targets: Sequence[str],
     plans: Sequence[str],
@@ -124,9 +127,7 @@ def compare_model(
     float_samples: int = 1,
     split: str = "eval",
 ) -> Iterator[list[Comparison]]:
-    """For every plan the comparisons of one network on all targets."""
-    session = api.open_session(str(model.path), "host")
-    session.calibrate(model.calibration(), CALIBRATION_SAMPLES)
+    """For every plan the comparisons of one calibrated network on all targets."""
     specs = {target: load_target_spec(target) for target in targets}
     for plan in plans:
         source = islice(model.source(split), samples)

@@ -10,10 +10,11 @@ import onnxruntime
 import pytest
 
 from benchmarks.bit_exact import compare_model, zoo_plan
-from benchmarks.zoo import ZooModel, ZooSource
+from benchmarks.zoo import ZooModel
 from tests.onnx_models import zoo_model
 from tvm_hquant import api
 from tvm_hquant.precision import FLOAT32
+from tvm_hquant.session import QuantizationSession
 
 NETWORKS = (
     "kws_dscnn", "cifar10_resnet8_mlperftiny", "cifar10_resnet14_mlperftiny", "cifar10_resnet20", "cifar10_resnet56",
@@ -24,36 +25,44 @@ NETWORKS = (
 CALIBRATION_SAMPLES = 8
 
 
-@dataclass(frozen=True)
-class _SparinglyCalibrated(ZooModel):
-    """Calibrated with few samples: enough for formats, too few for accuracy, which nothing here measures."""
+@dataclass(frozen=True, eq=False)
+class Network:
+    """A network of the zoo, imported and calibrated once for all its tests: enough for formats, not for accuracy."""
 
-    def calibration(self) -> ZooSource:
-        return super().calibration().subset(range(CALIBRATION_SAMPLES))
+    model: ZooModel
+    session: QuantizationSession
 
 
-@pytest.mark.parametrize("name", NETWORKS)
-def test_float32_agrees_with_onnxruntime(name: str) -> None:
-    """Import, canonical form, layout, partition and float kernels together compute what the file says."""
-    model = ZooModel(zoo_model(name).name)
+@pytest.fixture(scope="module")
+def network(request: pytest.FixtureRequest) -> Network:
+    """The network that a test names."""
+    model = ZooModel(zoo_model(request.param).name)
     session = api.open_session(str(model.path), "host")
-    session.engine.compile([session.float_program])
+    session.calibrate(model.calibration(), CALIBRATION_SAMPLES)
+    return Network(model, session)
+
+
+@pytest.mark.parametrize("network", NETWORKS, indirect=True)
+def test_float32_agrees_with_onnxruntime(network: Network) -> None:
+    """Import, canonical form, layout, partition and float kernels together compute what the file says."""
+    session = network.session
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
-    reference = onnxruntime.InferenceSession(str(model.path), options, providers=["CPUExecutionProvider"])
-    for sample in islice(model.evaluation(), 2):
+    path = str(network.model.path)
+    reference = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    for sample in islice(network.model.evaluation(), 2):
         expected = reference.run(None, dict(sample.inputs))
         simulated = session.engine.run(sample.inputs, [session.float_program])[0]
         for ours, theirs in zip(simulated, expected, strict=True):
             np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["cifar10_shufflenetv1", "imagenet_mobilenetv1_0.25", "imagenet_squeezenet1.1"])
-def test_uniform_a8w8_converts_only_the_input(name: str) -> None:
+@pytest.mark.parametrize(
+    "network", ["cifar10_shufflenetv1", "imagenet_mobilenetv1_0.25", "imagenet_squeezenet1.1"], indirect=True
+)
+def test_uniform_a8w8_converts_only_the_input(network: Network) -> None:
     """Shuffles, slices, pools, additions and concatenations stay in codes from the input to the last layer."""
-    model = _SparinglyCalibrated(zoo_model(name).name)
-    session = api.open_session(str(model.path), "host")
-    session.calibrate(model.calibration())
+    session = network.session
     plan = zoo_plan(session, "a8w8")
     program = session.builder.program(plan.precisions(), plan.scales)
     assert [(c.tensor, c.kind) for c in program.conversions] == [("input", "quantize")]
@@ -63,14 +72,13 @@ def test_uniform_a8w8_converts_only_the_input(name: str) -> None:
     assert set(readers) <= behind, "what is in float stands between the last layer with weights and the output"
 
 
-@pytest.mark.parametrize("name", NETWORKS)
-def test_mixed_plan_is_deployed_as_simulated(name: str) -> None:
-    """Nine precisions in turn over all layers: module and simulator agree on every sample, kernels and contract on one.
+@pytest.mark.parametrize("network", NETWORKS, indirect=True)
+def test_mixed_plan_is_deployed_as_simulated(network: Network) -> None:
+    """Nine precisions in turn over all layers: module and simulator agree on every sample, layers and contract too.
 
     On this machine's own instructions, and on plain AVX2.
     """
-    model = _SparinglyCalibrated(zoo_model(name).name)
-    (compared,) = compare_model(model, ["host", "x86-64-avx2"], ["mixed"], 2, 1)
+    (compared,) = compare_model(network.session, network.model, ["host", "x86-64-avx2"], ["mixed"], 2, 1)
     assert len(compared) == 2
     for comparison in compared:
         assert comparison.samples == 2

@@ -11,6 +11,7 @@ import platform
 import re
 import time
 from collections.abc import Set
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -133,8 +134,12 @@ def cache_sizes_kib(caches: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -
     return sizes
 
 
+@cache
 def copy_bandwidth_gb_per_s() -> float:
-    """Bytes read and written per second by NumPy copies of 64 MiB on one core, GB/s: the best of 0.3 s of copies."""
+    """Bytes read and written per second by NumPy copies of 64 MiB on one core, GB/s: the best of 0.3 s of copies.
+
+    A process measures once, so that it has one description of its host.
+    """
     source = np.ones(_BANDWIDTH_BUFFER_BYTES, np.uint8)
     destination = np.zeros_like(source)
     best = float("inf")
