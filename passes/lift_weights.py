@@ -65,6 +65,7 @@ def _with_weights_as_parameter(function: Any) -> tuple[Any, Any]:
     fields = [weights if i == position else replaced.get(a, a) for i, a in enumerate(arguments)]
     with builder.function("layer", [*own, weights], dict(function.attrs), private=True):
         with builder.dataflow():
-            result = builder.emit_output(relax.call_tir(call.args[0], fields, out_ty=call.ty_args[0]))
+            value = relax.Call(call.op, [call.args[0], relax.Tuple(fields)], call.attrs, call.ty_args)
+            result = builder.emit_output(value)
         builder.emit_func_output(result)
     return builder.finalize()["layer"], lifted

@@ -16,6 +16,7 @@ from tvm_hquant.passes.exact_float_constants import exact_float_constants
 from tvm_hquant.passes.insert_casts import insert_casts
 from tvm_hquant.passes.lower_layers import lower_layers
 from tvm_hquant.passes.realize_quantization import realize_quantization
+from tvm_hquant.passes.write_concat_in_place import write_concat_in_place
 from tvm_hquant.plan import PrecisionPlan
 from tvm_hquant.target_spec import TargetSpec
 
@@ -81,6 +82,7 @@ def quantization_passes(
         ("insert_casts", insert_casts(plan.scales)),
         ("realize_quantization", realize_quantization(plan)),
         ("lower_layers", lower_layers(families)),
+        ("write_concat_in_place", write_concat_in_place(families)),
     ]
 
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import tvm
 
+from tvm_hquant.concat_parts import ConcatPart, KernelCall, find_concat_parts, part_name
 from tvm_hquant.errors import ArtifactError, DataError
 from tvm_hquant.kernels.interface import Kernel, LayerConstants
+from tvm_hquant.kernels.registry import families_for_target
 from tvm_hquant.relax_ir.kernel_calls import is_view, kernel_symbol
 from tvm_hquant.runtime import Artifact
 from tvm_hquant.simulator.program import Program, Step
+from tvm_hquant.target_spec import read_target_spec
 from tvm_hquant.tensor_format import STORAGE_DTYPE
 
 Array = npt.NDArray[Any]
@@ -21,6 +24,8 @@ Array = npt.NDArray[Any]
 
 class DeployedLibrary:
     """A library on this machine, or on a board behind an RPC server, with the weights that it does not hold itself.
+
+    ``families`` are its kernel families.
 
     Args:
         artifact: a loaded or just compiled artifact; for a board it need not run here.
@@ -33,6 +38,8 @@ class DeployedLibrary:
 
     def __init__(self, artifact: Artifact, rpc: str | None = None) -> None:
         self.name = rpc or "this machine"
+        spec = read_target_spec(artifact.manifest["target"]["spec"], "the artifact's target spec")
+        self.families = families_for_target(spec.instruction_sets)
         self._symbols = {str(e["name"]): str(e["function"]) for e in artifact.manifest["layers"] if e.get("function")}
         self._main: Any = None
         self._layers: dict[str, Any] = {}
@@ -69,6 +76,11 @@ class DeployedLibrary:
         result = self._main(*inputs, *self._weights.values())
         return [result.numpy()] if hasattr(result, "numpy") else [r.numpy() for r in result]
 
+    def concat_parts(self, program: Program) -> Mapping[Hashable, Sequence[ConcatPart]]:
+        """The concatenations of a program that the library's layers write into in place, by key."""
+        calls = [KernelCall(step.key, step.request, step.inputs) for step in program.steps]
+        return find_concat_parts(calls, program.outputs, self.families)
+
     def run_layers(self, program: Program, sample: Mapping[str, Array]) -> dict[int, Array]:
         """Every tensor of one sample by its key in ``program``: each layer reads what the layers before it made.
 
@@ -76,10 +88,16 @@ class DeployedLibrary:
             ArtifactError: the library lacks a layer.
         """
         values: dict[int, Array] = dict(enumerate(sample.values()))
+        concats = self.concat_parts(program)
+        written = {part.tensor: part for parts in concats.values() for part in parts if not part.is_copy}
         for step in program.steps:
             inputs = [values[key] for key in step.inputs]
             if step.request is not None and is_view(step.request):
                 values[step.key] = inputs[0].reshape(step.request.operator.output_shape)
+            elif step.key in concats:
+                values[step.key] = self._run_concat(step, concats[step.key], inputs)
+            elif step.key in written:
+                values[step.key] = self._run_part(step.name, written[step.key], inputs)
             else:
                 values[step.key] = self.run_layer(step, inputs)
         return values
@@ -90,9 +108,28 @@ class DeployedLibrary:
         Raises:
             ArtifactError: the library lacks the layer.
         """
-        weights = [self._weights[step.name]] if step.name in self._weights else []
-        result: Array = self._layer(step.name)(*map(self._tensor, inputs), *weights).numpy()
+        return self._run(step.name, inputs)
+
+    def _run(self, name: str, inputs: Sequence[Array]) -> Array:
+        weights = [self._weights[name]] if name in self._weights else []
+        result: Array = self._layer(name)(*map(self._tensor, inputs), *weights).numpy()
         return result
+
+    def _run_part(self, name: str, part: ConcatPart, inputs: Sequence[Array]) -> Array:
+        """What a layer makes that writes into the buffer of a concatenation."""
+        request = part.kernel.request
+        buffer = [] if part.makes_buffer else [np.zeros(request.output_shape, STORAGE_DTYPE[request.output])]
+        whole = self._run(name, [*inputs, *buffer])
+        first = request.output_offset
+        return whole[..., first : first + request.operator.output_shape[-1]]
+
+    def _run_concat(self, step: Step, parts: Sequence[ConcatPart], inputs: Sequence[Array]) -> Array:
+        """The buffer behind a concatenation: what layers wrote in place, and what is copied by layers of its own."""
+        values = [
+            self._run_part(part_name(step.name, number), part, [tensor]) if part.is_copy else tensor
+            for number, (part, tensor) in enumerate(zip(parts, inputs, strict=True))
+        ]
+        return np.concatenate(values, axis=-1)
 
     def _layer(self, name: str) -> Any:
         # Looking a function up takes longer than most layers.
@@ -113,9 +150,10 @@ class DeployedLibrary:
             function = self._library.get_function(kernel_symbol(kernel), query_imports=True)
         except (AttributeError, RuntimeError):
             return None
-        output = self._tensor(np.zeros(request.operator.output_shape, STORAGE_DTYPE[request.output]))
+        output = self._tensor(np.zeros(request.output_shape, STORAGE_DTYPE[request.output]))
         function(*(self._tensor(a) for a in (*inputs, *kernel.pack(constants))), output)
-        result: Array = output.numpy()
+        first = request.output_offset
+        result: Array = output.numpy()[..., first : first + request.operator.output_shape[-1]]
         return result
 
     def _tensor(self, array: Array) -> Any:

@@ -15,7 +15,7 @@ _CLASSES: dict[str, type[Any]] = {
         operators.Window, operators.Epilogue, operators.Conv2D, operators.Dense, operators.Add, operators.MaxPool2D,
         operators.AveragePool2D, operators.Concat, operators.Unary, operators.Movement, operators.Softmax,
         operators.LocalResponseNormalization, operators.Opaque, operators.Convert, tensor_format.TensorFormat,
-        interface.KernelRequest,
+        interface.KernelRequest, interface.Placement,
     )
 }  # fmt: skip
 

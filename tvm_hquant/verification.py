@@ -19,10 +19,11 @@ import numpy as np
 import numpy.typing as npt
 
 from tvm_hquant import numerics
+from tvm_hquant.concat_parts import IN_PLACE
 from tvm_hquant.deployed_library import DeployedLibrary
 from tvm_hquant.errors import ArtifactError, DataError
-from tvm_hquant.kernels.interface import KernelFamily
-from tvm_hquant.kernels.registry import families_for_target, select_kernel
+from tvm_hquant.kernels.interface import Kernel
+from tvm_hquant.kernels.registry import select_kernel
 from tvm_hquant.layer_record import graph_from_record
 from tvm_hquant.layers import LayerGraph
 from tvm_hquant.operator_codec import to_jsonable
@@ -32,7 +33,6 @@ from tvm_hquant.progress import Progress, silent_progress
 from tvm_hquant.relax_ir.kernel_calls import is_view
 from tvm_hquant.runtime import Artifact
 from tvm_hquant.simulator.program import Program, ProgramBuilder, Step
-from tvm_hquant.target_spec import read_target_spec
 
 Array = npt.NDArray[Any]
 
@@ -101,9 +101,12 @@ def verify_artifact(
         DataError: a sample does not fit the model.
     """
     plan, program = artifact_program(artifact)
-    spec = read_target_spec(artifact.manifest["target"]["spec"], "the artifact's target spec")
-    families = families_for_target(spec.instruction_sets)
     library = DeployedLibrary(artifact, rpc)
+    concats = library.concat_parts(program)
+    kernels = {part.tensor: part.kernel for parts in concats.values() for part in parts if not part.is_copy}
+    for step in program.steps:
+        if step.request is not None and not is_view(step.request) and step.key not in (*kernels, *concats):
+            kernels[step.key] = select_kernel(library.families, step.request)
     given = list(inputs) if inputs is not None else random_inputs(artifact.manifest, plan)
     samples = [_checked_sample(artifact, sample) for sample in given]
     tallies = [_Tally() for _ in program.steps]
@@ -112,11 +115,13 @@ def verify_artifact(
     for chunk in progress("verifying", chunks, len(chunks)):
         values = [library.run_layers(program, sample) for sample in chunk]
         for step, tally in zip(program.steps, tallies, strict=True):
-            _compare_step(step, families, library, values, tally)
+            _compare_step(step, kernels.get(step.key), library, values, tally)
         for sample, own in zip(chunk, values, strict=True):
             expected = [own[key] for key in program.outputs]
             equal &= all(differences(o, e)[0] == 0 for o, e in zip(library.run(sample), expected, strict=True))
-    checks = tuple(_check(step, families, tally) for step, tally in zip(program.steps, tallies, strict=True))
+    checks = tuple(
+        _check(step, kernels.get(step.key), tally) for step, tally in zip(program.steps, tallies, strict=True)
+    )
     return VerificationReport(checks, equal, len(samples), library.name)
 
 
@@ -187,7 +192,7 @@ def _checked_sample(artifact: Artifact, sample: Mapping[str, Array]) -> dict[str
 
 def _compare_step(
     step: Step,
-    families: Sequence[KernelFamily],
+    kernel: Kernel | None,
     library: DeployedLibrary,
     values: Sequence[Mapping[int, Array]],
     tally: _Tally,
@@ -204,16 +209,15 @@ def _compare_step(
         tally.different += different
         tally.largest = max(tally.largest, largest)
         if different and not tally.cause:
-            tally.cause = _cause(step, families, library, read, right)
+            tally.cause = _cause(step, kernel, library, read, right)
 
 
 def _cause(
-    step: Step, families: Sequence[KernelFamily], library: DeployedLibrary, inputs: Sequence[Array], expected: Array
+    step: Step, kernel: Kernel | None, library: DeployedLibrary, inputs: Sequence[Array], expected: Array
 ) -> str:
     """Why a layer differs: its kernel is called once more, with the plan's constants in place of the compiled ones."""
-    assert step.request is not None
     assert step.constants is not None
-    actual = library.run_kernel(select_kernel(families, step.request), step.constants, inputs)
+    actual = library.run_kernel(kernel, step.constants, inputs) if kernel is not None else None
     if actual is None:
         return "the library has another kernel than the plan asks for"
     if differences(actual, expected)[0] == 0:
@@ -221,14 +225,14 @@ def _cause(
     return "the kernel computes something else than the contract"
 
 
-def _check(step: Step, families: Sequence[KernelFamily], tally: _Tally) -> TensorCheck:
+def _check(step: Step, kernel: Kernel | None, tally: _Tally) -> TensorCheck:
     layer = step.layer.name if step.layer is not None else f"convert to {step.format.dtype}"
     if step.request is None:
         return TensorCheck(layer, step.tensor, "tvm", 0, 0, 0.0, "TVM's own operator, outside the contract")
     if is_view(step.request):
         return TensorCheck(layer, step.tensor, "view", 0, 0, 0.0, "the same memory in another shape")
-    kernel = select_kernel(families, step.request).name
-    return TensorCheck(layer, step.tensor, kernel, tally.elements, tally.different, tally.largest, tally.cause)
+    name = kernel.name if kernel is not None else IN_PLACE
+    return TensorCheck(layer, step.tensor, name, tally.elements, tally.different, tally.largest, tally.cause)
 
 
 def differences(actual: Array, expected: Array) -> tuple[int, float]:

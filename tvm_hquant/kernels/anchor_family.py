@@ -49,6 +49,9 @@ class AnchorFamily:
         dot = self.dot(request) if isinstance(request.operator, (Conv2D, Dense)) else None
         if dot is None:
             return None
+        if request.placement is not None and len(request.inputs) > 1:
+            # Templates read a residual at the place where they write.
+            return None
         if _is_depthwise(request):
             if tile is not None:
                 raise KernelError(f"depthwise layers have no choice of tiles: leave {tile} out")

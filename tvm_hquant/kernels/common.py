@@ -9,6 +9,7 @@ from tvm_hquant.kernels.interface import Kernel, KernelRequest
 from tvm_hquant.kernels.movement import movement_kernel
 from tvm_hquant.kernels.normalization import normalization_kernel
 from tvm_hquant.kernels.pooling import pool_kernel
+from tvm_hquant.operators import AveragePool2D, Concat, MaxPool2D
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class CommonFamily:
         """The kernel for a request; None for convolutions, dense and opaque layers, and combinations of storages that no
         precision makes (such as a max-pool that changes its storage)."""
         vector_bytes = 4 * self.lanes
+        if request.placement is not None and not isinstance(request.operator, MaxPool2D | AveragePool2D | Concat):
+            return None
         return (
             elementwise_kernel(request, self.lanes)
             or pool_kernel(request, vector_bytes)

@@ -188,7 +188,8 @@ class _Emitter:
             return dot.rows(load(accumulators[first, j], 0, dot.lanes * dot.pixels))[i - first]
 
         def output_index(i: int, j: int) -> Expression:
-            return (row * width + x + i) * geometry.conv.out_channels + channel + j * dot.lanes
+            pixel = row * width + x + i
+            return pixel * self.request.output_shape[-1] + self.request.output_offset + channel + j * dot.lanes
 
         if geometry.passes == 1:
             self._accumulate(accumulators, row, x, group, channel_block, None)

@@ -118,7 +118,7 @@ class _Emitter:
     ) -> None:
         """Tiles over the columns of ``tile_rows`` output rows, the first of which is row ``first`` of the group."""
         geometry, lanes, pixels = self.geometry, self.geometry.lanes, self.geometry.pixels
-        width, channels = geometry.output_size[1], geometry.channels
+        width = geometry.output_size[1]
         places = [(r, i) for r in range(geometry.tile_rows) for i in range(pixels)]
         constants = T.bind(vector * lanes)
         with T.serial(-(-width // pixels)) as tile:
@@ -126,7 +126,8 @@ class _Emitter:
             sums = {place: T.alloc_buffer((lanes,), self.dot.accumulator_dtype, scope=STACK) for place in places}
 
             def output_index(r: int, i: int, x: Expression = x) -> Expression:
-                return ((output_row + first + r) * width + x + i) * channels + channel
+                pixel = (output_row + first + r) * width + x + i
+                return pixel * self.request.output_shape[-1] + self.request.output_offset + channel
 
             if geometry.passes == 1:
                 self._accumulate(sums, words, first, x, vector, None)

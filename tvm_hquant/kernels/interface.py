@@ -13,10 +13,23 @@ from typing import Any, Protocol
 
 import numpy.typing as npt
 
-from tvm_hquant.operators import Operator
+from tvm_hquant.operators import Operator, Shape
 from tvm_hquant.tensor_format import Storage
 
 Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a kernel writes its channels in the wider last axis of a buffer that other kernels fill up.
+
+    Attributes:
+        offset: of the kernel's first channel.
+        channels: of the buffer.
+    """
+
+    offset: int
+    channels: int
 
 
 @dataclass(frozen=True)
@@ -33,6 +46,8 @@ class KernelRequest:
         saturation_free_pairs: what the weights prove: how many chained sums of two products u8·s8 surely fit int16.
             0: not even one pair. Kernels may use it to be faster, never to compute other values.
         centred_products: likewise, how many products of codes less 128 (s8·s8) surely fit int16: 2, 4 or 8.
+        placement: where the output goes in a wider buffer, which the kernel then gets in place of its own output and leaves
+            unchanged elsewhere; None for an output of its own.
     """
 
     operator: Operator
@@ -42,6 +57,18 @@ class KernelRequest:
     weight_points: int = 1
     saturation_free_pairs: int = 0
     centred_products: int = 2
+    placement: Placement | None = None
+
+    @property
+    def output_shape(self) -> Shape:
+        """Shape of the buffer that the kernel writes into."""
+        shape = self.operator.output_shape
+        return shape if self.placement is None else (*shape[:-1], self.placement.channels)
+
+    @property
+    def output_offset(self) -> int:
+        """Where the channels of the output start in the last axis of that buffer."""
+        return 0 if self.placement is None else self.placement.offset
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ def interleaved_depthwise_kernel(
         return pack_integer(constants, geometry, 0, "int32")
 
     def emit(inputs: Sequence[Buffer], arrays: Sequence[Buffer], output: Buffer) -> None:
-        _Emitter(geometry, inputs[0], arrays, output).emit()
+        _Emitter(request, geometry, inputs[0], arrays, output).emit()
 
     name = f"{family}.depthwise_conv2d[{product} {geometry.group_rows}x{geometry.pixels}x{width}]"
     return Kernel(request, name, kernel_function(request, types, emit), pack)
@@ -163,7 +163,15 @@ class InterleavedGeometry:
 
 
 class _Emitter:
-    def __init__(self, geometry: InterleavedGeometry, source: Buffer, arrays: Sequence[Buffer], output: Buffer) -> None:
+    def __init__(
+        self,
+        request: KernelRequest,
+        geometry: InterleavedGeometry,
+        source: Buffer,
+        arrays: Sequence[Buffer],
+        output: Buffer,
+    ) -> None:
+        self.output_channels, self.output_offset = request.output_shape[-1], request.output_offset
         self.geometry, self.vectors = geometry, geometry.vectors
         self.source, self.output = flat(source), flat(output)
         self.weights, self.starts, self.multipliers, self.offsets, self.limits, self.zero_points = arrays
@@ -236,7 +244,7 @@ class _Emitter:
 
     def _tiles(self, words: Buffer, output_row: Expression, block: Expression, channel: Expression) -> None:
         geometry, width = self.geometry, self.geometry.output_size[1]
-        pixels, channels = geometry.pixels, geometry.conv.out_channels
+        pixels = geometry.pixels
         zero_point = T.bind(broadcast(T.Cast("int16", self.zero_points[0]), self.vectors.width // 2))
         lowest = T.Cast("uint8", T.Cast("int32", self.limits[0]) + self.zero_points[0])
         floor = T.bind(broadcast(lowest, self.vectors.width))
@@ -253,7 +261,8 @@ class _Emitter:
                         halves[group // 2, r, i] = T.bind(half + zero_point)
             for r, i in places:
                 codes = T.bind(self.vectors.pack_halves(halves[0, r, i], halves[1, r, i]))
-                index = ((output_row + r) * width + x + i) * channels + channel
+                pixel = (output_row + r) * width + x + i
+                index = pixel * self.output_channels + self.output_offset + channel
                 store(self.output, index, T.max(codes, floor), self.vectors.width)
 
     def _codes(self, words: Buffer, x: Expression, block: Expression, group: int, row: int, pixel: int) -> Expression:

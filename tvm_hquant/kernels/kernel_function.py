@@ -63,7 +63,7 @@ def argument_types(request: KernelRequest) -> tuple[list[ArrayType], ArrayType]:
             "give one for each, a fused residual last"
         )
     inputs = [(shape, STORAGE_DTYPE[storage]) for shape, storage in zip(shapes, request.inputs, strict=True)]
-    return inputs, (request.operator.output_shape, STORAGE_DTYPE[request.output])
+    return inputs, (request.output_shape, STORAGE_DTYPE[request.output])
 
 
 def imported_functions(definitions: str) -> Any:

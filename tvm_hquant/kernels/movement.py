@@ -39,7 +39,7 @@ def movement_kernel(request: KernelRequest, vector_bytes: int) -> Kernel | None:
     constants: tuple[ArrayType, ...] = ()
     pack = pack_only(request, NoConstants)
     if isinstance(operator, Concat):
-        name, emit = "concat", _concat(operator, lanes)
+        name, emit = "concat", _concat(request, operator, lanes)
     else:
         name = operator.function
         match name:
@@ -154,21 +154,24 @@ def _fill(target: Buffer, start: Expression, value: Expression, length: int, lan
             store(target, start + offset, broadcast(value, lanes), lanes)
 
 
-def _concat(operator: Concat, lanes: int) -> Emit:
-    shape, axis = operator.output_shape, operator.axis
+def _concat(request: KernelRequest, operator: Concat, lanes: int) -> Emit:
+    shape, axis = request.output_shape, operator.axis
+    if request.placement is not None and axis != len(shape) - 1:
+        raise KernelError(f"{operator} joins another axis than the last: only channels are placed in a wider buffer")
     outer, step = elements(shape[:axis]), elements(shape[axis:])
     runs = [elements(part[axis:]) for part in operator.input_shapes]
+    starts = [request.output_offset + offset for offset in _offsets(runs)]
 
     def emit(inputs: Sequence[Buffer], _: Sequence[Buffer], output: Buffer) -> None:
         sources, target = [flat(buffer) for buffer in inputs], flat(output)
         if outer == 1:
-            for source, run, first in zip(sources, runs, _offsets(runs), strict=True):
+            for source, run, first in zip(sources, runs, starts, strict=True):
                 width = fitting_lanes(run, lanes)
                 with flat_loop(run, width) as offset:
                     store(target, offset + first, load(source, offset, width), width)
             return
         with row_loop(outer, elements(shape)) as row:
-            for source, run, first in zip(sources, runs, _offsets(runs), strict=True):
+            for source, run, first in zip(sources, runs, starts, strict=True):
                 _copy(source, row * run, target, row * step + first, run, lanes)
 
     return emit

@@ -141,7 +141,8 @@ def pool_kernel(request: KernelRequest, vector_bytes: int) -> Kernel | None:
 class _PoolLoops:
     """The loops around a window: one output vector after the other."""
 
-    def __init__(self, operator: Pool, lanes: int, source: Buffer, output: Buffer) -> None:
+    def __init__(self, request: KernelRequest, operator: Pool, lanes: int, source: Buffer, output: Buffer) -> None:
+        self.request = request
         self.operator, self.lanes = operator, fitting_lanes(operator.input_shape[3], lanes)
         self.source, self.output = flat(source), flat(output)
 
@@ -164,7 +165,8 @@ class _PoolLoops:
                         value = load(self.source, pixel * channels + channel, self.lanes)
                         accumulator.set(step(accumulator.get(), value))
                     result = finish(accumulator.get(), row, column)
-                    store(self.output, (line * out_w + column) * channels + channel, result, self.lanes)
+                    place = (line * out_w + column) * self.request.output_shape[-1] + self.request.output_offset
+                    store(self.output, place + channel, result, self.lanes)
 
 
 def _max_pool(request: KernelRequest, operator: MaxPool2D, lanes: int) -> Kernel:
@@ -180,7 +182,7 @@ def _max_pool(request: KernelRequest, operator: MaxPool2D, lanes: int) -> Kernel
         return largest if is_code(storage) else narrow(LlvmPrimitives(), largest, storage)
 
     def emit(inputs: Sequence[Buffer], _: Sequence[Buffer], output: Buffer) -> None:
-        _PoolLoops(operator, lanes, inputs[0], output).emit(dtype, lowest, step, finish)
+        _PoolLoops(request, operator, lanes, inputs[0], output).emit(dtype, lowest, step, finish)
 
     function = kernel_function(request, (), emit)
     return Kernel(request, f"common.max_pool2d[{lanes}]", function, pack_only(request, NoConstants))
@@ -203,7 +205,7 @@ def _integer_average_pool(request: KernelRequest, operator: AveragePool2D, lanes
             value = p.fma(value, factor, float_like(0.0, value))
             return requantize(p, value, bounds[0], bounds[1], zero_points[1], request.output)
 
-        _PoolLoops(operator, lanes, inputs[0], output).emit(dtype, 0, step, finish)
+        _PoolLoops(request, operator, lanes, inputs[0], output).emit(dtype, 0, step, finish)
 
     function = kernel_function(request, types, emit)
     pack = pack_only(request, IntegerElementwiseConstants)
@@ -221,7 +223,7 @@ def _float_average_pool(request: KernelRequest, operator: AveragePool2D, lanes: 
         return narrow(p, p.multiply(total, factor), request.output)
 
     def emit(inputs: Sequence[Buffer], _: Sequence[Buffer], output: Buffer) -> None:
-        _PoolLoops(operator, lanes, inputs[0], output).emit("float32", 0.0, step, finish)
+        _PoolLoops(request, operator, lanes, inputs[0], output).emit("float32", 0.0, step, finish)
 
     function = kernel_function(request, (), emit)
     return Kernel(request, f"common.average_pool2d[{lanes}]", function, pack_only(request, NoConstants))
