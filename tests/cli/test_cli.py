@@ -252,9 +252,11 @@ def test_profile_of_an_artifact_shows_every_kernel(artifact: Path, hquant: Hquan
 
 def test_profile_of_a_model_as_it_would_be_compiled(files: Path, hquant: Hquant) -> None:
     """With --precision the model is compiled first; nothing is searched."""
-    done = hquant("profile", files / "model.onnx", "--precision", "w4", "--repeat", 2)
+    done = hquant(
+        "profile", files / "model.onnx", "--precision", "a8w4", "--calibration", files / "data.npz", "--repeat", 2
+    )
     assert done.code == 0, done.err
-    assert re.search(r"^conv +conv2d +w4 +\S+conv2d", done.out, re.MULTILINE)
+    assert re.search(r"^conv +conv2d +a8w4 +\S+conv2d", done.out, re.MULTILINE)
 
 
 def test_targets(files: Path, hquant: Hquant, tmp_path: Path) -> None:
