@@ -26,8 +26,6 @@ class NetworkCase:
 
 
 _LEFT_TO_TVM = {
-    "mobilenet_v3": "multiply",
-    "efficientnet": "multiply",
     "transformer": "matmul multiply nn.layer_norm",
     "unet": "nn.conv2d_transpose",
     "conv1d": "add max nn.conv1d",
@@ -48,7 +46,6 @@ _LEFT_TO_TVM = {
     "depth_to_space": "call_tir",
     "expand": "broadcast_to",
     "subtract": "subtract",
-    "multiply": "multiply",
     "divide": "divide",
     "lp_pool": "abs multiply power",
     "mean_over_channels": "add mean",
@@ -92,7 +89,7 @@ def _between(
     return _case(name, every, {**_STEM, **_HEAD, **(weights or {})}, **options)
 
 
-def _integers(**values: Sequence[int]) -> dict[str, Array]:
+def _integers(**values: int | Sequence[int]) -> dict[str, Array]:
     return {name: np.asarray(v, np.int64) for name, v in values.items()}
 
 
@@ -299,6 +296,10 @@ def operator_cases() -> list[NetworkCase]:
         _between("resize_linear", [node("Resize", "stem - scales", "last", **bilinear)], resize),
         _between("split", [node("Split", "stem", "p q", axis=1), node("Concat", "q p", "last", axis=1)]),
         _between("split_rows", [node("Split", "stem", "p q", axis=2), node("Add", "q p", "last")]),
+        _between("split_by_computed_sizes", [
+            node("Shape", "stem", "s"), node("Gather", "s one", "c"), node("Div", "c two", "h"),
+            node("Unsqueeze", "h zero", "e"), node("Slice", "stem zero e one_axis", "p"), node("Concat", "p p", "last", axis=1),
+        ], _integers(one=1, two=2, zero=[0], one_axis=[1])),
         _between("slice", [node("Slice", "stem b e a s", "last")], ends),
         _between("gather", [node("Gather", "stem idx", "last", axis=2)], ends),
         _between("pad_reflect", [node("Pad", "stem pads", "last", mode="reflect")], ends),

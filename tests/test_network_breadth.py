@@ -100,6 +100,17 @@ def test_activations_with_kernels_need_no_conversions() -> None:
     assert [(c.tensor, c.kind) for c in program.conversions] == [(f"{case.name}_x", "quantize") for case in cases]
 
 
+@pytest.mark.parametrize(
+    "case", [c for c in block_cases() if c.name in ("mobilenet_v3", "efficientnet")], ids=lambda c: c.name
+)
+def test_gates_stay_in_codes(case: NetworkCase) -> None:
+    """Squeeze-and-excitation multiplies codes by codes: only the input is converted."""
+    session = import_model(case.model, inputs_of(case.model)).session
+    plan = uniform_plan(session, "a8w8")
+    program = session.builder.program(plan.precisions(), plan.scales)
+    assert [(c.tensor, c.kind) for c in program.conversions] == [("x", "quantize")]
+
+
 def test_spelling_of_opsets_does_not_matter() -> None:
     """One classifier in any opset has the same layers with the same names, and computes what ONNX Runtime does."""
     layers = []

@@ -83,6 +83,7 @@ class Layer:
 _KINDS = {
     "Dense": "dense",
     "Add": "add",
+    "Multiply": "multiply",
     "MaxPool2D": "max_pool2d",
     "AveragePool2D": "average_pool2d",
     "Concat": "concat",

@@ -123,6 +123,20 @@ class Add:
 
 
 @dataclass(frozen=True)
+class Multiply:
+    """Product of two tensors; one of size 1 along an axis, or without a leading axis, is repeated there."""
+
+    input_shapes: tuple[Shape, Shape]
+
+    @property
+    def output_shape(self) -> Shape:
+        a, b = self.input_shapes
+        rank = max(len(a), len(b))
+        padded = [(1,) * (rank - len(shape)) + shape for shape in (a, b)]
+        return tuple(max(sizes) for sizes in zip(*padded, strict=True))
+
+
+@dataclass(frozen=True)
 class MaxPool2D:
     """Maximum over a window; padding takes no part."""
 
@@ -264,6 +278,6 @@ class Convert:
 
 Anchor = Conv2D | Dense
 Operator = (
-    Conv2D | Dense | Add | MaxPool2D | AveragePool2D | Concat | Unary | Movement | Softmax
+    Conv2D | Dense | Add | Multiply | MaxPool2D | AveragePool2D | Concat | Unary | Movement | Softmax
     | LocalResponseNormalization | Opaque | Convert
 )  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import tvm
@@ -33,6 +33,7 @@ from tvm_hquant.operators import (
     LocalResponseNormalization,
     MaxPool2D,
     Movement,
+    Multiply,
     Softmax,
     Unary,
     Window,
@@ -121,6 +122,23 @@ def _elementwise(request: KernelRequest, rng: np.random.Generator) -> IntegerEle
         tuple(np.float32(rng.uniform(0.2, 1) * out / np.iinfo(storage).max) for storage in request.inputs),
         _requantization(request.output, rng),
     )
+
+
+@st.composite
+def products(draw: st.DrawFn) -> Case:
+    """Tensors of one shape, and every way of repeating one or both along axes."""
+    shape, seed = draw(shapes), draw(seeds)
+    rng = np.random.default_rng(seed)
+    left, right = (tuple(size if draw(st.booleans()) else 1 for size in shape) for _ in range(2))
+    operator = Multiply((draw(st.sampled_from([left, shape])), right[draw(st.integers(0, len(shape) - 1)) :]))
+    if draw(st.booleans()):
+        inputs = draw(st.tuples(st.sampled_from(CODES), st.sampled_from(CODES)))
+        request = KernelRequest(operator, inputs, draw(st.sampled_from(STORAGES)))
+        constants = _elementwise(request, rng)
+        factors = np.float32(math.prod(float(m) for m in constants.multipliers))
+        return Case(request, replace(constants, multipliers=(factors,)), seed)
+    floats = draw(st.tuples(*[st.sampled_from(FLOATS)] * 2))
+    return Case(KernelRequest(operator, floats, draw(st.sampled_from(FLOATS))), NoConstants(), seed)
 
 
 @st.composite
@@ -270,6 +288,7 @@ def normalizations(draw: st.DrawFn) -> Case:
 
 ALL_KINDS = {
     "additions": additions(),
+    "products": products(),
     "conversions": conversions(),
     "unary functions of codes": code_unaries(),
     "pools": pools(),

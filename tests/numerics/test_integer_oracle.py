@@ -21,7 +21,18 @@ from tvm_hquant.kernels.interface import (
     NoConstants,
     Requantization,
 )
-from tvm_hquant.operators import Add, AveragePool2D, Conv2D, Convert, Dense, Epilogue, MaxPool2D, Unary, Window
+from tvm_hquant.operators import (
+    Add,
+    AveragePool2D,
+    Conv2D,
+    Convert,
+    Dense,
+    Epilogue,
+    MaxPool2D,
+    Multiply,
+    Unary,
+    Window,
+)
 from tvm_hquant.tensor_format import FLOAT32_FORMAT, Storage, TensorFormat
 
 Array = npt.NDArray[Any]
@@ -240,6 +251,26 @@ def test_add_equals_scalar_arithmetic(first: str, second: str, target: str, seed
         v = 0.0
         for x, zero_point, factor in zip(inputs, constants.input_zero_points, constants.multipliers, strict=True):
             v = exact_fma(int(x[index]) - zero_point, float(factor), v)
+        assert ours[index] == np.asarray(slow_requantize(v, constants.requantization, output.storage), ours.dtype)
+
+
+@settings(max_examples=40, deadline=None)
+@given(CODES, CODES, st.sampled_from(["uint8", "int8", "uint16", "float32"]), SEEDS)
+def test_multiply_equals_scalar_arithmetic(first: str, second: str, target: str, seed: int) -> None:
+    """The product of the differences is rounded alone, then scaled; the smaller input is repeated over the pixels."""
+    rng = np.random.default_rng(seed)
+    formats = [random_format(rng, first), random_format(rng, second)]
+    output = random_format(rng, target)
+    constants = numerics.multiply_constants(formats, output)
+    shapes = ((1, 2, 3, 4), (1, 1, 1, 4))
+    a, b = (random_codes(rng, shape, f.storage) for shape, f in zip(shapes, formats, strict=True))
+    request = KernelRequest(Multiply(shapes), (formats[0].storage, formats[1].storage), output.storage)
+    ours = numerics.evaluate(request, constants, [a, b])
+    for index in np.ndindex(ours.shape):
+        product = (int(a[index]) - constants.input_zero_points[0]) * (
+            int(b[0, 0, 0, index[3]]) - constants.input_zero_points[1]
+        )
+        v = exact_fma(float(np.float32(product)), float(constants.multipliers[0]), 0.0)
         assert ours[index] == np.asarray(slow_requantize(v, constants.requantization, output.storage), ours.dtype)
 
 

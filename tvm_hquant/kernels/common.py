@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from tvm_hquant.kernels.elementwise import elementwise_kernel
 from tvm_hquant.kernels.interface import Kernel, KernelRequest
 from tvm_hquant.kernels.movement import movement_kernel
+from tvm_hquant.kernels.multiplication import multiplication_kernel
 from tvm_hquant.kernels.normalization import normalization_kernel
 from tvm_hquant.kernels.pooling import pool_kernel
 from tvm_hquant.operators import AveragePool2D, Concat, MaxPool2D
@@ -14,7 +15,7 @@ from tvm_hquant.operators import AveragePool2D, Concat, MaxPool2D
 
 @dataclass(frozen=True)
 class CommonFamily:
-    """Add, pools, Concat, Movement, Unary, Softmax, LocalResponseNormalization and Convert.
+    """Add, Multiply, pools, Concat, Movement, Unary, Softmax, LocalResponseNormalization and Convert.
 
     Attributes:
         lanes: float32 values in a vector register: 16 with AVX-512, 8 with AVX2, 4 with NEON. Any LLVM target computes the
@@ -35,6 +36,7 @@ class CommonFamily:
             return None
         return (
             elementwise_kernel(request, self.lanes)
+            or multiplication_kernel(request, self.lanes)
             or pool_kernel(request, vector_bytes)
             or movement_kernel(request, vector_bytes)
             or normalization_kernel(request, self.lanes)

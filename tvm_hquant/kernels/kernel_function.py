@@ -19,6 +19,7 @@ from tvm_hquant.operators import (
     Dense,
     MaxPool2D,
     Movement,
+    Multiply,
     Opaque,
     Operator,
     Shape,
@@ -42,7 +43,7 @@ def input_shapes(operator: Operator) -> tuple[Shape, ...]:
             return (operator.input_shape, *((operator.output_shape,) if operator.epilogue.has_residual else ()))
         case Add():
             return operator.shape, operator.shape
-        case Concat() | Opaque():
+        case Concat() | Multiply() | Opaque():
             return operator.input_shapes
         case MaxPool2D() | AveragePool2D() | Movement():
             return (operator.input_shape,)

@@ -19,6 +19,7 @@ from tvm_hquant.kernels.movement import (
     take_types,
     unknown_movement,
 )
+from tvm_hquant.kernels.multiplication import reference_multiplication
 from tvm_hquant.kernels.normalization import normalized
 from tvm_hquant.kernels.pooling import Pool, reciprocal, sum_dtype
 from tvm_hquant.kernels.primitives import Expression, Primitives, centred, convert, narrow, requantize, select, widen
@@ -29,6 +30,7 @@ from tvm_hquant.operators import (
     LocalResponseNormalization,
     MaxPool2D,
     Movement,
+    Multiply,
     Softmax,
 )
 from tvm_hquant.tensor_format import STORAGE_DTYPE
@@ -48,6 +50,8 @@ def reference_layer(request: KernelRequest, p: Primitives) -> Kernel | None:
             return _float_average_pool(request, operator, p) if floats else None
         case Concat():
             return _concat(request, operator) if same_storage else None
+        case Multiply():
+            return reference_multiplication(request, p)
         case Movement():
             return _movement(request, operator, p) if same_storage else None
         case Softmax():

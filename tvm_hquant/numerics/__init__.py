@@ -22,6 +22,7 @@ from tvm_hquant.numerics.constants import (
     dequantize_constants,
     elementwise_constants,
     integer_anchor_constants,
+    multiply_constants,
     quantize_constants,
 )
 from tvm_hquant.numerics.evaluation import evaluate
@@ -59,6 +60,7 @@ __all__ = [
     "integer_anchor_constants",
     "limited_scales",
     "multiplier",
+    "multiply_constants",
     "narrow",
     "offset",
     "quantize",

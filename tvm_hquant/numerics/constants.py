@@ -65,6 +65,18 @@ def elementwise_constants(
     )
 
 
+def multiply_constants(
+    input_formats: Sequence[TensorFormat], output_format: TensorFormat
+) -> IntegerElementwiseConstants:
+    """Constants of a product of codes: m = float32(s_a · s_b / s_y), one for both inputs."""
+    a, b = input_formats
+    return IntegerElementwiseConstants(
+        input_zero_points=(a.storage_zero_point, b.storage_zero_point),
+        multipliers=(multiplier(a.scale, b.scale, output_format.scale),),
+        requantization=requantization(output_format),
+    )
+
+
 def average_pool_constants(
     operator: AveragePool2D, input_format: TensorFormat, output_format: TensorFormat
 ) -> IntegerElementwiseConstants:

@@ -39,6 +39,7 @@ from tvm_hquant.operators import (
     LocalResponseNormalization,
     MaxPool2D,
     Movement,
+    Multiply,
     Opaque,
     Softmax,
     Unary,
@@ -100,6 +101,8 @@ def _dispatch(request: KernelRequest, constants: LayerConstants, inputs: Sequenc
             return integer_layers.integer_average_pool(request, constants, inputs)
         case (Add() | Unary() | Convert(), IntegerElementwiseConstants()):
             return integer_layers.integer_elementwise(request, constants, inputs)
+        case (Multiply(), IntegerElementwiseConstants()):
+            return integer_layers.integer_multiply(request, constants, inputs)
         case (Unary() | Convert(), TableConstants()):
             return np.asarray(constants.table)[inputs[0]]
         case (Concat() as operator, _):
@@ -127,6 +130,8 @@ def _float(request: KernelRequest, constants: LayerConstants, values: Sequence[F
         case (Add() as operator, FloatElementwiseConstants() | NoConstants()):
             lower, upper = _parameters(constants, (operator.lower, operator.upper))
             return float_layers.float_add(values[0], values[1], lower, upper)
+        case (Multiply(), NoConstants()):
+            return float_layers.float_multiply(values[0], values[1])
         case (Unary() as operator, FloatElementwiseConstants() | NoConstants()):
             return unary_float32(operator.function, _parameters(constants, operator.parameters), values[0])
         case (AveragePool2D() as operator, _):

@@ -111,6 +111,12 @@ def float_add(a: FloatArray, b: FloatArray, lower: float, upper: float) -> Float
         return clamp(a + b, lower, upper)
 
 
+def float_multiply(a: FloatArray, b: FloatArray) -> FloatArray:
+    """a · b."""
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        return np.asarray(a * b, np.float32)
+
+
 def float_average_pool(operator: AveragePool2D, x: FloatArray) -> FloatArray:
     """Sum from 0 in (kh, kw) order, padding skipped, times float32(1 / n); the product is rounded alone."""
     _, out_h, out_w, _ = operator.output_shape

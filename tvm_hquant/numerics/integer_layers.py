@@ -109,6 +109,16 @@ def integer_elementwise(
     return requantize(v, constants.requantization, request.output)
 
 
+def integer_multiply(request: KernelRequest, constants: IntegerElementwiseConstants, inputs: Sequence[Array]) -> Array:
+    """Product of codes: v = fma(float32(q_a − zp_a) · float32(q_b − zp_b), m, 0); :func:`requantize`.
+
+    The product is rounded alone; of 8-bit codes it is exact.
+    """
+    a, b = (centred(stored, zero) for stored, zero in zip(inputs, constants.input_zero_points, strict=True))
+    v = fma(a * b, np.asarray(constants.multipliers[0], np.float32), np.float32(0))
+    return requantize(v, constants.requantization, request.output)
+
+
 def integer_average_pool(
     request: KernelRequest, constants: IntegerElementwiseConstants, inputs: Sequence[Array]
 ) -> Array:

@@ -21,6 +21,7 @@ from tvm_hquant.operators import (
     Epilogue,
     MaxPool2D,
     Movement,
+    Multiply,
     Opaque,
     Operator,
     Shape,
@@ -163,6 +164,13 @@ def _add(call: Any) -> Operator | None:
     return Add(shape_of(call))
 
 
+def _multiply(call: Any) -> Operator | None:
+    if any(is_constant(a) for a in call.args):
+        return None
+    a, b = call.args
+    return Multiply((shape_of(a), shape_of(b)))
+
+
 def _pool_window(call: Any) -> tuple[Window, tuple[int, int, int, int]] | None:
     """The window with ceil-mode overhang in its padding, and the padding that the model itself asks for."""
     if str(call.attrs.layout) != "NHWC":
@@ -273,6 +281,7 @@ def _softmax(call: Any) -> Operator:
 
 _DESCRIPTIONS = {
     "relax.add": _add,
+    "relax.multiply": _multiply,
     "relax.nn.max_pool2d": _max_pool,
     "relax.nn.avg_pool2d": _average_pool,
     "relax.mean": _mean,
