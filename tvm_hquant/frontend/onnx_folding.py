@@ -89,7 +89,7 @@ def _value(node: Any, known: dict[str, Array], shapes: Mapping[str, tuple[int, .
         if node.input[0] not in shapes:
             return None
         bounds = {a.name: a.i for a in node.attribute}
-        return np.array(shapes[node.input[0]][bounds.get("start", 0) : bounds.get("end", None)], np.int64)
+        return np.array(shapes[node.input[0]][bounds.get("start", 0) : bounds.get("end")], np.int64)
     if not node.input or any(name and name not in known for name in node.input):
         return None
     value = np.asarray(ReferenceEvaluator(_alone(node, opsets)).run(None, {i: known[i] for i in node.input if i})[0])

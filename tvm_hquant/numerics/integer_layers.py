@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tvm_hquant.fused_multiply_add import FloatArray, integer_fma
+from tvm_hquant.fused_multiply_add import FloatArray, fma, integer_fma
 from tvm_hquant.kernels.interface import (
     IntegerAnchorConstants,
     IntegerElementwiseConstants,
@@ -115,6 +115,7 @@ def integer_multiply(request: KernelRequest, constants: IntegerElementwiseConsta
     The product is rounded alone; of 8-bit codes it is exact.
     """
     a, b = (centred(stored, zero) for stored, zero in zip(inputs, constants.input_zero_points, strict=True))
+    # Not the product of integers that integer_fma wants: that of 16-bit codes is rounded.
     v = fma(a * b, np.asarray(constants.multipliers[0], np.float32), np.float32(0))
     return requantize(v, constants.requantization, request.output)
 

@@ -71,7 +71,7 @@ class Schedule:
     def run(self, inputs: Sequence[Array]) -> list[tuple[Array, ...]]:
         """Outputs of every program, as copies. A single sample fills all of a larger batch axis."""
         given, batch = len(inputs[0]), len(self._inputs[0])
-        kept = slice(given) if given < batch else slice(None)
+        kept = slice(given) if given < batch else ...
         for buffer, values in zip(self._inputs, inputs, strict=True):
             np.copyto(buffer, values)
         results = []
