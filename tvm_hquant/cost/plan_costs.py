@@ -1,0 +1,178 @@
+"""What whole plans cost, and the model of it that an integer program can minimize.
+
+=============  =====================================================================================================
+objective      cost of a plan
+=============  =====================================================================================================
+``latency``    microseconds of one core: every layer in its precision, and every conversion between formats; layers with
+               weights as measured, where times were given, all others as the target spec predicts
+``size``       bytes of all weights with their scales and biases
+``macs``       multiply-accumulates, each counted by its widths: activation bits · weight bits / 64, so that one in 8
+               bits counts 1 (bit operations of Baskin et al., arXiv 1804.10969, over 64)
+=============  =====================================================================================================
+
+What a layer costs depends on its neighbours, since formats follow from who reads a tensor. The model is the expansion of the
+exact cost to second order around the plan in which every layer has its first candidate: what changing one layer adds, and
+what changing two neighbours adds beyond both. Neighbours are a layer and those that read what it makes, through layers
+without weights, and layers that read one tensor.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from itertools import pairwise
+
+from tvm_hquant.cost.predicted import predicted_cycles, weight_bytes
+from tvm_hquant.errors import SearchError
+from tvm_hquant.formats import assign_formats, codes_name, float_format
+from tvm_hquant.layers import Layer, LayerGraph
+from tvm_hquant.operators import Movement
+from tvm_hquant.precision import Precision, parse_precision
+from tvm_hquant.search.problem import Assignment, CostModel, LayerPrecision
+from tvm_hquant.session import QuantizationSession
+
+OBJECTIVES = ("latency", "size", "macs")
+
+
+def plan_costs(
+    session: QuantizationSession,
+    candidates: Mapping[str, tuple[str, ...]],
+    objective: str,
+    measured: Mapping[LayerPrecision, float] | None = None,
+) -> CostModel:
+    """The cost model of all plans that can be made of the candidates.
+
+    Args:
+        measured: times in microseconds of layers with weights, for ``latency``; those that are not in it are predicted.
+
+    Raises:
+        SearchError: there is no such objective.
+    """
+    if objective == "latency":
+        return _expanded(session, candidates, _Latency(session, measured or {}))
+    layers = session.graph.by_name
+    if objective == "size":
+        return CostModel(
+            {(n, p): weight_bytes(layers[n], parse_precision(p)) for n, ps in candidates.items() for p in ps}
+        )
+    if objective == "macs":
+        return CostModel(
+            {(n, p): weighted_macs(layers[n], parse_precision(p)) for n, ps in candidates.items() for p in ps}
+        )
+    raise SearchError(f"unknown objective {objective!r}: use one of {', '.join(OBJECTIVES)}")
+
+
+def weighted_macs(layer: Layer, precision: Precision) -> float:
+    """Multiply-accumulates of a layer in units of 8 × 8 bits. Weights that are only stored in few bits count as float32."""
+    weight_bits = precision.weight_bits if precision.activation_bits < 32 else 32
+    return layer.macs * precision.activation_bits * weight_bits / 64
+
+
+def computed_precision(precision: Precision) -> Precision:
+    """The precision in whose kernels a width is computed that has none of its own: ``a6w6`` as ``a8w6``."""
+    if not precision.is_integer or precision.is_realized:
+        return precision
+    if precision.activation_bits <= 8 and precision.weight_bits <= 8:
+        return parse_precision(f"a8w{precision.weight_bits}")
+    return parse_precision("a16w8" if precision.weight_bits <= 8 else "a16w16")
+
+
+class _Latency:
+    """Microseconds of one core for plans of one model."""
+
+    def __init__(self, session: QuantizationSession, measured: Mapping[LayerPrecision, float]) -> None:
+        self._session = session
+        self._measured = measured
+        self._predicted_time = lru_cache(maxsize=None)(self._predicted)
+
+    def of(self, assignment: Assignment) -> float:
+        """The time of a whole plan."""
+        session, graph = self._session, self._session.graph
+        precisions = session.all_precisions({name: parse_precision(p) for name, p in assignment.items()})
+        formats = assign_formats(graph, precisions, session.scales(precisions.values()))
+        total = sum(self.of_layer(layer.name, precisions[layer.name].name) for layer in graph.layers)
+        for conversion in formats.conversions(graph):
+            elements = math.prod(graph.tensor_shape(conversion.tensor))
+            rate = session.spec.conversion_elements_per_cycle(conversion.source.dtype, conversion.target.dtype)
+            total += elements / rate / (1e3 * session.spec.units[0].clock_ghz)
+        return total
+
+    def of_layer(self, layer: str, precision: str) -> float:
+        """The time of one layer by itself."""
+        known = self._measured.get((layer, precision))
+        return self._predicted_time(layer, precision) if known is None else known
+
+    def _predicted(self, layer_name: str, precision: str) -> float:
+        spec, layer = self._session.spec, self._session.graph.by_name[layer_name]
+        if isinstance(layer.operator, Movement) and layer.operator.function == "reshape":
+            return 0.0
+        computed = computed_precision(parse_precision(precision))
+        clock = spec.unit_for(computed.name, layer.operator_kind).clock_ghz
+        return predicted_cycles(spec, layer, computed) / (1e3 * clock)
+
+
+def _expanded(session: QuantizationSession, candidates: Mapping[str, tuple[str, ...]], latency: _Latency) -> CostModel:
+    base = {layer: precisions[0] for layer, precisions in candidates.items()}
+    of_base = latency.of(base)
+    added = {
+        (n, p): latency.of({**base, n: p}) - of_base if p != base[n] else 0.0
+        for n, precisions in candidates.items()
+        for p in precisions
+    }
+    pairs = {}
+    for first, second in neighbours(session.graph):
+        if first in candidates and second in candidates:
+            extra = _pair(base, first, second, candidates, added, lambda plan: latency.of(plan) - of_base)
+            if extra:
+                pairs[first, second] = extra
+    own = {layer: latency.of_layer(layer, precision) for layer, precision in base.items()}
+    layers = {(n, p): own[n] + more for (n, p), more in added.items()}
+    return CostModel(layers, pairs, of_base - sum(own.values()), latency.of)
+
+
+def _pair(
+    base: Assignment,
+    first: str,
+    second: str,
+    candidates: Mapping[str, tuple[str, ...]],
+    added: Mapping[LayerPrecision, float],
+    added_by: Callable[[Assignment], float],
+) -> dict[tuple[str, str], float]:
+    """What two layers cost beyond what each adds alone, where it is not 0."""
+    known: dict[tuple[str, str], float] = {}
+    extra: dict[tuple[str, str], float] = {}
+    for p in candidates[first]:
+        for q in candidates[second]:
+            # It depends on the formats of their activations alone.
+            kinds = (_format_kind(p), _format_kind(q))
+            if kinds[0] == _format_kind(base[first]) or kinds[1] == _format_kind(base[second]):
+                continue
+            if kinds not in known:
+                known[kinds] = added_by({**base, first: p, second: q}) - added[first, p] - added[second, q]
+            if abs(known[kinds]) > 1e-9:
+                extra[p, q] = known[kinds]
+    return extra
+
+
+def _format_kind(precision: str) -> str:
+    parsed = parse_precision(precision)
+    return codes_name(parsed) if parsed.is_integer else float_format(parsed).dtype
+
+
+def neighbours(graph: LayerGraph) -> list[tuple[str, str]]:
+    """Pairs of layers with weights whose precisions meet: (maker, reader), and layers that read one tensor, in order."""
+    makers: dict[str, dict[str, None]] = {name: {name: None} for name in graph.inputs}
+    readers: dict[str, dict[str, None]] = {}
+    for layer in graph.layers:
+        found = {maker: None for tensor in layer.inputs for maker in makers[tensor]}
+        makers[layer.name] = {layer.name: None} if layer.is_anchor else found
+        if layer.is_anchor:
+            for maker in found:
+                readers.setdefault(maker, {})[layer.name] = None
+    pairs: dict[tuple[str, str], None] = {}
+    for maker, names in readers.items():
+        if maker not in graph.inputs:
+            pairs.update(dict.fromkeys((maker, name) for name in names))
+        pairs.update(dict.fromkeys(pairwise(names)))
+    return list(pairs)
