@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ from tvm import IRModule
 from tvm_hquant.artifact import compile_artifact
 from tvm_hquant.calibration.data import open_data
 from tvm_hquant.compilation import StageObserver, lower
+from tvm_hquant.cost.measured import remembered_layer_times
 from tvm_hquant.errors import DataError, PrecisionError
+from tvm_hquant.front import Front, FrontWriter
 from tvm_hquant.kernels.registry import families_for_target, host_instruction_sets
 from tvm_hquant.plan import PrecisionPlan, load_plan
 from tvm_hquant.planning import make_plan, uniform_decisions, with_calibration
@@ -23,8 +26,10 @@ from tvm_hquant.quantizer import Options, QuantizationResult, Quantizer, assign_
 from tvm_hquant.report.quantization_report import QuantizationReport
 from tvm_hquant.runtime import Artifact
 from tvm_hquant.search.problem import SearchResult, SearchStrategy
+from tvm_hquant.search.registry import DEFAULT_STRATEGY
 from tvm_hquant.search.uniform import UniformStrategy
 from tvm_hquant.session import QuantizationSession
+from tvm_hquant.simulator.runner import available_cores
 from tvm_hquant.target_spec import TargetSpec, detect_host, load_target_spec
 
 
@@ -73,7 +78,7 @@ def quantize(
     plan: PrecisionPlan | Path | str | None = None,
     precisions: Sequence[str] | None = None,
     fixed: Mapping[str, str] | None = None,
-    strategy: SearchStrategy | None = None,
+    strategy: SearchStrategy | str | None = None,
     observer: str = "mean-squared-error",
     input_shapes: Mapping[str, Sequence[int]] | None = None,
     seed: int = 0,
@@ -94,7 +99,7 @@ def quantize(
         plan: exactly this plan instead of a search.
         precisions: what the search may choose from.
         fixed: precisions for layers by name or pattern (``{"head*": "float32"}``).
-        strategy: how to search; hierarchical by default.
+        strategy: how to search, or the name of one (:data:`~tvm_hquant.search.registry.STRATEGIES`).
         seed: of the splits of the data.
         baselines: whether the report measures the uniform quantizations too.
 
@@ -109,9 +114,7 @@ def quantize(
         return _with_plan(session, plan, calibration, evaluation, name, Options(metric, max_drop, seed=seed))
     if plan is not None or calibration is None:
         return plan_without_search(session, calibration, plan=plan, precision=precision)
-    options = Options(
-        metric, max_drop, tuple(precisions) if precisions else Options().precisions, fixed, seed, baselines
-    )
+    options = Options(metric, max_drop, tuple(precisions) if precisions else None, fixed, seed, baselines)
     if precision is not None:
         wanted = _realized(precision).name
         options = Options(metric, max_drop, (wanted, "float32"), fixed, seed, baselines)
@@ -144,6 +147,63 @@ def search_strategy(
     chosen = Options(**options)
     quantizer = Quantizer(session, assign_roles(calibration, evaluation, session.signature, chosen.seed), chosen)
     return quantizer.search(), quantizer
+
+
+def search_front(
+    model: Any,
+    spec: TargetSpec | str,
+    calibration: Any,
+    evaluation: Any,
+    folder: Path | str,
+    *,
+    strategy: str = DEFAULT_STRATEGY,
+    options: Options | None = None,
+    measure_times: bool = True,
+    journal: Path | str | None = None,
+    executor: Executor | None = None,
+    workers: int | None = None,
+    observer: str = "mean-squared-error",
+    input_shapes: Mapping[str, Sequence[int]] | None = None,
+    progress: Progress = silent_progress,
+) -> Front:
+    """Searches the Pareto front of loss and latency, size or operations, and writes it into a folder.
+
+    The folder gets ``front.json`` (a list of :class:`~tvm_hquant.front.FrontPoint`), the plans, ``best.json``, the plan that
+    keeps the budget best, and ``front.png``. It holds the best plans so far at any time. What was evaluated stays in
+    ``journal.sqlite``: a search that was killed goes on where it was, another strategy starts with what this one has paid.
+
+    Args:
+        model, spec, calibration, evaluation, observer, input_shapes, progress: as in :func:`quantize`.
+        folder: is made if there is none.
+        strategy: one of :data:`~tvm_hquant.search.registry.STRATEGIES`.
+        options: metric, budget, objective, precisions, levels, seed.
+        measure_times: whether times of layers and plans are measured, where this machine is the target.
+        journal: another file than ``journal.sqlite`` in the folder.
+        executor: does the evaluations: anything like ``concurrent.futures.Executor`` with processes for workers, such as
+            ``distributed.Client.get_executor()``. Without one, processes of this machine do the large ones.
+        workers: how many the executor has, or how many processes there may be; by default one for each core.
+
+    Raises:
+        HQuantError: a subclass that says what is wrong with model, spec, data, options or files.
+    """
+    folder, options = Path(folder), options or Options()
+    session = open_session(model, spec, input_shapes, observer, progress)
+    folder.mkdir(parents=True, exist_ok=True)
+    session.use_journal(journal or folder / "journal.sqlite")
+    if executor is not None:
+        session.evaluator.use_executor(executor, workers or available_cores())
+    elif workers is not None:
+        session.evaluator.use_processes(workers)
+    roles = assign_roles(calibration, evaluation, session.signature, options.seed)
+    quantizer = Quantizer(session, roles, options)
+    measure = measure_times and session.spec.is_host_compatible()
+    if measure and options.objective == "latency":
+        candidates = {layer.name: quantizer.rules.of(layer) for layer in session.graph.anchors}
+        sample = next(iter(roles.calibration))
+        quantizer.layer_times = remembered_layer_times(folder / "layer_times.json", session, candidates, sample)
+    writer = FrontWriter(quantizer, folder, strategy, measure)
+    quantizer.archive.on_change = writer.write_partial
+    return writer.write(quantizer.search(strategy))
 
 
 def create_quantizer(quantizer: Quantizer, strategy: SearchResult) -> PlannedQuantizer:

@@ -137,8 +137,8 @@ class PrecisionPlan:
                 "make one for this model with 'hquant compile'"
             )
 
-    def to_json(self, weights_sha256: str | None = None) -> str:
-        """The text of ``plan.json``."""
+    def to_json(self, weights_sha256: str | None = None, weights_file: str = "plan.npz") -> str:
+        """The text of ``plan.json``; ``weights_file`` names the file beside it that holds the weights."""
         document: dict[str, Any] = {
             "version": PLAN_VERSION,
             "model": self.fingerprint,
@@ -148,7 +148,7 @@ class PrecisionPlan:
                 name: {codes: _scale_entry(f) for codes, f in formats.items()} for name, formats in self.scales.items()
             },
             "groups": [list(group) for group in self.groups],
-            "weights": {"file": "plan.npz", "sha256": weights_sha256},
+            "weights": {"file": weights_file, "sha256": weights_sha256},
         }
         return _one_line_per_entry(document)
 
@@ -165,13 +165,17 @@ class PrecisionPlan:
 
     def save(self, folder: Path) -> None:
         """Writes ``plan.json`` and ``plan.npz`` into a folder that exists."""
-        data = self.weights_bytes()
-        (folder / "plan.npz").write_bytes(data)
-        (folder / "plan.json").write_text(self.to_json(hashlib.sha256(data).hexdigest()), encoding="utf-8")
+        self.save_as(folder / "plan.json")
+
+    def save_as(self, path: Path) -> None:
+        """Writes a JSON file and, beside it under the same name, an ``.npz`` with the weights."""
+        data, weights = self.weights_bytes(), path.with_suffix(".npz")
+        weights.write_bytes(data)
+        path.write_text(self.to_json(hashlib.sha256(data).hexdigest(), weights.name), encoding="utf-8")
 
 
 def load_plan(path: Path | str) -> PrecisionPlan:
-    """Reads ``plan.json`` and, where it stands beside it, ``plan.npz``.
+    """Reads ``plan.json`` and, where it stands beside it, ``plan.npz`` (or the file that it names).
 
     Raises:
         PlanError: a file cannot be read, a field is missing or wrong, or ``plan.npz`` is not the one that belongs to it.
@@ -181,9 +185,17 @@ def load_plan(path: Path | str) -> PrecisionPlan:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise PlanError(f"cannot read the plan {path}: {getattr(error, 'strerror', None) or error}") from None
-    weights_path = path.with_name("plan.npz")
+    weights_path = path.with_name(_weights_file(text))
     data = weights_path.read_bytes() if weights_path.is_file() else None
     return plan_from_text(text, f"the plan {path}", data)
+
+
+def _weights_file(text: str) -> str:
+    """Name of the file beside the plan that holds its weights; what else is wrong with the text is said later."""
+    try:
+        return Path(str(json.loads(text)["weights"]["file"])).name or "plan.npz"
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return "plan.npz"
 
 
 def plan_from_text(text: str, what: str, weights: bytes | None) -> PrecisionPlan:

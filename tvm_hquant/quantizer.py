@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
+from functools import cached_property, partial
 from typing import Any
 
 from tvm import IRModule
@@ -17,15 +17,25 @@ from tvm import IRModule
 from tvm_hquant.calibration.data import open_data
 from tvm_hquant.calibration.samples import DataSource, count_samples
 from tvm_hquant.calibration.split import count_shared_samples, random_samples, split_calibration, two_fold
-from tvm_hquant.cost.predicted import predicted_cycles, weight_bytes
-from tvm_hquant.errors import BudgetError, PrecisionError
+from tvm_hquant.cost.plan_costs import plan_costs
+from tvm_hquant.cost.predicted import weight_bytes
+from tvm_hquant.errors import BudgetError
 from tvm_hquant.layers import Layer
 from tvm_hquant.plan import LayerDecision, PrecisionPlan
 from tvm_hquant.planning import make_plan
 from tvm_hquant.precision import A8W8, BFLOAT16, FLOAT16, FLOAT32, INT8, Precision, parse_precision
 from tvm_hquant.report.quantization_report import LayerReport, ModelRow, QuantizationReport, SampleCounts
+from tvm_hquant.search.archive import EvaluatedPlan, PlanArchive
+from tvm_hquant.search.candidates import CandidateRules
 from tvm_hquant.search.expected_drop import SCORES, expected_drop
-from tvm_hquant.search.problem import Assignment, CostModel, SearchProblem, SearchResult, SearchStrategy
+from tvm_hquant.search.problem import (
+    Assignment,
+    CheckingStrategy,
+    CostModel,
+    SearchProblem,
+    SearchResult,
+    SearchStrategy,
+)
 from tvm_hquant.search.registry import DEFAULT_STRATEGY, StrategyContext, make_strategy
 from tvm_hquant.sensitivity.measured import SensitivityTable
 from tvm_hquant.session import QuantizationSession
@@ -33,9 +43,6 @@ from tvm_hquant.simulator.metrics import METRICS, Metric, MetricAccumulator, mak
 from tvm_hquant.simulator.program import Program
 from tvm_hquant.statistics import Interval
 from tvm_hquant.target_spec import TargetSpec
-
-HIERARCHY: tuple[str, ...] = ("a8w8", "int8", "a16w8", "float16", "bfloat16", "a16w16", "float32")
-"""The precisions that the search chooses from by default, where the target offers them."""
 
 BASELINES = (A8W8, INT8, FLOAT16, BFLOAT16)
 """The uniform quantizations of the paper's Table 1, printed beside the plan that was made."""
@@ -50,18 +57,22 @@ class Options:
     Attributes:
         metric: top1, agreement, kl, mse or sqnr; by default top1 with labels and kl without.
         max_drop: the budget, in the metric's unit (:mod:`tvm_hquant.simulator.metrics`).
-        precisions: what the search may choose from.
+        precisions: what the search may choose from; by default what the target makes cheaper.
         fixed: precisions fixed by the user, for layers by name or pattern.
         seed: of the splits.
         baselines: whether to measure the uniform quantizations too.
+        objective: what the search minimizes: latency, size or macs (:mod:`tvm_hquant.cost.plan_costs`).
+        levels: how many layers have to get each precision, for strategies that can do that.
     """
 
     metric: str | None = None
     max_drop: float = 0.01
-    precisions: tuple[str, ...] = HIERARCHY
+    precisions: tuple[str, ...] | None = None
     fixed: Mapping[str, str] | None = None
     seed: int = 0
     baselines: bool = True
+    objective: str = "latency"
+    levels: Mapping[str, int] | None = None
 
     def __post_init__(self) -> None:
         if math.isnan(self.max_drop):
@@ -121,93 +132,98 @@ class Quantizer:
             session.calibrate(roles.calibration)
         samples = random_samples(roles.calibration, SENSITIVITY_SAMPLES, options.seed)
         self.table = SensitivityTable(session, samples)
+        self.archive = PlanArchive()
+        self._asked: set[tuple[str, str]] = set()
+        self.layer_times: Mapping[tuple[str, str], float] = {}
 
     # Search.
 
-    def candidates(self, layer: Layer) -> tuple[str, ...]:
-        """Precisions that the search may give a layer, 8 bits first, then in order of predicted cost, float32 last."""
-        fixed = self._fixed(layer)
-        if fixed is not None:
-            return (fixed,)
-        spec = self.session.spec
-        allowed = [p for p in self.options.precisions if self.session.refusal(layer, parse_precision(p)) is None]
-        if not allowed:
-            raise PrecisionError(
-                f"layer {layer.name} ({layer.operator_kind}) can have none of {', '.join(self.options.precisions)} on "
-                f"{spec.name}; 'hquant inspect' shows why"
-            )
-        # a8w8 and int8 cost the same: the one that the target prefers stands for both.
-        eight = [p for p in spec.offered_precisions(layer.operator_kind) if p in allowed and p in ("a8w8", "int8")]
-        others = [p for p in allowed if p not in ("a8w8", "int8")]
-        others.sort(key=lambda p: (p == "float32", predicted_cycles(spec, layer, parse_precision(p))))
-        return (*eight[:1], *others)
+    @cached_property
+    def rules(self) -> CandidateRules:
+        """Which precisions layers may have."""
+        return CandidateRules(self.session, self.options.precisions, self.options.fixed, self.options.objective)
 
-    def problem(self) -> SearchProblem:
+    def problem(self, with_check: bool = False) -> SearchProblem:
         """What a strategy has to solve: the candidates of all layers, and the ways to measure them.
+
+        Args:
+            with_check: keeps a third of the search samples back, to check plans by.
 
         Raises:
             PrecisionError: a layer can have no precision at all.
+            SearchError: there is no such objective.
         """
         anchors = self.session.graph.anchors
-        candidates = {layer.name: self.candidates(layer) for layer in anchors}
+        candidates = {layer.name: self.rules.of(layer) for layer in anchors}
+        costs = plan_costs(self.session, candidates, self.options.objective, self.layer_times)
+        search, check = self.roles.search, None
+        if with_check and count_samples(search) >= 3:
+            search, checked_on = split_calibration(search, 1 / 3, self.options.seed)
+            check = partial(self._joint_losses, checked_on, None)
+        is_accuracy = self.metric.name == "top1"
         return SearchProblem(
             candidates,
             self.table.measure,
-            CostModel(self._costs(candidates)),
-            self._joint_losses,
+            costs,
+            partial(self._joint_losses, search, costs),
             self.options.max_drop,
-            parameters={layer.name: layer.parameter_count for layer in anchors},
-            seed=self.options.seed,
+            check,
+            self._float_value(search) if is_accuracy else 1.0,
+            {layer.name: layer.parameter_count for layer in anchors},
+            self.options.levels,
+            self.options.seed,
         )
 
     def search(self, strategy: SearchStrategy | str | None = None) -> SearchResult:
-        """Finds precisions for all layers with weights.
+        """Finds precisions for all layers with weights; ``archive`` then holds all plans that were evaluated.
 
         Args:
             strategy: or its name (:data:`~tvm_hquant.search.registry.STRATEGIES`).
 
         Raises:
             PrecisionError: a layer can have no precision at all.
-            SearchError: no strategy has that name.
+            SearchError: no strategy or objective has that name, or no plan has the levels that are asked for.
         """
         if strategy is None or isinstance(strategy, str):
             context = StrategyContext(self.session, self.table.samples, self.options.seed)
             strategy = make_strategy(strategy or DEFAULT_STRATEGY, context)
-        result = strategy.search(self.problem())
+        problem = self.problem(isinstance(strategy, CheckingStrategy))
+        result = strategy.search(problem)
+        chosen = {layer: decision.precision for layer, decision in result.decisions.items()}
+        if self.archive.find(chosen) is None:
+            problem.evaluate([chosen])
         fixed = {
             layer.name: LayerDecision(result.decisions[layer.name].precision, "chosen by the user")
             for layer in self.session.graph.anchors
-            if self._fixed(layer) is not None
+            if self.rules.fixed(layer) is not None
         }
         return replace(result, decisions={**result.decisions, **fixed})
 
-    def unused_rules(self) -> tuple[str, ...]:
-        """Patterns of ``fixed`` that match no layer."""
-        names = [layer.name for layer in self.session.graph.layers]
-        return tuple(p for p in (self.options.fixed or {}) if not any(fnmatchcase(n, p) for n in names))
-
-    def _fixed(self, layer: Layer) -> str | None:
-        for pattern, precision in (self.options.fixed or {}).items():
-            if fnmatchcase(layer.name, pattern):
-                refusal = self.session.refusal(layer, parse_precision(precision))
-                if refusal is not None:
-                    raise PrecisionError(f"layer {layer.name} cannot be {precision}: {refusal.detail}")
-                return parse_precision(precision).name
-        return None
-
-    def _costs(self, candidates: Mapping[str, Sequence[str]]) -> dict[tuple[str, str], float]:
-        layers = self.session.graph.by_name
-        return {
-            (name, p): predicted_cycles(self.session.spec, layers[name], parse_precision(p))
-            for name, precisions in candidates.items()
-            for p in precisions
-        }
-
-    def _joint_losses(self, assignments: Sequence[Assignment]) -> list[float]:
+    def _joint_losses(
+        self, samples: DataSource, costs: CostModel | None, assignments: Sequence[Assignment]
+    ) -> list[float]:
         programs = [self.session.program({name: parse_precision(p) for name, p in a.items()}) for a in assignments]
         metrics = SCORES if self.metric.name == "top1" else [self.metric]
-        scores = self.session.evaluate_metrics(programs, self.roles.search, metrics, "searching")
-        return [expected_drop(*own) if self.metric.name == "top1" else own[0].loss for own in scores]
+        self._asked |= {(samples.name, program.digest) for program in programs}
+        scores = self.session.evaluate_metrics(programs, samples, metrics, "searching")
+        expected = [expected_drop(*own) if self.metric.name == "top1" else own[0].loss for own in scores]
+        if costs is not None:
+            self.archive.add(
+                [
+                    EvaluatedPlan(dict(a), costs.total(a), e, own[0].loss_interval())
+                    for a, e, own in zip(assignments, expected, scores, strict=True)
+                ]
+            )
+        return expected
+
+    def _float_value(self, samples: DataSource) -> float:
+        scores = self.session.evaluate([self.session.float_program], samples, self.metric, "measuring float32")
+        return scores[0].value
+
+    @property
+    def evaluations(self) -> int:
+        """Plans that were asked for so far: single layers on calibration samples, and joint ones; each counts once."""
+        return self.table.evaluations + len(self._asked)
 
     # Plan.
 
@@ -245,7 +261,7 @@ class Quantizer:
             rows,
             tuple(self._layer_report(plan, layer) for layer in session.graph.layers),
             kinds,
-            self.unused_rules(),
+            self.rules.unused(),
         )
 
     def _uniform(self, precision: Precision) -> tuple[Program, str]:

@@ -11,6 +11,7 @@ from tvm_hquant.cli.compile_command import compile_command, quickstart_command
 from tvm_hquant.cli.inspect_command import inspect_command
 from tvm_hquant.cli.profile_command import profile_command
 from tvm_hquant.cli.run_command import run_command
+from tvm_hquant.cli.search_command import search_command
 from tvm_hquant.cli.targets import targets_app
 from tvm_hquant.cli.verify_command import verify_command
 
@@ -25,6 +26,7 @@ application = typer.Typer(
 )
 application.command("quickstart")(quickstart_command)
 application.command("compile")(compile_command)
+application.command("search")(search_command)
 application.command("run")(run_command)
 application.command("profile")(profile_command)
 application.command("inspect")(inspect_command)

@@ -29,6 +29,27 @@ Calibration = Annotated[
         "or a directory of them.",
     ),
 ]
+Evaluation = Annotated[
+    Path | None,
+    typer.Option("--evaluation", help="Data to search and measure with; a part of the calibration data if not given."),
+]
+MetricName = Annotated[
+    str | None,
+    typer.Option(
+        "--metric",
+        help="What the budget counts: top1 or agreement (a fraction), kl or mse (an absolute bound), sqnr (dB below 150). "
+        "By default top1 with labels, kl without.",
+    ),
+]
+MaxDrop = Annotated[
+    float, typer.Option("--max-drop", help="The loss budget, in the unit of --metric; 0.01 of top1 is a point.")
+]
+Strategy = Annotated[
+    str | None,
+    typer.Option(
+        "--strategy", help="How to search: one-shot, hierarchical, greedy, lazy-greedy or ilp.", show_default=False
+    ),
+]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of the splits of the data.")]
 Observer = Annotated[str, typer.Option("--observer", help="min-max, percentile, mean-squared-error or power-of-two.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show every layer, not only the summary.")]

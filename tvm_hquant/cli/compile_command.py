@@ -11,10 +11,14 @@ import typer
 
 from tvm_hquant.cli.arguments import (
     Calibration,
+    Evaluation,
     InputShapes,
+    MaxDrop,
+    MetricName,
     Model,
     Observer,
     Seed,
+    Strategy,
     Target,
     Verbose,
     parse_input_shapes,
@@ -29,23 +33,9 @@ def compile_command(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the artifact.", show_default=False)],
     target: Target = "host",
     calibration: Calibration = None,
-    evaluation: Annotated[
-        Path | None,
-        typer.Option(
-            "--evaluation", help="Data to search and measure with; a part of the calibration data if not given."
-        ),
-    ] = None,
-    metric: Annotated[
-        str | None,
-        typer.Option(
-            "--metric",
-            help="What the budget counts: top1 or agreement (a fraction), kl or mse (an absolute bound), sqnr (dB below 150). "
-            "By default top1 with labels, kl without.",
-        ),
-    ] = None,
-    max_drop: Annotated[
-        float, typer.Option("--max-drop", help="The loss budget, in the unit of --metric; 0.01 of top1 is a point.")
-    ] = 0.01,
+    evaluation: Evaluation = None,
+    metric: MetricName = None,
+    max_drop: MaxDrop = 0.01,
     plan: Annotated[Path | None, typer.Option("--plan", help="Use exactly this plan.json; no search.")] = None,
     precision: Annotated[
         str | None,
@@ -53,6 +43,7 @@ def compile_command(
             "--precision", help="One precision for all layers where the target allows it, such as a8w8; no search."
         ),
     ] = None,
+    strategy: Strategy = None,
     observer: Observer = "mean-squared-error",
     input_shapes: InputShapes = None,
     seed: Seed = 0,
@@ -84,6 +75,7 @@ def compile_command(
         max_drop=max_drop,
         precision=precision,
         plan=plan,
+        strategy=strategy,
         observer=observer,
         input_shapes=shapes,
         seed=seed,

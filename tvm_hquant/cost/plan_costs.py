@@ -25,12 +25,13 @@ from itertools import pairwise
 
 from tvm_hquant.cost.predicted import predicted_cycles, weight_bytes
 from tvm_hquant.errors import SearchError
-from tvm_hquant.formats import assign_formats, codes_name, float_format
+from tvm_hquant.formats import assign_formats, codes_name
 from tvm_hquant.layers import Layer, LayerGraph
 from tvm_hquant.operators import Movement
 from tvm_hquant.precision import Precision, parse_precision
 from tvm_hquant.search.problem import Assignment, CostModel, LayerPrecision
 from tvm_hquant.session import QuantizationSession
+from tvm_hquant.tensor_format import float_format
 
 OBJECTIVES = ("latency", "size", "macs")
 

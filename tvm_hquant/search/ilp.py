@@ -59,6 +59,10 @@ class IntegerProgramStrategy:
     def name(self) -> str:
         return "ilp"
 
+    @property
+    def checks_plans(self) -> bool:
+        return True
+
     def search(self, problem: SearchProblem) -> SearchResult:
         """The cheapest plan found that keeps the budget on the search samples and, where there are some, the check samples.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from tvm_hquant.plan import LayerDecision
 
@@ -108,3 +108,11 @@ class SearchStrategy(Protocol):
 
     def search(self, problem: SearchProblem) -> SearchResult:
         """The best assignment that was found."""
+
+
+@runtime_checkable
+class CheckingStrategy(SearchStrategy, Protocol):
+    """A strategy that checks plans on samples of their own (``SearchProblem.check``); they are kept back for it."""
+
+    @property
+    def checks_plans(self) -> bool: ...

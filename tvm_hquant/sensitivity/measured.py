@@ -42,6 +42,11 @@ class SensitivityTable:
             self._losses.update({pair: score.loss for pair, score in zip(missing, scores, strict=True)})
         return {pair: self._losses[pair] for pair in pairs}
 
+    @property
+    def evaluations(self) -> int:
+        """How many pairs were measured."""
+        return sum(1 for _, precision in self._losses if precision != "float32")
+
     def of_layer(self, layer: str) -> dict[str, float]:
         """The losses of one layer by precision, as far as they were measured."""
         return {precision: loss for (name, precision), loss in self._losses.items() if name == layer}

@@ -1,0 +1,156 @@
+"""``hquant search``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tvm_hquant.cli.arguments import (
+    Calibration,
+    Evaluation,
+    InputShapes,
+    MaxDrop,
+    MetricName,
+    Model,
+    Observer,
+    Seed,
+    Strategy,
+    Target,
+    parse_input_shapes,
+)
+from tvm_hquant.cli.progress import terminal_progress
+from tvm_hquant.cli.tables import print_table
+
+if TYPE_CHECKING:
+    from tvm_hquant.front import Front
+
+_BUDGET_MISSED = 3
+
+
+def search_command(
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the front.", show_default=False)],
+    target: Target = "host",
+    calibration: Calibration = None,
+    evaluation: Evaluation = None,
+    strategy: Strategy = None,
+    objective: Annotated[
+        str, typer.Option("--objective", help="What to minimize beside the loss: latency, size or macs.")
+    ] = "latency",
+    metric: MetricName = None,
+    max_drop: MaxDrop = 0.01,
+    precisions: Annotated[
+        str | None,
+        typer.Option("--precisions", help="Which to choose from, with commas between: a8w8,a8w4,bfloat16."),
+    ] = None,
+    levels: Annotated[
+        str | None,
+        typer.Option("--levels", help="How many layers get each precision: float32:4,bfloat16:8."),
+    ] = None,
+    times: Annotated[
+        str,
+        typer.Option(
+            "--times", help="Where times come from: measured, where this machine is the target, or predicted."
+        ),
+    ] = "measured",
+    journal: Annotated[
+        Path | None, typer.Option("--journal", help="Where evaluations are kept; journal.sqlite in the folder.")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option("--workers", min=1, help="Processes for large evaluations; one for each core.")
+    ] = None,
+    observer: Observer = "mean-squared-error",
+    input_shapes: InputShapes = None,
+    seed: Seed = 0,
+) -> None:
+    """Search the Pareto front of loss and latency, size or operations.
+
+    The folder gets front.json, the plans (for compile --plan), best.json for the budget, and a plot. A search that was
+    interrupted goes on where it was.
+    """
+    from tvm_hquant import api
+    from tvm_hquant.errors import DataError, SearchError
+    from tvm_hquant.quantizer import Options
+    from tvm_hquant.search.registry import DEFAULT_STRATEGY
+
+    if calibration is None:
+        raise DataError("a search measures losses: give --calibration DATA.npz")
+    if times not in ("measured", "predicted"):
+        raise SearchError(f"unknown --times {times!r}: use measured or predicted")
+    names = tuple(p.strip() for p in precisions.split(",") if p.strip()) if precisions else None
+    options = Options(metric, max_drop, names, None, seed, False, objective, parse_levels(levels))
+    front = api.search_front(
+        str(model),
+        target,
+        calibration,
+        evaluation,
+        output,
+        strategy=strategy or DEFAULT_STRATEGY,
+        options=options,
+        measure_times=times == "measured",
+        journal=journal,
+        workers=workers,
+        observer=observer,
+        input_shapes=parse_input_shapes(input_shapes),
+        progress=terminal_progress(),
+    )
+    _print_front(front)
+    typer.echo(
+        f"wrote {output}: 'hquant compile {model} --plan {output / 'best.json'} -o FOLDER' compiles the best plan"
+    )
+    if not front.within_budget:
+        sys.stdout.flush()
+        typer.echo("hquant: no plan kept the loss budget: best.json is the best one that was found", err=True)
+        raise SystemExit(_BUDGET_MISSED)
+
+
+def parse_levels(text: str | None) -> dict[str, int] | None:
+    """``"float32:4,bfloat16:8"`` as a dict.
+
+    Raises:
+        SearchError: the text has another form.
+        PrecisionError: there is no such precision.
+    """
+    from tvm_hquant.errors import SearchError
+    from tvm_hquant.precision import parse_precision
+
+    if text is None:
+        return None
+    levels: dict[str, int] = {}
+    for part in text.split(","):
+        name, _, count = part.strip().partition(":")
+        if not count.isdigit():
+            raise SearchError(f"--levels {text!r} has the wrong form: write float32:4,bfloat16:8")
+        levels[parse_precision(name).name] = int(count)
+    return levels
+
+
+def _print_front(front: Front) -> None:
+    rows = [
+        (
+            point.plan,
+            f"{point.loss:.4g} ({point.loss_interval[0]:.4g} … {point.loss_interval[1]:.4g})",
+            ""
+            if point.holdout_interval is None
+            else f"{point.holdout_loss:.4g} ({point.holdout_interval[0]:.4g} … {point.holdout_interval[1]:.4g})",
+            f"{point.latency_ms:.3f}",
+            f"{point.bytes / 1e6:.3f}",
+            f"{point.int8_mac_share:.0%}",
+            "best" if point == front.best else "",
+        )
+        for point in front.points
+    ]
+    source = front.points[0].latency_source
+    columns = (
+        "plan",
+        f"{front.metric} loss (95 %)",
+        "on held-out samples",
+        f"ms ({source})",
+        "MB",
+        "MACs ≤ 8 bits",
+        "",
+    )
+    print_table(columns, rows, f"{front.strategy}, {front.objective}: {front.points[0].evaluations} evaluations")

@@ -1,0 +1,57 @@
+"""Times of layers as this machine's kernels take them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from tvm_hquant.calibration.samples import Sample
+from tvm_hquant.errors import JournalError
+from tvm_hquant.precision import FLOAT32, parse_precision
+from tvm_hquant.search.problem import LayerPrecision
+from tvm_hquant.session import QuantizationSession
+
+
+def measure_layer_times(
+    session: QuantizationSession, candidates: Mapping[str, tuple[str, ...]], sample: Sample
+) -> dict[LayerPrecision, float]:
+    """Median microseconds of every layer's kernel in every precision that it may have, on the values of one sample.
+
+    Each precision is timed in a network that has it wherever it may be, so that formats around a layer are those of its
+    precision.
+    """
+    times: dict[LayerPrecision, float] = {}
+    for name in dict.fromkeys(p for precisions in candidates.values() for p in precisions):
+        wanted = {
+            layer: parse_precision(name) if name in precisions else FLOAT32 for layer, precisions in candidates.items()
+        }
+        found = session.engine.time_layers(sample.inputs, session.program(wanted))
+        times.update({(layer, name): found[layer] for layer, ps in candidates.items() if name in ps and layer in found})
+    return times
+
+
+def remembered_layer_times(
+    path: Path, session: QuantizationSession, candidates: Mapping[str, tuple[str, ...]], sample: Sample
+) -> dict[LayerPrecision, float]:
+    """The same, measured once: kept in a file, so that a search that goes on has the same times and finds the same plans.
+
+    Raises:
+        JournalError: the file is something else.
+    """
+    wanted = {(layer, p) for layer, precisions in candidates.items() for p in precisions}
+    if path.is_file():
+        try:
+            document = json.loads(path.read_text(encoding="utf-8"))
+            times = {(layer, p): float(t) for layer, own in document["microseconds"].items() for p, t in own.items()}
+            if document["model"] == session.graph.fingerprint and wanted <= times.keys():
+                return times
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise JournalError(f"{path} does not hold times of layers ({error}); remove it") from None
+    times = measure_layer_times(session, candidates, sample)
+    table: dict[str, dict[str, float]] = {}
+    for (layer, precision), microseconds in times.items():
+        table.setdefault(layer, {})[precision] = microseconds
+    document = {"model": session.graph.fingerprint, "microseconds": table}
+    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    return times

@@ -1,0 +1,186 @@
+"""The Pareto front of a search, on disk: plans, what they lose and cost, a plot, and the best plan for the budget.
+
+While the search runs, the folder always holds the best plans so far, with what is known of them; figures on samples that the
+search does not see, and measured times, come at its end.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+
+from tvm_hquant.cost.plan_costs import plan_costs
+from tvm_hquant.cost.predicted import weight_bytes
+from tvm_hquant.front_plot import draw_front
+from tvm_hquant.plan import LayerDecision, PrecisionPlan
+from tvm_hquant.planning import make_plan
+from tvm_hquant.precision import parse_precision
+from tvm_hquant.quantizer import Quantizer, is_low_bit
+from tvm_hquant.search.archive import EvaluatedPlan
+from tvm_hquant.search.problem import Assignment, SearchResult
+from tvm_hquant.statistics import Interval
+
+
+@dataclass(frozen=True)
+class FrontPoint:
+    """One plan of the front, as ``front.json`` lists it.
+
+    Attributes:
+        plan: name of the plan's file in the folder.
+        loss, loss_interval: on the search samples, in the metric's unit, with the 95 % interval.
+        holdout_loss, holdout_interval: on samples that the search did not see; None while it runs.
+        latency_ms, latency_source: of one call; ``measured`` here, or ``predicted`` by the target spec for one core.
+        bytes: of all weights with scales and biases.
+        int8_mac_share: share of multiply-accumulates in 8 bits or fewer.
+        evaluations: plans that the search had asked for, single layers and joint ones, whoever made them.
+    """
+
+    plan: str
+    loss: float
+    loss_interval: tuple[float, float]
+    holdout_loss: float | None
+    holdout_interval: tuple[float, float] | None
+    latency_ms: float
+    latency_source: str
+    bytes: float
+    int8_mac_share: float
+    evaluations: int
+
+
+@dataclass(frozen=True)
+class Front:
+    """A whole front: its points, the cheapest first, which of them is the best for the budget, and what the budget was."""
+
+    points: tuple[FrontPoint, ...]
+    best: FrontPoint
+    within_budget: bool
+    max_drop: float
+    metric: str
+    objective: str
+    strategy: str
+
+
+class FrontWriter:
+    """Writes the front of one search into a folder.
+
+    Args:
+        quantizer: that searches; its archive is watched.
+        folder: is made if there is none; plans of an earlier search in it are removed.
+        strategy: its name.
+        measure: whether this machine is the target, so that times are measured.
+    """
+
+    def __init__(self, quantizer: Quantizer, folder: Path, strategy: str, measure: bool) -> None:
+        self._quantizer, self._folder, self._strategy, self._measure = quantizer, folder, strategy, measure
+        folder.mkdir(parents=True, exist_ok=True)
+        layers = quantizer.session.graph.anchors
+        candidates = {layer.name: quantizer.rules.of(layer) for layer in layers}
+        self._latency = plan_costs(quantizer.session, candidates, "latency", quantizer.layer_times)
+
+    def write_partial(self, front: Sequence[EvaluatedPlan]) -> None:
+        """The best plans so far. Their weights are made again when they are compiled."""
+        points = []
+        for number, found in enumerate(front):
+            name = f"plan_{number:02}.json"
+            self._write(name, self._plan(found.assignment).to_json(None, f"plan_{number:02}.npz"))
+            points.append(self._point(name, found, None, self._latency.total(found.assignment) / 1e3, "predicted"))
+        self._remove_from(len(front))
+        self._write("front.json", _text(points))
+
+    def write(self, result: SearchResult) -> Front:
+        """The final front, measured on the held-out samples, with the plan that the search chose as ``best.json``."""
+        quantizer, session = self._quantizer, self._quantizer.session
+        chosen = {layer: decision.precision for layer, decision in result.decisions.items()}
+        front = list(quantizer.archive.front)
+        best = quantizer.archive.find(chosen)
+        assert best is not None, "a search evaluates the plan that it chooses"
+        if best not in front:
+            front = sorted([*front, best], key=lambda found: (found.cost, found.expected))
+        programs = [session.program({n: parse_precision(p) for n, p in f.assignment.items()}) for f in front]
+        scores = session.evaluate(programs, quantizer.roles.held_out, quantizer.metric, "measuring the front")
+        points = []
+        for number, (found, score) in enumerate(zip(front, scores, strict=True)):
+            name = f"plan_{number:02}.json"
+            decisions = result.decisions if found is best else None
+            plan = self._plan(found.assignment, decisions)
+            plan.save_as(self._folder / name)
+            if found is best:
+                plan.save_as(self._folder / "best.json")
+            latency = self._measured(found.assignment) if self._measure else self._latency.total(found.assignment) / 1e3
+            source = "measured" if self._measure else "predicted"
+            points.append(self._point(name, found, score.loss_interval(), latency, source))
+        self._remove_from(len(front))
+        self._write("front.json", _text(points))
+        options = quantizer.options
+        made = Front(
+            tuple(points),
+            points[front.index(best)],
+            result.within_budget,
+            options.max_drop,
+            quantizer.metric.name,
+            options.objective,
+            self._strategy,
+        )
+        draw_front(made, self._folder / "front.png")
+        return made
+
+    def _point(
+        self, name: str, found: EvaluatedPlan, held_out: Interval | None, latency: float, source: str
+    ) -> FrontPoint:
+        layers = self._quantizer.session.graph.anchors
+        precisions = {layer.name: parse_precision(found.assignment[layer.name]) for layer in layers}
+        total = sum(layer.macs for layer in layers) or 1
+        return FrontPoint(
+            name,
+            found.loss.estimate,
+            (found.loss.low, found.loss.high),
+            None if held_out is None else held_out.estimate,
+            None if held_out is None else (held_out.low, held_out.high),
+            latency,
+            source,
+            sum(weight_bytes(layer, precisions[layer.name]) for layer in layers),
+            sum(layer.macs for layer in layers if is_low_bit(precisions[layer.name])) / total,
+            self._quantizer.evaluations,
+        )
+
+    def _plan(self, assignment: Assignment, decisions: Mapping[str, LayerDecision] | None = None) -> PrecisionPlan:
+        reason = f"on the Pareto front of {self._strategy}"
+        return make_plan(
+            self._quantizer.session,
+            decisions or {name: LayerDecision(p, "within budget", reason) for name, p in assignment.items()},
+        )
+
+    def _measured(self, assignment: Assignment, repeat: int = 15) -> float:
+        """Median milliseconds of one sample through the kernels of a plan."""
+        session = self._quantizer.session
+        sample = next(islice(iter(self._quantizer.roles.held_out), 1))
+        program = session.program({name: parse_precision(p) for name, p in assignment.items()})
+        session.engine.compile([program])
+        session.engine.run(sample.inputs, [program])
+        times = []
+        for _ in range(repeat):
+            start = time.perf_counter()
+            session.engine.run(sample.inputs, [program])
+            times.append(time.perf_counter() - start)
+        return 1e3 * statistics.median(times)
+
+    def _write(self, name: str, text: str) -> None:
+        """In one step, so that a reader never finds half a file."""
+        partial = self._folder / f".{name}"
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(self._folder / name)
+
+    def _remove_from(self, number: int) -> None:
+        for path in self._folder.glob("plan_*.*"):
+            digits = path.stem.removeprefix("plan_")
+            if digits.isdigit() and int(digits) >= number and path.suffix in (".json", ".npz"):
+                path.unlink()
+
+
+def _text(points: Sequence[FrontPoint]) -> str:
+    return json.dumps([asdict(point) for point in points], indent=1) + "\n"

@@ -1,0 +1,114 @@
+"""Which precisions a search may give each layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+
+from tvm_hquant.cost.predicted import predicted_cycles, weight_bytes
+from tvm_hquant.errors import PrecisionError
+from tvm_hquant.layers import Layer
+from tvm_hquant.precision import REALIZED, Precision, parse_precision
+from tvm_hquant.session import QuantizationSession
+
+HIERARCHY: tuple[str, ...] = ("a8w8", "int8", "a16w8", "float16", "bfloat16", "a16w16", "float32")
+"""The precisions that every search chooses from by default, where the target offers them."""
+
+_NARROW = tuple(f"a8w{bits}" for bits in range(7, 1, -1))
+
+
+def precisions_to_search(session: QuantizationSession, objective: str) -> tuple[str, ...]:
+    """The default: the hierarchy, and narrower weights where they make something cheaper.
+
+    For ``latency`` those that some operator computes faster than wider ones; for ``size`` and ``macs`` all.
+    """
+    if objective != "latency":
+        return (*HIERARCHY, *_NARROW)
+    spec = session.spec
+    kinds = {layer.operator_kind for layer in session.graph.anchors}
+    faster: list[str] = []
+    best = dict.fromkeys(kinds, 0.0)
+    for name in ("a8w8", *_NARROW):
+        offered = {kind: spec.macs_per_cycle(name, kind) for kind in kinds if spec.reason_against(name, kind) is None}
+        if name != "a8w8" and any(rate > best[kind] for kind, rate in offered.items()):
+            faster.append(name)
+        best.update({kind: max(best[kind], rate) for kind, rate in offered.items()})
+    return (*HIERARCHY, *faster)
+
+
+class CandidateRules:
+    """Candidates of layers under what the target offers and the user wants.
+
+    Args:
+        precisions: names to choose from. Given by the user, all of them are meant, the cheapest first; by default the search
+            starts from 8 bits.
+        fixed: precisions fixed by the user, for layers by name or pattern.
+        objective: what is minimized. A width without a kernel, such as ``a6w6``, can be searched for size only.
+    """
+
+    def __init__(
+        self,
+        session: QuantizationSession,
+        precisions: Sequence[str] | None = None,
+        fixed: Mapping[str, str] | None = None,
+        objective: str = "latency",
+    ) -> None:
+        self._session = session
+        self._given = precisions is not None
+        names = precisions if precisions is not None else precisions_to_search(session, objective)
+        self._precisions = tuple(dict.fromkeys(parse_precision(name).name for name in names))
+        self._rules = dict(fixed or {})
+        self._objective = objective
+
+    def of(self, layer: Layer) -> tuple[str, ...]:
+        """Precisions that the search may give a layer: where it starts first, then by cost, the most exact last.
+
+        Raises:
+            PrecisionError: the layer can have none of them, or not the one that the user fixed.
+        """
+        fixed = self.fixed(layer)
+        if fixed is not None:
+            return (fixed,)
+        allowed = [name for name in self._precisions if self._refusal(layer, parse_precision(name)) is None]
+        if not allowed:
+            raise PrecisionError(
+                f"layer {layer.name} ({layer.operator_kind}) can have none of {', '.join(self._precisions)} on "
+                f"{self._session.spec.name}; 'hquant inspect' shows why"
+            )
+        # a8w8 and int8 cost the same: the one that the target prefers stands for both.
+        offered = self._session.spec.offered_precisions(layer.operator_kind)
+        eight = [name for name in offered if name in allowed and name in ("a8w8", "int8")][:1]
+        others = [name for name in allowed if name not in ("a8w8", "int8")]
+        ordered = sorted([*eight, *others], key=lambda name: self._order(layer, parse_precision(name)))
+        return tuple(ordered) if self._given else (*eight, *(name for name in ordered if name not in eight))
+
+    def fixed(self, layer: Layer) -> str | None:
+        """The precision that the user fixed for a layer, or None.
+
+        Raises:
+            PrecisionError: it is impossible for the layer.
+        """
+        for pattern, precision in self._rules.items():
+            if fnmatchcase(layer.name, pattern):
+                refusal = self._session.refusal(layer, parse_precision(precision))
+                if refusal is not None:
+                    raise PrecisionError(f"layer {layer.name} cannot be {precision}: {refusal.detail}")
+                return parse_precision(precision).name
+        return None
+
+    def unused(self) -> tuple[str, ...]:
+        """Patterns that match no layer."""
+        names = [layer.name for layer in self._session.graph.layers]
+        return tuple(p for p in self._rules if not any(fnmatchcase(name, p) for name in names))
+
+    def _refusal(self, layer: Layer, precision: Precision) -> str | None:
+        if precision.name not in REALIZED and self._objective != "latency":
+            return self._session.impossible(layer, precision)
+        refusal = self._session.refusal(layer, precision)
+        return None if refusal is None else refusal.detail
+
+    def _order(self, layer: Layer, precision: Precision) -> tuple[bool, float, float]:
+        is_float = precision.name == "float32"
+        if precision.is_realized:
+            return is_float, predicted_cycles(self._session.spec, layer, precision), weight_bytes(layer, precision)
+        return is_float, 0.0, weight_bytes(layer, precision) + precision.activation_bits
