@@ -9,8 +9,8 @@
        Σ_g scale(g) · Σ_{layers in g} loss(layer)  ≈  l,   scale ≥ 0
 
    (least squares with weights 1/l, since small losses matter as much as large ones, drawn towards one common scale). With
-   the corrected losses the sum is an estimate of the joint loss in the budget's own unit. The program is solved again for the
-   budget and for bounds around it, and the new plans are evaluated; so it goes on while there are new plans.
+   the corrected losses the sum is an estimate of the joint loss in the budget's own unit. The sweep is made once more, and the
+   program is solved for the budget and for bounds around it; so it goes on while there are new plans.
 4. *Check*: the plan has to keep the budget on samples that it was not chosen by, where there are some. Of the plans that keep
    it on the search samples the cheapest that also keeps it there is taken.
 5. *Repair*: single layers are changed: cheaper ones while the budget holds, or, where no plan keeps it, more exact ones,
@@ -88,9 +88,11 @@ class _Search:
         self.checked: dict[Plan, float] = {}
 
     def run(self) -> SearchResult:
-        self._sweep()
-        for _ in range(self.strategy.rounds):
+        self._sweep(self.alone)
+        for number in range(self.strategy.rounds):
             self._fit()
+            if number == 0:
+                self._sweep(self._corrected())
             if not self._solve_near_budget():
                 break
         for _ in range(self.strategy.repairs):
@@ -114,9 +116,9 @@ class _Search:
         program = IntegerProgram(self.problem.candidates, self.problem.costs, losses, self.problem.levels)
         return [program.solve(bound) for bound in bounds]
 
-    def _sweep(self) -> None:
+    def _sweep(self, losses: Mapping[LayerPrecision, float]) -> None:
         """Plans for bounds from none down to the least possible, evenly in their logarithms."""
-        cheapest = self._solve([math.inf], self.alone)[0]
+        cheapest = self._solve([math.inf], losses)[0]
         exact = {layer: self._most_exact(layer) for layer in self.problem.candidates}
         ends: list[Mapping[str, str] | None] = [cheapest] if self.problem.levels else [cheapest, exact]
         self._evaluate(ends)
@@ -125,14 +127,14 @@ class _Search:
                 f"no plan has the levels {dict(self.problem.levels or {})}: their counts have to fit the network's "
                 f"{len(self.problem.candidates)} layers and what each of them may have"
             )
-        largest = sum(self.alone[pair] for pair in cheapest.items())
-        positive = [loss for loss in self.alone.values() if 0 < loss < math.inf]
+        largest = sum(losses[pair] for pair in cheapest.items())
+        positive = [loss for loss in losses.values() if 0 < loss < math.inf]
         if not positive or largest <= 0:
             return
         smallest = max(min(positive), 1e-4 * min(largest, sum(positive)))
         largest = largest if math.isfinite(largest) else sum(positive)
         bounds = np.geomspace(largest, smallest, self.strategy.sweep + 2)[1:-1]
-        self._evaluate(self._solve(bounds.tolist(), self.alone))
+        self._evaluate(self._solve(bounds.tolist(), losses))
 
     def _solve_near_budget(self) -> int:
         budget = self.problem.budget
