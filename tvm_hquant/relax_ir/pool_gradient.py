@@ -25,42 +25,38 @@ def _compute(g: Any, x: Any, y: Any, window: Window) -> Any:
     (kernel_h, kernel_w), (stride_h, stride_w) = window.kernel, window.strides
     (top, left, _, _), (dilation_h, dilation_w) = window.padding, window.dilation
     (_, height, width, _), (_, out_height, out_width, _) = x.shape, y.shape
+    zero, one = tirx.const(0.0, "float32"), tirx.const(1.0, "float32")
+    # Sums are written out, so that the innermost loop is the one over channels, in vectors.
+    positions = [(i * dilation_h, j * dilation_w) for i in range(kernel_h) for j in range(kernel_w)]
 
-    def axes() -> tuple[Any, Any]:
-        return te.reduce_axis((0, kernel_h), "kh"), te.reduce_axis((0, kernel_w), "kw")
+    def count(n: Any, h: Any, w: Any, c: Any) -> Any:
+        total = zero
+        for i, j in positions:
+            row, column = h * stride_h - top + i, w * stride_w - left + j
+            inside = tirx.all(row >= 0, row < height, column >= 0, column < width)
+            equal = tirx.Select(x[n, row, column, c] == y[n, h, w, c], one, zero)
+            total += tirx.if_then_else(inside, equal, zero)
+        return total
 
-    i, j = axes()
-
-    def is_largest(n: Any, h: Any, w: Any, c: Any) -> Any:
-        row, column = h * stride_h - top + i * dilation_h, w * stride_w - left + j * dilation_w
-        inside = tirx.all(row >= 0, row < height, column >= 0, column < width)
-        found = tirx.if_then_else(inside, tirx.Select(x[n, row, column, c] == y[n, h, w, c], 1.0, 0.0), 0.0)
-        return te.sum(found.astype("float32"), axis=(i, j))
-
-    count = te.compute(y.shape, is_largest, name="largest")
-    share = te.compute(y.shape, lambda *p: g(*p) / tirx.max(count(*p), tirx.const(1.0, "float32")), name="share")
-    k, m = axes()
+    largest = te.compute(y.shape, count, name="largest")
+    share = te.compute(y.shape, lambda *p: g(*p) / tirx.max(largest(*p), one), name="share")
 
     def received(n: Any, h: Any, w: Any, c: Any) -> Any:
-        row, column = h + top - k * dilation_h, w + left - m * dilation_w
-        out_row, out_column = tirx.floordiv(row, stride_h), tirx.floordiv(column, stride_w)
-        is_window = tirx.all(
-            row >= 0,
-            column >= 0,
-            tirx.floormod(row, stride_h) == 0,
-            tirx.floormod(column, stride_w) == 0,
-            out_row < out_height,
-            out_column < out_width,
-        )
-        given = tirx.if_then_else(
-            is_window,
-            tirx.Select(
-                x[n, h, w, c] == y[n, out_row, out_column, c],
-                share[n, out_row, out_column, c],
-                tirx.const(0.0, "float32"),
-            ),
-            tirx.const(0.0, "float32"),
-        )
-        return te.sum(given, axis=(k, m))
+        total = zero
+        for i, j in positions:
+            row, column = h + top - i, w + left - j
+            out_row, out_column = tirx.floordiv(row, stride_h), tirx.floordiv(column, stride_w)
+            is_window = tirx.all(
+                row >= 0,
+                column >= 0,
+                tirx.floormod(row, stride_h) == 0,
+                tirx.floormod(column, stride_w) == 0,
+                out_row < out_height,
+                out_column < out_width,
+            )
+            is_largest = x[n, h, w, c] == y[n, out_row, out_column, c]
+            given = tirx.Select(is_largest, share[n, out_row, out_column, c], zero)
+            total += tirx.if_then_else(is_window, given, zero)
+        return total
 
     return te.compute(x.shape, received, name="gradient")
