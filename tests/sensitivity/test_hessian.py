@@ -29,7 +29,9 @@ def test_average_traces() -> None:
 
     def loss(name: str, weights: np.ndarray) -> float:
         return float(
-            np.mean([cross_entropy(network.logits(s.inputs, weights={name: weights}), [s.label or 0])[0] for s in samples])
+            np.mean(
+                [cross_entropy(network.logits(s.inputs, weights={name: weights}), [s.label or 0])[0] for s in samples]
+            )
         )
 
     estimates = [average_traces(evaluator, samples, evaluator.label, draws=10, seed=s, step=1e-2) for s in range(16)]

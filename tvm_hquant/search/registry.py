@@ -10,6 +10,13 @@ from tvm_hquant.errors import SearchError
 from tvm_hquant.search.greedy import GreedyStrategy, OneShotStrategy
 from tvm_hquant.search.hierarchical import HierarchicalStrategy
 from tvm_hquant.search.ilp import IntegerProgramStrategy
+from tvm_hquant.search.layout import (
+    AfterStorageStrategy,
+    GradientStrategy,
+    HessianStrategy,
+    LayoutData,
+    MonotoneStrategy,
+)
 from tvm_hquant.search.problem import SearchStrategy
 
 if TYPE_CHECKING:
@@ -31,6 +38,10 @@ STRATEGIES: Mapping[str, Callable[[StrategyContext], SearchStrategy]] = {
     "hierarchical": lambda _context: HierarchicalStrategy(),
     "greedy": lambda _context: GreedyStrategy(),
     "lazy-greedy": lambda _context: GreedyStrategy(lazy=True),
+    "gradient": lambda context: GradientStrategy(LayoutData(context.session, context.samples)),
+    "monotone": lambda _context: MonotoneStrategy(),
+    "after-storage": lambda context: AfterStorageStrategy(LayoutData(context.session, context.samples)),
+    "hawq-v2": lambda context: HessianStrategy(LayoutData(context.session, context.samples), seed=context.seed),
     "ilp": lambda _context: IntegerProgramStrategy(),
 }
 """Makes each strategy for a model; one line for each."""

@@ -41,7 +41,9 @@ def average_traces(
     """
     random = np.random.default_rng(seed)
     weights = {layer.name: layer.weights for layer in evaluator.layers if layer.weights is not None}
-    deltas = {name: step * max(float(np.sqrt(np.mean(w.astype(np.float64) ** 2))), 1e-12) for name, w in weights.items()}
+    deltas = {
+        name: step * max(float(np.sqrt(np.mean(w.astype(np.float64) ** 2))), 1e-12) for name, w in weights.items()
+    }
     sums = dict.fromkeys(weights, 0.0)
     for _ in range(draws):
         signs = {name: random.integers(0, 2, w.shape) * 2.0 - 1.0 for name, w in weights.items()}
