@@ -26,7 +26,7 @@ from tvm_hquant.kernels.arm_operands import (
 from tvm_hquant.kernels.dot_product import DotProduct, RepeatedOperand, WideDot
 from tvm_hquant.kernels.interface import KernelRequest
 from tvm_hquant.kernels.kernel_function import Buffer
-from tvm_hquant.kernels.primitives import Expression, convert
+from tvm_hquant.kernels.primitives import Expression, convert, vector_type
 from tvm_hquant.operators import Conv2D
 
 
@@ -55,6 +55,10 @@ class PairDot(ElementOperands):
         return 5 * groups // 2 + (min(chain, 4) + 1) * vectors
 
     def operands(self, buffer: Buffer, indices: Sequence[Expression], steps: int) -> Sequence[Expression]:
+        if steps == 1:
+            loaded = T.reinterpret("int16", buffer.vload([indices[0]], vector_type(str(buffer.dtype), 2)))
+            pair = T.bind(loaded ^ T.int16(TOP_BITS >> 16))
+            return [T.reinterpret("int8x16", T.broadcast(pair, 8))]
         words = load_words(buffer, indices[0], steps // 2, TOP_BITS)
         pairs = T.bind(T.reinterpret(f"int16x{steps}", words))
         return [T.reinterpret("int8x16", element_in_all_lanes(pairs, step, 8)) for step in range(steps)]
