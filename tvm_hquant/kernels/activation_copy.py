@@ -8,7 +8,7 @@ from tvm.tirx.script import builder as T
 
 from tvm_hquant.kernels.kernel_function import Buffer
 from tvm_hquant.kernels.primitives import Expression, broadcast, convert, lanes_of, widen
-from tvm_hquant.kernels.vector_loops import fitting_lanes, flat_loop, load, store, vector_loop
+from tvm_hquant.kernels.vector_loops import fitting_lanes, flat_loop, load, row_loop, store, vector_loop
 from tvm_hquant.operators import Conv2D
 
 _COPY_LANES = 32
@@ -72,7 +72,7 @@ class ActivationCopy:
                 self._copy_vector(position, position, lanes)
             return
         rows = self._padded_rows
-        with T.parallel(n * rows) as row:
+        with row_loop(n * rows, n * rows * self._row_elements) as row:
             image, y = row // rows, row % rows
             start = T.bind(row * self._row_elements)
             if not (top or bottom):

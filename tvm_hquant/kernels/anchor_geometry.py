@@ -84,14 +84,38 @@ class AnchorGeometry:
         return count, tuple(size for size in _powers_of_two_below(full) if left & size)
 
     @property
-    def steps(self) -> int:
-        """Steps over the input channels of a group."""
-        return -(-self.group_inputs // self.dot.products)
+    def padded_inputs(self) -> int:
+        """Channels of a group in memory, filled up to whole steps where steps cannot do without."""
+        products = self.dot.products
+        run = self.group_inputs * (self.conv.window.kernel[1] if self.is_merged else 1)
+        if self.dot.splits_pixels and run >= products:
+            return self.group_inputs
+        return -(-self.group_inputs // products) * products
 
     @property
-    def padded_inputs(self) -> int:
-        """Channels of a group in memory, filled up to whole steps."""
-        return self.steps * self.dot.products
+    def is_merged(self) -> bool:
+        """Whether the channels that a kernel row takes lie side by side in memory, and are one run of steps."""
+        return self.conv.window.dilation[1] == 1 and self.conv.groups == 1
+
+    @property
+    def runs(self) -> int:
+        """Runs of steps of a kernel row."""
+        return 1 if self.is_merged else self.conv.window.kernel[1]
+
+    @property
+    def run_inputs(self) -> int:
+        """Elements of a run."""
+        return self.padded_inputs * (self.conv.window.kernel[1] if self.is_merged else 1)
+
+    @property
+    def full_steps(self) -> int:
+        """Steps of a run that take new elements only."""
+        return self.run_inputs // self.dot.products
+
+    @property
+    def steps(self) -> int:
+        """Steps of a run; the last one overlaps the one before it where elements are left."""
+        return -(-self.run_inputs // self.dot.products)
 
     @property
     def is_narrow(self) -> bool:
@@ -124,7 +148,7 @@ class AnchorGeometry:
         """
         _, width = self.output_size
         kernel_height, kernel_width = self.conv.window.kernel
-        steps = kernel_height * kernel_width * self.steps
+        steps = kernel_height * self.runs * self.steps
         most_vectors = 1 if self.is_narrow else self.group_outputs // self.dot.lanes
         found = []
         for pixels in range(1, min(width, 16) + 1):
@@ -132,7 +156,7 @@ class AnchorGeometry:
                 groups = -(-pixels // self.dot.pixels)
                 sums = groups * vectors * self.dot.accumulator_registers
                 # LLVM unrolls short loops over kernel columns and keeps operands that later columns read again.
-                is_unrolled = kernel_width > 1 and kernel_width * self.steps * (sums + pixels + vectors) < _UNROLLED
+                is_unrolled = kernel_width > 1 and self.runs * self.steps * (sums + pixels + vectors) < _UNROLLED
                 shared = self.dot.registers * 3 // 8 if is_unrolled else 0
                 if sums + max(self.dot.spare_registers(groups, vectors, self.chain), shared) > self.dot.registers:
                     continue
@@ -223,19 +247,25 @@ class AnchorGeometry:
 
     def pack_weights(self, weights: Array) -> Array:
         """Weights [points, out, in / groups, kh, kw] in the order in which the steps read them, flat."""
-        points, _, inputs, height, width = weights.shape
+        points, inputs, height = weights.shape[0], *weights.shape[2:4]
         pads = ((0, 0), (0, 1), (0, self.padded_inputs - inputs), (0, 0), (0, 0))
-        rows = np.pad(weights, pads)[:, self.channel_rows]
+        rows = np.moveaxis(np.pad(weights, pads)[:, self.channel_rows], 2, -1)
         lanes, products = self.dot.lanes, self.dot.products
-        split = rows.reshape(points, -1, self.tile.vectors, lanes, self.steps, products, height, width)
+        elements = rows.reshape(points, -1, self.tile.vectors, lanes, height, self.runs, self.run_inputs)
+        full = self.full_steps * products
+        if full < self.run_inputs:
+            # The last step repeats elements, with weights of zero.
+            last = elements[..., self.run_inputs - products :].copy()
+            last[..., : products - (self.run_inputs - full)] = 0
+            elements = np.concatenate([elements[..., :full], last], axis=-1)
+        split = elements.reshape(*elements.shape[:-1], self.steps, products)
         if self.dot.reverses_products:
-            split = split[..., ::-1, :, :]
-        # tile, kernel row, kernel column, step, vector, lane, product
-        ordered = split.transpose(0, 1, 6, 7, 4, 2, 3, 5)
+            split = split[..., ::-1]
+        # tile, kernel row, run, step, vector, lane, product
+        ordered = split.transpose(0, 1, 4, 5, 6, 2, 3, 7)
         return np.ascontiguousarray(ordered.reshape(-1).astype(self.dot.weight_dtype))
 
     @property
     def weight_elements(self) -> int:
         """Elements of the packed weights of one point."""
-        kh, kw = self.conv.window.kernel
-        return len(self.channel_rows) * kh * kw * self.padded_inputs
+        return len(self.channel_rows) * self.conv.window.kernel[0] * self.runs * self.steps * self.dot.products

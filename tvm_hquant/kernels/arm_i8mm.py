@@ -44,6 +44,7 @@ class UsmmlaDot:
     operand_cost: float = 1.0
     operand_steps: int = 2
     pixels: int = 2
+    splits_pixels: bool = False
     reverses_products: bool = False
     llvm_functions: str = ""
     accumulator_registers: int = 2

@@ -31,6 +31,8 @@ _PARALLEL_MACS = 100_000
 """Layers with less work stay on one thread."""
 _TILES_PER_ITEM = 8
 """Tiles of one row that a thread takes at a time, at most."""
+_FEWEST_ITEMS = 32
+"""Items that tiles are grouped into, where there are as many: threads that take whole items finish at about the same time."""
 
 
 def conv2d_geometry(
@@ -145,7 +147,8 @@ class _Emitter:
             geometry.conv.input_shape[0] * geometry.output_size[0],
             geometry.conv.groups * geometry.blocks,
         )
-        chunks = -(-geometry.tiles // _TILES_PER_ITEM)
+        most = max(1, min(_TILES_PER_ITEM, geometry.tiles * rows * channel_blocks // _FEWEST_ITEMS))
+        chunks = -(-geometry.tiles // most)
         per_item = -(-geometry.tiles // chunks)
         items = rows * channel_blocks * chunks
         loop = T.parallel if geometry.conv.macs > _PARALLEL_MACS and items > 1 else T.serial
@@ -247,7 +250,7 @@ class _Emitter:
         """Sums of one pass, from its start values."""
         geometry, dot, window = self.geometry, self.dot, self.geometry.conv.window
         vectors = geometry.tile.vectors
-        (kh, kw), (sh, sw), (dh, dw) = window.kernel, window.strides, window.dilation
+        kh, (sh, sw), (dh, dw) = window.kernel[0], window.strides, window.dilation
         height, _ = geometry.output_size
         padded_height, padded_width = geometry.padded_size
         pixel = geometry.conv.groups * geometry.padded_inputs
@@ -265,18 +268,16 @@ class _Emitter:
             + plane * geometry.plane_elements
         )
         vector_weights = dot.lanes * dot.products
-        block_weights = kh * kw * geometry.steps * vectors * vector_weights
+        steps = geometry.steps
+        block_weights = kh * geometry.runs * steps * vectors * vector_weights
         weight_base = T.bind(channel_block * block_weights + point * geometry.weight_elements)
-        # Columns that lie side by side in memory are further steps of one loop.
-        merged = dw == 1 and geometry.conv.groups == 1
-        columns, steps = (1, kw * geometry.steps) if merged else (kw, geometry.steps)
-        full, rest = geometry.parts(steps)
+        full, rest = geometry.parts(geometry.full_steps)
         full_steps = max(dot.operand_steps, geometry.chain)
         with ExitStack() as loops:
             ky = loops.enter_context(T.serial(kh)) if kh > 1 else 0
-            kx = loops.enter_context(T.serial(columns)) if columns > 1 else 0
+            kx = loops.enter_context(T.serial(geometry.runs)) if geometry.runs > 1 else 0
             at = T.bind(corner + (ky * dh * padded_width + kx * dw) * pixel)
-            weight_at = T.bind(weight_base + (ky * columns + kx) * steps * (vectors * vector_weights))
+            weight_at = T.bind(weight_base + (ky * geometry.runs + kx) * steps * (vectors * vector_weights))
 
             def part(first: Expression, count: int) -> None:
                 """``count`` steps from step ``first``."""
@@ -293,6 +294,9 @@ class _Emitter:
             for size in rest:
                 part(done, size)
                 done += size
+            if done < steps:
+                last = at + (geometry.run_inputs - dot.products)
+                self._steps(accumulators, last, weight_at + done * vectors * vector_weights, 1)
 
     def _steps(
         self,

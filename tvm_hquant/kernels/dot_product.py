@@ -30,6 +30,9 @@ class DotProduct(Protocol):
         operand_steps: steps whose operands come from memory at once, a power of two (a chain takes its own steps at least).
         pixels: neighbouring pixels that share an accumulator; it has ``lanes · pixels`` elements.
         accumulator_registers: vector registers of an accumulator.
+        splits_pixels: whether a step may take the last channels of a pixel with the first of the next one, and channels
+            once more with weights of zero: not where the proof of ``saturation_free_pairs`` goes by the channels of a pixel, nor for
+            floats, whose products with zero may be NaN.
         reverses_products: whether the weights of a step stand in the reverse order of its channels.
         llvm_functions: definitions, in LLVM's language, of the functions that ``accumulate`` calls.
     """
@@ -61,6 +64,8 @@ class DotProduct(Protocol):
     @property
     def accumulator_registers(self) -> int: ...
     @property
+    def splits_pixels(self) -> bool: ...
+    @property
     def reverses_products(self) -> bool: ...
     @property
     def llvm_functions(self) -> str: ...
@@ -87,6 +92,7 @@ class DotProduct(Protocol):
 class OnePixel:
     """The part of a dot product whose accumulators are vectors of channels of one pixel."""
 
+    splits_pixels: bool = False
     reverses_products: bool = False
     llvm_functions: str = ""
 

@@ -36,6 +36,7 @@ class WordDot(RepeatedOperand):
     weight_dtype: str = "int16"
     accumulator_dtype: str = "int32"
     name: str = "vpmaddwd"
+    splits_pixels: bool = True
     operand_cost: float = 0.5
 
     def operand(self, buffer: Buffer, index: Expression) -> Expression:

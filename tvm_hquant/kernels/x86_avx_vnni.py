@@ -35,6 +35,7 @@ class VnniDot(RepeatedOperand):
     weight_dtype: str = "int8"
     accumulator_dtype: str = "int32"
     name: str = "vpdpbusd"
+    splits_pixels: bool = True
     operand_cost: float = 0.5
 
     def operand(self, buffer: Buffer, index: Expression) -> Expression:
