@@ -31,8 +31,8 @@ class DotProduct(Protocol):
         pixels: neighbouring pixels that share an accumulator; it has ``lanes · pixels`` elements.
         accumulator_registers: vector registers of an accumulator.
         splits_pixels: whether a step may take the last channels of a pixel with the first of the next one, and channels
-            once more with weights of zero: not where the proof of ``saturation_free_pairs`` goes by the channels of a pixel, nor for
-            floats, whose products with zero may be NaN.
+            once more with weights of zero. Not where ``saturation_free_pairs``, which goes by the channels of a pixel, must
+            hold, nor for floats, whose products with zero may be NaN.
         reverses_products: whether the weights of a step stand in the reverse order of its channels.
         llvm_functions: definitions, in LLVM's language, of the functions that ``accumulate`` calls.
     """
