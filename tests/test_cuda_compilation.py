@@ -59,12 +59,22 @@ def test_no_product_is_left_to_the_compiler(target: str, model: str, plan: str) 
     code = source(target, model, plan)
     kernels = without_indices(code[code.index('extern "C" __global__') :])
     assert "__fmaf_rn(" in kernels
-    lines = [line for line in kernels.splitlines() if not re.search(r"__global__|\bcse_v\d+ =", line)]
+    lines = [line for line in kernels.splitlines() if not re.search(r"__global__|\bint \w+ =", line)]
     factors = [factor for line in lines for factor in re.findall(r" \* (\S+)", line)]
-    # What may remain: products with an integer weight, and those with a power of two, which are exact.
-    bare = [f for f in factors if not re.match(r"\(\(int\)constant_|-?0x1p[+-]\d+f", f)]
+    # What may remain: products of integers, and those with a power of two, which are exact.
+    bare = [f for f in factors if not re.match(r"\(\(int\)|-?\d+\W*$|-?0x1p[+-]\d+f", f)]
     assert not bare
-    assert any("(int)" in factor for factor in factors) == (plan != "float32")
+    assert ("__dp4a(" in kernels) == (plan != "float32")
+
+
+@pytest.mark.parametrize("architecture", ["sm_75", "sm_80", "sm_87", "sm_90"])
+def test_integer_layers_are_dot_products(nvcc: Path, tmp_path: Path, architecture: str) -> None:
+    """nvcc makes one instruction of each ``__dp4a``, for every GPU that a spec names."""
+    code, output = tmp_path / "kernels.cu", tmp_path / "kernels.ptx"
+    code.write_text(source("cuda-sm90", "residual", "a8w8"), encoding="utf-8")
+    command = [nvcc, "--ptx", "-O3", f"-arch={architecture}", "-o", output, code]
+    subprocess.run(command, check=True, capture_output=True)
+    assert "dp4a.s32.s32" in output.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("plan", ["float32", "mixed"])

@@ -155,8 +155,11 @@ def _device_function(dtype: str, name: str, *arguments: Expression) -> Expressio
 class CudaPrimitives:
     """For CUDA: the intrinsics that nvcc never contracts and that ``--use_fast_math`` does not replace.
 
-    That option still flushes denormals; set ``TVM_CUDA_NVCC_NO_FAST_MATH=1`` when compiling.
+    That option still flushes denormals; set ``TVM_CUDA_NVCC_NO_FAST_MATH=1`` when compiling. ``in_blocks`` says that
+    expressions are made inside schedulable blocks.
     """
+
+    in_blocks: bool = True
 
     def fma(self, a: Expression, b: Expression, c: Expression) -> Expression:
         return _device_function("float32", "__fmaf_rn", a, b, c)
@@ -180,7 +183,7 @@ class CudaPrimitives:
         return _device_function("int32", "__float2int_rn", a)
 
     def bind(self, value: Expression) -> Expression:
-        return _cell(value, "local", in_block=True)
+        return _cell(value, "local", self.in_blocks)
 
 
 def _c_function(name: str, *arguments: Expression) -> Expression:

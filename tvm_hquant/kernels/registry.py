@@ -18,6 +18,7 @@ from tvm_hquant.kernels import (
     x86_avx_vnni,
 )
 from tvm_hquant.kernels.common import CommonFamily
+from tvm_hquant.kernels.cuda_dp4a import Dp4aFamily
 from tvm_hquant.kernels.interface import Kernel, KernelFamily, KernelRequest
 from tvm_hquant.kernels.reference import ReferenceFamily
 from tvm_hquant.target_spec.vocabulary import INSTRUCTION_SETS
@@ -44,7 +45,7 @@ def families_for_target(instruction_sets: tuple[str, ...]) -> tuple[KernelFamily
         elif name == "reference":
             families.append(ReferenceFamily())
         elif name == "cuda":
-            families.append(ReferenceFamily("cuda"))
+            families += [Dp4aFamily(), ReferenceFamily("cuda")]
         elif name == "c":
             families.append(ReferenceFamily("c"))
         else:

@@ -1,0 +1,293 @@
+"""Integer convolutions and dense layers for CUDA by ``__dp4a``, which adds four products of signed bytes to an int32.
+
+Every thread keeps a tile of some pixels times some output channels in registers. For every kernel position and every four input
+channels it loads a word of activations for each pixel and a word of weights for each channel, and multiplies all with
+all. Neighbouring threads have neighbouring channels: a warp reads few words of activations and a row of weights. Nothing passes
+between threads, so there is neither shared memory nor a barrier; the first-level cache holds what threads have in common.
+
+Source: NVIDIA, CUDA Math API, ``__dp4a`` (compute capability 6.1 and later). Activations are stored as uint8: flipping the top
+bit makes them signed, smaller by 128.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from tvm.tirx.script import builder as T
+
+from tvm_hquant.kernels.anchor_constants import integer_array_types, pack_integer
+from tvm_hquant.kernels.anchor_geometry import as_conv2d
+from tvm_hquant.kernels.interface import Array, Kernel, KernelRequest, LayerConstants
+from tvm_hquant.kernels.kernel_function import Buffer, kernel_function
+from tvm_hquant.kernels.primitives import CudaPrimitives, Expression, centred, clamp, convert, narrow, requantize
+from tvm_hquant.kernels.vector_loops import flat
+from tvm_hquant.operators import Conv2D, Dense
+
+WORD = 4
+"""Products of an instruction."""
+_OFFSET = -128
+_TOP_BITS = 0x80808080 - 2**32
+_THREADS = 128
+"""Threads of a block: four warps, which hide each other's loads."""
+_PIXELS = 4
+_CHANNELS = 8
+"""The largest tile: 32 sums, 4 words of activations, 8 of weights."""
+_EVERY_BYTE = 0x01010101
+
+
+@dataclass(frozen=True)
+class Dp4aGeometry:
+    """A convolution cut into the tiles of threads; packs its constants (``anchor_constants.ChannelPacking``).
+
+    Attributes:
+        conv: the convolution; dense layers are 1×1 ones.
+        points: weight tensors.
+        planes: byte planes of the activations.
+    """
+
+    conv: Conv2D
+    points: int
+    planes: int
+
+    @property
+    def group_inputs(self) -> int:
+        return self.conv.in_channels // self.conv.groups
+
+    @property
+    def group_outputs(self) -> int:
+        return self.conv.out_channels // self.conv.groups
+
+    @property
+    def words(self) -> int:
+        """Words of input channels of a group; bytes that lie behind the last channel have weight 0."""
+        return -(-self.group_inputs // WORD)
+
+    @property
+    def channels(self) -> int:
+        """Output channels of a tile."""
+        return min(_CHANNELS, self.group_outputs)
+
+    @property
+    def blocks(self) -> int:
+        """Tiles over the output channels of a group; the last one overlaps the one before it."""
+        return -(-self.group_outputs // self.channels)
+
+    @property
+    def output_size(self) -> tuple[int, int]:
+        return self.conv.window.output_size(*self.conv.input_shape[1:3])
+
+    @property
+    def positions(self) -> int:
+        """Output pixels of all images."""
+        height, width = self.output_size
+        return self.conv.input_shape[0] * height * width
+
+    @property
+    def pixels(self) -> int:
+        """Pixels of a tile."""
+        return min(_PIXELS, self.positions)
+
+    @property
+    def threads(self) -> int:
+        """Threads that have a tile."""
+        return -(-self.positions // self.pixels) * self.conv.groups * self.blocks
+
+    @cached_property
+    def channel_rows(self) -> npt.NDArray[np.int64]:
+        """Output channel of every packed channel, [groups · blocks · channels]."""
+        starts = np.minimum(np.arange(self.blocks) * self.channels, self.group_outputs - self.channels)
+        within = (starts[:, None] + np.arange(self.channels)).reshape(-1)
+        return (np.arange(self.conv.groups)[:, None] * self.group_outputs + within).reshape(-1)
+
+    def pack_channels(self, values: Array, fill: float = 0) -> Array:
+        """[..., out_channels] in the order of the tiles."""
+        return np.ascontiguousarray(values[..., self.channel_rows])
+
+    @property
+    def weight_elements(self) -> int:
+        """Elements of the packed weights of one point."""
+        kh, kw = self.conv.window.kernel
+        return len(self.channel_rows) * kh * kw * self.words * WORD
+
+    def pack_weights(self, weights: Array) -> Array:
+        """[points, out, in / groups, kh, kw] as point, tile, kernel row, kernel column, word, channel, byte; flat."""
+        points, _, inputs, height, width = weights.shape
+        pads = ((0, 0), (0, 0), (0, self.words * WORD - inputs), (0, 0), (0, 0))
+        rows = np.pad(weights, pads)[:, self.channel_rows]
+        split = rows.reshape(points, -1, self.channels, self.words, WORD, height, width)
+        return np.ascontiguousarray(split.transpose(0, 1, 5, 6, 3, 2, 4).reshape(-1))
+
+
+def dp4a_kernel(request: KernelRequest) -> Kernel | None:
+    """The kernel for codes with int8 weights; None for others, and for depthwise layers, where no word serves two sums."""
+    operator = request.operator
+    if not isinstance(operator, (Conv2D, Dense)) or request.weights != "int8":
+        return None
+    if isinstance(operator, Conv2D) and operator.is_depthwise:
+        return None
+    planes = 2 if request.inputs[0] == "uint16" else 1
+    geometry = Dp4aGeometry(as_conv2d(operator), request.weight_points, planes)
+    lanes, passes = len(geometry.channel_rows), geometry.points * planes
+    types = integer_array_types(geometry.weight_elements * geometry.points, "int8", lanes, passes, planes, "int32")
+
+    def pack(constants: LayerConstants) -> tuple[Array, ...]:
+        return pack_integer(constants, geometry, _OFFSET, "int32")
+
+    def emit(inputs: Sequence[Buffer], arrays: Sequence[Buffer], output: Buffer) -> None:
+        _Thread(request, geometry, [flat(b) for b in inputs], arrays, flat(output)).emit()
+
+    function = kernel_function(request, types, emit).with_attr("tirx.is_scheduled", True)
+    return Kernel(request, f"cuda.conv2d[dp4a {geometry.pixels}x{geometry.channels}]", function, pack)
+
+
+@dataclass(frozen=True)
+class _Thread:
+    """Writes what a thread does."""
+
+    request: KernelRequest
+    geometry: Dp4aGeometry
+    inputs: Sequence[Buffer]
+    arrays: Sequence[Buffer]
+    output: Buffer
+    primitives: CudaPrimitives = field(default_factory=lambda: CudaPrimitives(in_blocks=False))
+
+    def emit(self) -> None:
+        geometry = self.geometry
+        size = min(_THREADS, geometry.threads)
+        grid = -(-geometry.threads // size)
+        blocks, lanes = T.thread_binding(0, grid, thread="blockIdx.x"), T.thread_binding(0, size, thread="threadIdx.x")
+        with blocks as block, lanes as lane:
+            number = block * size + lane
+            if geometry.threads % size == 0:
+                self._tile(number)
+                return
+            with T.If(number < geometry.threads), T.Then():
+                self._tile(number)
+
+    def _tile(self, number: Expression) -> None:
+        geometry, conv = self.geometry, self.geometry.conv
+        tiles = conv.groups * geometry.blocks
+        tile = T.bind(number % tiles)
+        # Positions beyond the last one repeat it: they store the same value once more.
+        positions = [
+            T.bind(T.min(number // tiles * geometry.pixels + i, geometry.positions - 1)) for i in range(geometry.pixels)
+        ]
+        places = [(i, j) for i in range(geometry.pixels) for j in range(geometry.channels)]
+        values = {place: T.alloc_buffer((1,), "float32", scope="local") for place in places}
+        sums = {place: T.alloc_buffer((1,), "int32", scope="local") for place in places}
+        _, starts, multipliers, offsets, _, _ = self.arrays
+        lanes, first = len(geometry.channel_rows), tile * geometry.channels
+        for place, value in values.items():
+            T.buffer_store(value, offsets[first + place[1]], [0])
+        # In the contract's order: points ascending, within a point the low plane before the high one.
+        for number_of_pass in range(geometry.points * geometry.planes):
+            base = number_of_pass * lanes + first
+            for place, total in sums.items():
+                T.buffer_store(total, starts[base + place[1]], [0])
+            self._accumulate(sums, positions, tile, *divmod(number_of_pass, geometry.planes))
+            for place, total in sums.items():
+                multiplier = multipliers[base + place[1]]
+                scaled = self.primitives.fma(T.Cast("float32", total[0]), multiplier, values[place][0])
+                T.buffer_store(values[place], scaled, [0])
+        block = tile % geometry.blocks * geometry.channels
+        within = T.min(block, geometry.group_outputs - geometry.channels)
+        channel = T.bind(tile // geometry.blocks * geometry.group_outputs + within)
+        for i, j in places:
+            self._finish(values[i, j][0], positions[i] * conv.out_channels + channel + j)
+
+    def _accumulate(
+        self,
+        sums: dict[tuple[int, int], Buffer],
+        positions: Sequence[Expression],
+        tile: Expression,
+        point: int,
+        plane: int,
+    ) -> None:
+        """Adds the products of one point with one byte plane to the sums."""
+        geometry, window = self.geometry, self.geometry.conv.window
+        height, width = geometry.output_size
+        (kh, kw), (sh, sw), (dh, dw) = window.kernel, window.strides, window.dilation
+        top, left, _, _ = window.padding
+        fill = T.bind((self.arrays[5][2 + plane] * T.int32(_EVERY_BYTE)) ^ T.int32(_TOP_BITS))
+        tile_bytes = kh * kw * geometry.words * geometry.channels * WORD
+        base = T.bind(tile * tile_bytes + point * geometry.weight_elements)
+        activations = [T.alloc_buffer((1,), "int32", scope="local") for _ in positions]
+        with T.serial(kh) as ky, T.serial(kw) as kx, T.serial(geometry.words) as word:
+            for position, activation in zip(positions, activations, strict=True):
+                row = position // width % height * sh + ky * dh - top
+                column = position % width * sw + kx * dw - left
+                value = self._word(position // (height * width), row, column, tile // geometry.blocks, word, plane)
+                T.buffer_store(activation, self._padded(value, row, column, fill), [0])
+            at = base + ((ky * kw + kx) * geometry.words + word) * (geometry.channels * WORD)
+            for j in range(geometry.channels):
+                weight = T.alloc_buffer((1,), "int32", scope="local")
+                T.buffer_store(weight, _load_word(self.arrays[0], at + j * WORD), [0])
+                for i, activation in enumerate(activations):
+                    total = T.call_pure_extern("int32", "__dp4a", activation[0], weight[0], sums[i, j][0])
+                    T.buffer_store(sums[i, j], total, [0])
+
+    def _word(
+        self,
+        image: Expression,
+        row: Expression,
+        column: Expression,
+        group: Expression,
+        word: Expression,
+        plane: int,
+    ) -> Expression:
+        """Four signed activations of neighbouring channels."""
+        geometry = self.geometry
+        _, height, width, channels = geometry.conv.input_shape
+        at = ((image * height + row) * width + column) * channels + group * geometry.group_inputs + word * WORD
+        if geometry.group_inputs % WORD == 0 and geometry.planes == 1:
+            return _load_word(self.inputs[0], at) ^ T.int32(_TOP_BITS)
+        # Bytes behind the last channel have weight 0; those behind the last element do not exist.
+        last = geometry.group_inputs - 1 - word * WORD
+        parts = [T.Cast("int32", self.inputs[0][at + T.min(byte, last)]) for byte in range(WORD)]
+        if geometry.planes == 2:
+            parts = [part >> T.int32(8) if plane else part & T.int32(255) for part in parts]
+        value = parts[0]
+        for byte, part in enumerate(parts[1:], 1):
+            value = value | (part << T.int32(8 * byte))
+        return value ^ T.int32(_TOP_BITS)
+
+    def _padded(self, value: Expression, row: Expression, column: Expression, fill: Expression) -> Expression:
+        _, height, width, _ = self.geometry.conv.input_shape
+        if not any(self.geometry.conv.window.padding):
+            return value
+        exists = T.And(T.And(row >= 0, row < height), T.And(column >= 0, column < width))
+        return T.if_then_else(exists, value, fill)
+
+    def _finish(self, value: Expression, index: Expression) -> None:
+        """Residual, clamp, rounding, store."""
+        p, request = self.primitives, self.request
+        limits, zero_points = self.arrays[4], self.arrays[5]
+        if self.geometry.conv.epilogue.has_residual:
+            residual = convert(centred(self.inputs[1][index], zero_points[1]), "float32")
+            value = p.fma(residual, limits[2], value)
+        if request.output in ("uint8", "uint16"):
+            result = requantize(p, value, limits[0], limits[1], zero_points[0], request.output)
+        else:
+            result = narrow(p, clamp(p, value, limits[0], limits[1]), request.output)
+        T.buffer_store(self.output, result, [index])
+
+
+def _load_word(buffer: Buffer, index: Any) -> Expression:
+    """Four bytes from an index that is a multiple of four, as int32."""
+    return T.reinterpret("int32", buffer.vload([index], f"{buffer.dtype}x{WORD}"))
+
+
+@dataclass(frozen=True)
+class Dp4aFamily:
+    """``__dp4a`` for integer convolutions and dense layers; other layers are left to the next family."""
+
+    name: str = "cuda"
+
+    def kernel(self, request: KernelRequest) -> Kernel | None:
+        """The kernel for a request, or None."""
+        return dp4a_kernel(request)
