@@ -32,7 +32,7 @@ What each operator looks like afterwards, in NCHW:
 - mean over rows and columns: ``R.mean(x, axis=[2, 3], keepdims=True)``, and a reshape where the axes are dropped;
 - pools: explicit padding and ``ceil_mode=False``, but for average pools that count their padding and read beyond it;
 - flatten, squeeze, expand_dims: ``R.reshape``; channel shuffle: ``R.take(x, indices, axis=1)``; split: slices;
-- nearest-neighbour upsampling by whole factors: ``R.take`` of rows, then of columns;
+- resizing to nearest neighbours: ``R.take`` of rows, then of columns;
 - ONNX Sum, Max, Min, Mean of several tensors: chains of ``R.add``, ``R.maximum``, ``R.minimum``;
 - local response normalization: x / (bias + alpha · m)^beta with m the mean of x · x over the channels' window, written as
   reshape to [N, 1, C, H, W], ``R.nn.avg_pool3d``, reshape back, ``R.multiply``, ``R.add``, ``R.power``, ``R.divide``.
@@ -67,7 +67,7 @@ RULES = (
     movement.merge_slices,
     movement.drop_empty_pad,
     movement.spell_static_shape,
-    movement.spell_upsampling,
+    movement.spell_nearest_resize,
     windows.merge_pad_into_window,
     windows.resolve_ceil_mode,
     windows.drop_uncounted_padding_flag,

@@ -311,6 +311,25 @@ def elementwise_cases() -> list[Case]:
             "nn.max_pool2d nn.relu" + _ENDS,
         ),
         Case(
+            "resize_to_nearest",
+            onnx_model(
+                [conv, node("Resize", "c - - sizes", "y", mode="nearest", coordinate_transformation_mode="half_pixel")],
+                _CONV | {"sizes": np.array([1, 6, 11, 5])},
+            ),
+            "add conv2d take take" + _ENDS,
+        ),
+        Case(
+            "resize_linear",
+            onnx_model(
+                [
+                    conv,
+                    node("Resize", "c - - sizes", "y", mode="linear", coordinate_transformation_mode="align_corners"),
+                ],
+                _CONV | {"sizes": np.array([1, 6, 11, 5])},
+            ),
+            "add conv2d image.resize2d" + _ENDS,
+        ),
+        Case(
             "softmax_over_channels",
             onnx_model([conv, node("Softmax", "c", "y", axis=1)], _CONV),
             "add conv2d nn.softmax" + _ENDS,

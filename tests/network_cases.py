@@ -40,7 +40,6 @@ _LEFT_TO_TVM = {
     "sqrt": "sqrt",
     "prelu": "nn.prelu",
     "log_softmax": "nn.log_softmax",
-    "resize_linear": "image.resize2d",
     "pad_reflect": "call_tir",
     "pad_edge": "call_tir",
     "depth_to_space": "call_tir",

@@ -86,6 +86,7 @@ _KINDS = {
     "Multiply": "multiply",
     "MaxPool2D": "max_pool2d",
     "AveragePool2D": "average_pool2d",
+    "Resize2D": "resize2d",
     "Concat": "concat",
     "Unary": "unary",
     "Softmax": "softmax",

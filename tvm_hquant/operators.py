@@ -180,6 +180,25 @@ class AveragePool2D:
         return counts(h, oh, 0), counts(w, ow, 1)
 
 
+Positions = tuple[int, int, int]
+"""(step, start, denominator): output i of an axis lies at (step · i + start) / denominator of the input."""
+
+
+@dataclass(frozen=True)
+class Resize2D:
+    """Linear interpolation between the four nearest pixels; beyond the map its border repeats."""
+
+    input_shape: Shape
+    output_size: tuple[int, int]
+    rows: Positions
+    columns: Positions
+
+    @property
+    def output_shape(self) -> Shape:
+        n, _, _, c = self.input_shape
+        return (n, *self.output_size, c)
+
+
 @dataclass(frozen=True)
 class Concat:
     """Joins tensors along ``axis`` (not negative)."""
@@ -278,6 +297,6 @@ class Convert:
 
 Anchor = Conv2D | Dense
 Operator = (
-    Conv2D | Dense | Add | Multiply | MaxPool2D | AveragePool2D | Concat | Unary | Movement | Softmax
+    Conv2D | Dense | Add | Multiply | MaxPool2D | AveragePool2D | Resize2D | Concat | Unary | Movement | Softmax
     | LocalResponseNormalization | Opaque | Convert
 )  # fmt: skip

@@ -25,7 +25,7 @@ from tvm_hquant.kernels.interface import (
 )
 from tvm_hquant.kernels.saturation import centred_products, saturation_free_pairs
 from tvm_hquant.layers import Layer
-from tvm_hquant.operators import Add, AveragePool2D, Conv2D, Convert, Dense, Movement, Multiply, Shape, Unary
+from tvm_hquant.operators import Add, AveragePool2D, Conv2D, Convert, Dense, Movement, Multiply, Resize2D, Shape, Unary
 from tvm_hquant.precision import Precision
 from tvm_hquant.quantized_weights import QuantizedWeights
 from tvm_hquant.tensor_format import TensorFormat
@@ -62,6 +62,8 @@ def realize_layer(
         return request, FloatElementwiseConstants((operator.lower, operator.upper))
     if isinstance(operator, Multiply) and integer:
         return request, numerics.multiply_constants(inputs, output)
+    if isinstance(operator, Resize2D) and integer:
+        return request, numerics.elementwise_constants(inputs, output)
     if isinstance(operator, AveragePool2D) and integer:
         return request, numerics.average_pool_constants(operator, inputs[0], output)
     if isinstance(operator, Unary):

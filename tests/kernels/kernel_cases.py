@@ -34,10 +34,12 @@ from tvm_hquant.operators import (
     MaxPool2D,
     Movement,
     Multiply,
+    Resize2D,
     Softmax,
     Unary,
     Window,
 )
+from tvm_hquant.relax_ir.describe import resize_positions
 from tvm_hquant.tensor_format import STORAGE_DTYPE
 
 CODES = ("uint8", "uint16")
@@ -224,6 +226,21 @@ def pools(draw: st.DrawFn) -> Case:
 
 
 @st.composite
+def resizes(draw: st.DrawFn) -> Case:
+    shape = draw(st.tuples(st.integers(1, 2), st.integers(1, 7), st.integers(1, 7), st.integers(1, 70)))
+    size = draw(st.tuples(st.integers(1, 13), st.integers(1, 13)))
+    modes = st.sampled_from(["half_pixel", "asymmetric", "align_corners", "pytorch_half_pixel"])
+    rows, columns = (resize_positions(draw(modes), shape[axis + 1], size[axis]) for axis in (0, 1))
+    assert rows is not None
+    assert columns is not None
+    operator, seed, storage = Resize2D(shape, size, rows, columns), draw(seeds), draw(st.sampled_from(STORAGES))
+    if storage in FLOATS:
+        return Case(KernelRequest(operator, (storage,), draw(st.sampled_from(FLOATS))), NoConstants(), seed)
+    request = KernelRequest(operator, (storage,), draw(st.sampled_from(STORAGES)))
+    return Case(request, _elementwise(request, np.random.default_rng(seed)), seed)
+
+
+@st.composite
 def concats(draw: st.DrawFn) -> Case:
     shape, storage = draw(shapes), draw(st.sampled_from(STORAGES))
     axis = draw(st.integers(0, len(shape) - 1))
@@ -292,6 +309,7 @@ ALL_KINDS = {
     "conversions": conversions(),
     "unary functions of codes": code_unaries(),
     "pools": pools(),
+    "resizes": resizes(),
     "concats": concats(),
     "movements": movements(),
     "normalizations": normalizations(),

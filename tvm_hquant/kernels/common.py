@@ -10,12 +10,13 @@ from tvm_hquant.kernels.movement import movement_kernel
 from tvm_hquant.kernels.multiplication import multiplication_kernel
 from tvm_hquant.kernels.normalization import normalization_kernel
 from tvm_hquant.kernels.pooling import pool_kernel
+from tvm_hquant.kernels.resizing import resize_kernel
 from tvm_hquant.operators import AveragePool2D, Concat, MaxPool2D
 
 
 @dataclass(frozen=True)
 class CommonFamily:
-    """Add, Multiply, pools, Concat, Movement, Unary, Softmax, LocalResponseNormalization and Convert.
+    """Add, Multiply, pools, Resize2D, Concat, Movement, Unary, Softmax, LocalResponseNormalization and Convert.
 
     Attributes:
         lanes: float32 values in a vector register: 16 with AVX-512, 8 with AVX2, 4 with NEON. Any LLVM target computes the
@@ -39,5 +40,6 @@ class CommonFamily:
             or multiplication_kernel(request, self.lanes)
             or pool_kernel(request, vector_bytes)
             or movement_kernel(request, vector_bytes)
+            or resize_kernel(request, self.lanes)
             or normalization_kernel(request, self.lanes)
         )

@@ -22,6 +22,7 @@ from tvm_hquant.operators import (
     Multiply,
     Opaque,
     Operator,
+    Resize2D,
     Shape,
 )
 from tvm_hquant.tensor_format import STORAGE_DTYPE
@@ -45,7 +46,7 @@ def input_shapes(operator: Operator) -> tuple[Shape, ...]:
             return operator.shape, operator.shape
         case Concat() | Multiply() | Opaque():
             return operator.input_shapes
-        case MaxPool2D() | AveragePool2D() | Movement():
+        case MaxPool2D() | AveragePool2D() | Resize2D() | Movement():
             return (operator.input_shape,)
         case _:
             return (operator.shape,)

@@ -24,6 +24,7 @@ from tvm_hquant.kernels.normalization import normalized
 from tvm_hquant.kernels.pooling import Pool, reciprocal, sum_dtype
 from tvm_hquant.kernels.primitives import Expression, Primitives, centred, convert, narrow, requantize, select, widen
 from tvm_hquant.kernels.reference_blocks import Axes, accumulate, block, inside, intermediate, within_map
+from tvm_hquant.kernels.resizing import reference_resize
 from tvm_hquant.operators import (
     AveragePool2D,
     Concat,
@@ -31,6 +32,7 @@ from tvm_hquant.operators import (
     MaxPool2D,
     Movement,
     Multiply,
+    Resize2D,
     Softmax,
 )
 from tvm_hquant.tensor_format import STORAGE_DTYPE
@@ -48,6 +50,8 @@ def reference_layer(request: KernelRequest, p: Primitives) -> Kernel | None:
             if is_code(source):
                 return _integer_average_pool(request, operator, p)
             return _float_average_pool(request, operator, p) if floats else None
+        case Resize2D():
+            return reference_resize(request, operator, p)
         case Concat():
             return _concat(request, operator) if same_storage else None
         case Multiply():

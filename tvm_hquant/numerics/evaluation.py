@@ -28,6 +28,7 @@ from tvm_hquant.numerics import float_layers, integer_layers
 from tvm_hquant.numerics.codes import dequantize
 from tvm_hquant.numerics.functions import unary_float32
 from tvm_hquant.numerics.movement import move
+from tvm_hquant.numerics.resizing import float_resize, integer_resize
 from tvm_hquant.numerics.storage import narrow, widen
 from tvm_hquant.operators import (
     Add,
@@ -41,6 +42,7 @@ from tvm_hquant.operators import (
     Movement,
     Multiply,
     Opaque,
+    Resize2D,
     Softmax,
     Unary,
 )
@@ -99,6 +101,8 @@ def _dispatch(request: KernelRequest, constants: LayerConstants, inputs: Sequenc
             return float_layers.float_anchor(request, constants, inputs)
         case (AveragePool2D(), IntegerElementwiseConstants()):
             return integer_layers.integer_average_pool(request, constants, inputs)
+        case (Resize2D(), IntegerElementwiseConstants()):
+            return integer_resize(request, constants, inputs)
         case (Add() | Unary() | Convert(), IntegerElementwiseConstants()):
             return integer_layers.integer_elementwise(request, constants, inputs)
         case (Multiply(), IntegerElementwiseConstants()):
@@ -136,6 +140,8 @@ def _float(request: KernelRequest, constants: LayerConstants, values: Sequence[F
             return unary_float32(operator.function, _parameters(constants, operator.parameters), values[0])
         case (AveragePool2D() as operator, _):
             return float_layers.float_average_pool(operator, values[0])
+        case (Resize2D() as operator, _):
+            return float_resize(operator, values[0])
         case (MaxPool2D() as operator, _):
             return float_layers.float_max_pool(operator, values[0])
         case (Softmax() as operator, _):

@@ -22,6 +22,7 @@ from tvm_hquant.operators import (
     MaxPool2D,
     Movement,
     Operator,
+    Resize2D,
     Shape,
     Softmax,
     Unary,
@@ -56,7 +57,7 @@ def evaluate_samples(
 def stacked_operator(operator: Operator, count: int) -> Operator | None:
     """The operator over ``count`` times its samples, stacked along the first axis; None where it mixes that axis."""
     match operator:
-        case Conv2D() | MaxPool2D() | AveragePool2D():
+        case Conv2D() | MaxPool2D() | AveragePool2D() | Resize2D():
             return replace(operator, input_shape=_stacked(operator.input_shape, count))
         case Dense():
             leading = _stacked(operator.leading_shape, count) if operator.leading_shape else ()

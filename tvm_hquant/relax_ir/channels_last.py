@@ -99,6 +99,25 @@ def _pool(var: Any, call: Any, tensors: TensorMap, readers: Readers) -> StoredTe
     return _emitted(converted, CHANNELS_LAST, tensors)
 
 
+def _resize(var: Any, call: Any, tensors: TensorMap, readers: Readers) -> StoredTensor | None:
+    attributes = call.attrs
+    if str(attributes.layout) != "NCHW":
+        return None
+    converted = relax.op.image.resize2d(
+        tensors.channels_last(call.args[0]),
+        size=call.args[1],
+        roi=list(attributes.roi),
+        layout="NHWC",
+        method=str(attributes.method),
+        coordinate_transformation_mode=str(attributes.coordinate_transformation_mode),
+        rounding_method=str(attributes.rounding_method),
+        cubic_alpha=float(attributes.cubic_alpha),
+        cubic_exclude=int(attributes.cubic_exclude),
+        extrapolation_value=float(attributes.extrapolation_value),
+    )
+    return _emitted(converted, CHANNELS_LAST, tensors)
+
+
 def _channel_window_mean(var: Any, call: Any, tensors: TensorMap, readers: Readers) -> StoredTensor | None:
     tensor, attributes = tensors.of(call.args[0]), call.attrs
     if (
@@ -263,6 +282,7 @@ _HANDLERS: Mapping[str, Handler] = {
     "relax.nn.max_pool2d": _pool,
     "relax.nn.avg_pool2d": _pool,
     "relax.nn.avg_pool3d": _channel_window_mean,
+    "relax.image.resize2d": _resize,
     "relax.concat": _concat,
     "relax.nn.pad": _pad,
     "relax.strided_slice": _strided_slice,

@@ -24,6 +24,8 @@ from tvm_hquant.operators import (
     Multiply,
     Opaque,
     Operator,
+    Positions,
+    Resize2D,
     Shape,
     Softmax,
     Unary,
@@ -221,6 +223,33 @@ def _prelu(call: Any) -> Operator | None:
     return Unary(shape_of(call), "leaky_relu", (float(slopes.flat[0]),))
 
 
+def _resize(call: Any) -> Operator | None:
+    attributes = call.attrs
+    if str(attributes.layout) != "NHWC" or str(attributes.method) != "linear":
+        return None
+    (_, height, width, _), (_, out_height, out_width, _) = shape_of(call.args[0]), shape_of(call)
+    mode = str(attributes.coordinate_transformation_mode)
+    rows, columns = resize_positions(mode, height, out_height), resize_positions(mode, width, out_width)
+    if rows is None or columns is None:
+        return None
+    return Resize2D(shape_of(call.args[0]), (out_height, out_width), rows, columns)
+
+
+def resize_positions(mode: str, size: int, out_size: int) -> Positions | None:
+    """Where the outputs of an axis lie, by ONNX's name of a coordinate transformation; None for those with a region."""
+    match mode:
+        case "asymmetric":
+            return size, 0, out_size
+        case "align_corners":
+            return size - 1, 0, max(out_size - 1, 1)
+        case "pytorch_half_pixel" if out_size == 1:
+            return 0, 0, 1
+        case "half_pixel" | "pytorch_half_pixel":
+            return 2 * size, size - out_size, 2 * out_size
+        case _:
+            return None
+
+
 def _concat(call: Any) -> Operator | None:
     shapes = tuple(shape_of(a) for a in tensor_arguments(call))
     if len(shapes) != len(call.args[0].fields):
@@ -285,6 +314,7 @@ _DESCRIPTIONS = {
     "relax.nn.max_pool2d": _max_pool,
     "relax.nn.avg_pool2d": _average_pool,
     "relax.mean": _mean,
+    "relax.image.resize2d": _resize,
     "relax.max": _max,
     "relax.nn.prelu": _prelu,
     "relax.concat": _concat,

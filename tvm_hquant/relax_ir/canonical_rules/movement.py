@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 from tvm import relax, tirx
 
-from tvm_hquant.relax_ir.describe import operator_name, shape_of
+from tvm_hquant.relax_ir.describe import operator_name, resize_positions, shape_of
 from tvm_hquant.relax_ir.graph_rewriting import Graph
 
-_REPEATING_RESIZES = {
-    ("nearest_neighbor", "asymmetric", "floor"),
-    ("nearest_neighbor", "half_pixel", "round_prefer_floor"),
-    ("nearest_neighbor", "half_pixel", "round_prefer_ceil"),
+_ROUNDINGS: Mapping[str, Callable[[Any], Any]] = {
+    "floor": np.floor,
+    "ceil": np.ceil,
+    "round_prefer_floor": lambda x: np.ceil(x - 0.5),
+    "round_prefer_ceil": lambda x: np.floor(x + 0.5),
 }
-"""(method, coordinates, rounding) under which output i of k times as many comes from input i // k."""
+"""ONNX's ways to the nearest pixel."""
 
 
 def spell_reshape(call: Any, graph: Graph) -> Any | None:
@@ -129,19 +131,24 @@ def spell_split_as_slices(element: Any, graph: Graph) -> Any | None:
     return relax.op.strided_slice(call.args[0], [axis], [begin], [begin + lengths[element.index]], [1])
 
 
-def spell_upsampling(call: Any, graph: Graph) -> Any | None:
-    """``R.image.resize2d`` that repeats every row and column a whole number of times becomes two ``R.take``."""
+def spell_nearest_resize(call: Any, graph: Graph) -> Any | None:
+    """``R.image.resize2d`` to nearest neighbours becomes ``R.take`` of rows and of columns."""
     if operator_name(call) != "relax.image.resize2d" or str(call.attrs.layout) != "NCHW":
         return None
-    way = (str(call.attrs.method), str(call.attrs.coordinate_transformation_mode), str(call.attrs.rounding_method))
-    if way not in _REPEATING_RESIZES:
+    if str(call.attrs.method) != "nearest_neighbor" or str(call.attrs.rounding_method) not in _ROUNDINGS:
         return None
-    (_, _, height, width), (_, _, out_height, out_width) = shape_of(call.args[0]), shape_of(call)
-    if out_height % height or out_width % width:
-        return None
-    rows, columns = np.arange(out_height) * height // out_height, np.arange(out_width) * width // out_width
-    taken = graph.emit(relax.op.take(call.args[0], relax.const(rows, "int64"), axis=2, mode="clip"))
-    return relax.op.take(taken, relax.const(columns, "int64"), axis=3, mode="clip")
+    result = call.args[0]
+    for axis in (2, 3):
+        size, out_size = shape_of(call.args[0])[axis], shape_of(call)[axis]
+        positions = resize_positions(str(call.attrs.coordinate_transformation_mode), size, out_size)
+        if positions is None:
+            return None
+        step, start, denominator = positions
+        exact = (step * np.arange(out_size) + start) / denominator
+        nearest = np.clip(_ROUNDINGS[str(call.attrs.rounding_method)](exact), 0, size - 1).astype(np.int64)
+        if list(nearest) != list(range(size)):
+            result = graph.emit(relax.op.take(result, relax.const(nearest, "int64"), axis=axis, mode="clip"))
+    return result
 
 
 def spell_static_shape(call: Any, graph: Graph) -> Any | None:
