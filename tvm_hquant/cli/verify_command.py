@@ -25,7 +25,8 @@ def verify_command(
 ) -> None:
     """Check an artifact bit for bit, where it runs.
 
-    Every kernel's result is compared, tensor by tensor, with what docs/numerics.md says. Exits with 0 if everything is
+    Every layer's result is compared, tensor by tensor, with what docs/numerics.md says for the plan; where they differ, the
+    table says whether the kernel is wrong or the constants in the library are not the plan's. Exits with 0 if everything is
     equal, else with 1.
     """
     from tvm_hquant.runtime import Artifact, load_artifact, read_manifest
