@@ -29,6 +29,9 @@ if TYPE_CHECKING:
         quantize as quantize,
     )
     from tvm_hquant.api import (
+        search_front as search_front,
+    )
+    from tvm_hquant.api import (
         search_strategy as search_strategy,
     )
     from tvm_hquant.errors import HQuantError as HQuantError
@@ -36,6 +39,7 @@ if TYPE_CHECKING:
     from tvm_hquant.plan import PrecisionPlan as PrecisionPlan
     from tvm_hquant.plan import load_plan as load_plan
     from tvm_hquant.precision import parse_precision as parse_precision
+    from tvm_hquant.quantizer import Options as Options
     from tvm_hquant.quantizer import QuantizationResult as QuantizationResult
     from tvm_hquant.relax_pipeline import attach_plan as attach_plan
     from tvm_hquant.runtime import Artifact as Artifact
@@ -47,12 +51,13 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "api": (
-        "PlannedQuantizer", "compile", "create_quantizer", "lowered_module", "open_session", "quantize", "search_strategy",
+        "PlannedQuantizer", "compile", "create_quantizer", "lowered_module", "open_session", "quantize", "search_front",
+        "search_strategy",
     ),
     "errors": ("HQuantError",),
     "plan": ("LayerDecision", "PrecisionPlan", "load_plan"),
     "precision": ("parse_precision",),
-    "quantizer": ("QuantizationResult",),
+    "quantizer": ("Options", "QuantizationResult"),
     "relax_pipeline": ("attach_plan",),
     "runtime": ("Artifact", "load_artifact"),
     "target_spec": ("TargetSpec", "detect_host", "load_target_spec"),

@@ -47,7 +47,9 @@ MaxDrop = Annotated[
 Strategy = Annotated[
     str | None,
     typer.Option(
-        "--strategy", help="How to search: one-shot, hierarchical, greedy, lazy-greedy or ilp.", show_default=False
+        "--strategy",
+        help="How to search: one-shot, hierarchical, gradient, monotone, after-storage, hawq-v2, greedy, lazy-greedy or ilp.",
+        show_default=False,
     ),
 ]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of the splits of the data.")]
