@@ -19,7 +19,7 @@ WEIGHTS = 64 * 64 * 9
 
 
 def _step(layer: Layer | None, request: KernelRequest) -> Step:
-    return Step(layer, "t", request, None, (0,), 1, FLOAT32_FORMAT)
+    return Step("t", layer, "t", request, None, (0,), 1, 0, FLOAT32_FORMAT)
 
 
 def _conv(operator: Conv2D = CONV) -> Step:

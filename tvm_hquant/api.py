@@ -14,6 +14,7 @@ from tvm_hquant.artifact import compile_artifact
 from tvm_hquant.calibration.data import open_data
 from tvm_hquant.compilation import StageObserver, lower
 from tvm_hquant.cost.measured import remembered_layer_times
+from tvm_hquant.cpu_features import cpu_identity
 from tvm_hquant.errors import DataError, PrecisionError
 from tvm_hquant.front import Front, FrontWriter
 from tvm_hquant.kernels.registry import families_for_target, host_instruction_sets
@@ -31,6 +32,7 @@ from tvm_hquant.search.uniform import UniformStrategy
 from tvm_hquant.session import QuantizationSession
 from tvm_hquant.simulator.runner import available_cores
 from tvm_hquant.target_spec import TargetSpec, detect_host, load_target_spec
+from tvm_hquant.tuning.records import TuningRecord, records_for
 
 
 def open_session(
@@ -126,14 +128,28 @@ def quantize(
     return QuantizationResult(session.mod, made, quantizer.report(made, name, found), session.spec)
 
 
-def compile(result: QuantizationResult, *, name: str | None = None, observe: StageObserver | None = None) -> Artifact:
+def compile(
+    result: QuantizationResult,
+    *,
+    name: str | None = None,
+    observe: StageObserver | None = None,
+    tuning_records: Path | str | None = None,
+) -> Artifact:
     """Compiles a quantized model for its target.
+
+    ``tuning_records`` is a file of measured tiles (:func:`tvm_hquant.tuning.measure.tune_artifact`); the module computes the
+    same with and without.
 
     Raises:
         ToolchainError: a compiler or linker for the target is missing.
+        TuningError: the file cannot be read, or holds no records of the target's CPU.
     """
     label = name or (result.report.model if result.report else "model")
-    return compile_artifact(result.module, result.plan, result.spec, result.report, label, observe)
+    tuning: tuple[TuningRecord, ...] = ()
+    if tuning_records is not None:
+        here = cpu_identity() if result.spec.is_host_compatible() else None
+        tuning = records_for(Path(tuning_records), here)
+    return compile_artifact(result.module, result.plan, result.spec, result.report, label, observe, tuning)
 
 
 def search_strategy(

@@ -9,7 +9,7 @@ import platform
 import shutil
 import tempfile
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from tvm_hquant.report.quantization_report import QuantizationReport
 from tvm_hquant.runtime import LIBRARY_NAME, MANIFEST_VERSION, PACKED_WEIGHTS_NAME, Artifact
 from tvm_hquant.stored_weights import StoredWeights
 from tvm_hquant.target_spec import TargetSpec
+from tvm_hquant.tuning.records import TuningRecord, tuned_families
 from tvm_hquant.weight_storage import packed_weights
 
 _CODE_BYTES = 8 * 2**20
@@ -49,8 +50,11 @@ def compile_artifact(
     report: QuantizationReport | None = None,
     name: str = "model",
     observe: StageObserver | None = None,
+    tuning: Sequence[TuningRecord] = (),
 ) -> Artifact:
     """Compiles a partitioned module under a plan for a target.
+
+    ``tuning`` holds measured tiles for the target's CPU; they change no result.
 
     The files are in a temporary folder that goes with the object: :meth:`Artifact.save` keeps them.
 
@@ -60,7 +64,7 @@ def compile_artifact(
     """
     graph = read_layers(module)
     plan = plan.completed(graph, spec.rules.weight_scales == "per-channel")
-    families = families_for_target(spec.instruction_sets)
+    families = tuned_families(families_for_target(spec.instruction_sets), tuning)
     lowered = lower(module, plan, spec, families, observe)
     stored = packed_weights(lowered, plan, families)
     deployed = expose_layers()(lift_weights(tuple(stored))(lowered) if stored else lowered)
@@ -78,6 +82,8 @@ def compile_artifact(
         if stored:
             (folder / PACKED_WEIGHTS_NAME).write_bytes(b"".join(w.data for w in stored.values()))
         manifest = _manifest(graph, lowered, plan, spec, report, name, folder, exposed_functions(deployed), stored)
+        if tuning:
+            manifest["tuning"] = [record.to_jsonable() for record in tuning]
         (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         shutil.rmtree(folder, ignore_errors=True)

@@ -74,3 +74,17 @@ def cpuinfo_entries(cpuinfo: Path = CPUINFO) -> tuple[tuple[str, str], ...]:
         ) from error
     pairs = (line.partition(":") for line in lines if ":" in line)
     return tuple((key.strip(), value.strip()) for key, _, value in pairs)
+
+
+def cpu_identity(cpuinfo: Path = CPUINFO) -> str:
+    """A name for this machine's processor model, for measurements that hold on it alone; no feature follows from it.
+
+    Vendor, family and model on x86, implementer and part of every kind of core on ARM.
+
+    Raises:
+        TargetSpecError: ``cpuinfo`` cannot be read.
+    """
+    entries = cpuinfo_entries(cpuinfo)
+    fields = ("vendor_id", "cpu family", "model", "CPU implementer", "CPU part")
+    found = dict.fromkeys(f"{key} {value}" for key, value in entries if key in fields)
+    return ", ".join(found) or "unknown"

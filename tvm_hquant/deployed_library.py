@@ -12,12 +12,12 @@ import tvm
 from tvm_hquant.concat_parts import ConcatPart, KernelCall, find_concat_parts, part_name
 from tvm_hquant.errors import ArtifactError, DataError
 from tvm_hquant.kernels.interface import Kernel, LayerConstants
-from tvm_hquant.kernels.registry import families_for_target
 from tvm_hquant.relax_ir.kernel_calls import is_view, kernel_symbol
 from tvm_hquant.runtime import Artifact
 from tvm_hquant.simulator.program import Program, Step
 from tvm_hquant.target_spec import read_target_spec
 from tvm_hquant.tensor_format import STORAGE_DTYPE
+from tvm_hquant.tuning.records import families_of_manifest
 
 Array = npt.NDArray[Any]
 
@@ -39,7 +39,7 @@ class DeployedLibrary:
     def __init__(self, artifact: Artifact, rpc: str | None = None) -> None:
         self.name = rpc or "this machine"
         spec = read_target_spec(artifact.manifest["target"]["spec"], "the artifact's target spec")
-        self.families = families_for_target(spec.instruction_sets)
+        self.families = families_of_manifest(artifact.manifest, spec.instruction_sets)
         self._symbols = {str(e["name"]): str(e["function"]) for e in artifact.manifest["layers"] if e.get("function")}
         self._main: Any = None
         self._layers: dict[str, Any] = {}

@@ -53,3 +53,7 @@ class JournalError(HQuantError):
 
 class SearchError(HQuantError):
     """A search strategy is unknown, or cannot do what is asked of it."""
+
+
+class TuningError(HQuantError):
+    """Tuning records cannot be read, written or made."""

@@ -13,21 +13,24 @@ import statistics
 import time
 from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from tvm_hquant.concat_parts import KernelCall, find_concat_parts
 from tvm_hquant.errors import PrecisionError
+from tvm_hquant.kernels.interface import KernelFamily
 from tvm_hquant.kernels.kernel_function import input_shapes
-from tvm_hquant.kernels.registry import families_for_target, select_kernel
+from tvm_hquant.kernels.registry import select_kernel
 from tvm_hquant.operators import Conv2D, Dense
 from tvm_hquant.relax_ir.kernel_calls import is_view, kernel_symbol
 from tvm_hquant.runtime import Artifact
-from tvm_hquant.simulator.program import Step
+from tvm_hquant.simulator.program import Program, Step
 from tvm_hquant.target_spec import TargetSpec, read_target_spec
 from tvm_hquant.tensor_format import STORAGE_DTYPE
+from tvm_hquant.tuning.records import families_of_manifest
 from tvm_hquant.verification import artifact_program, random_inputs
 
 Array = npt.NDArray[Any]
@@ -132,14 +135,15 @@ def profile_artifact(
     sample = artifact.checked_inputs(inputs if inputs is not None else random_inputs(artifact.manifest, plan)[0])
     timed = _timed_calls(artifact, sample, repeat)
     whole = 1e6 * statistics.median(artifact.time(sample, repeat))
-    steps = _steps_by_symbol(program.steps, spec)
+    families = families_of_manifest(artifact.manifest, spec.instruction_sets)
+    steps = _steps_by_symbol(program, families)
     weights = sum(_weight_bytes(step) for step in program.steps)
     roof = Roof(spec, {n: d.precision for n, d in plan.layers.items()}, threads, weights)
-    kernels = tuple(
-        roof.kernel(steps[symbol].popleft() if steps[symbol] else None, symbol, microseconds)
-        for symbol, microseconds in timed
-    )
-    return NetworkProfile(str(artifact.manifest["model"]), spec.name, threads, kernels, whole)
+    kernels = []
+    for symbol, microseconds in timed:
+        step, name = steps[symbol].popleft() if steps[symbol] else (None, symbol)
+        kernels.append(roof.kernel(step, name, microseconds))
+    return NetworkProfile(str(artifact.manifest["model"]), spec.name, threads, tuple(kernels), whole)
 
 
 def _timed_calls(artifact: Artifact, sample: Mapping[str, Array], repeat: int) -> list[tuple[str, float]]:
@@ -171,13 +175,24 @@ def _timed_calls(artifact: Artifact, sample: Mapping[str, Array], repeat: int) -
     ]
 
 
-def _steps_by_symbol(steps: Sequence[Step], spec: TargetSpec) -> dict[str, deque[Step]]:
-    """Steps in order by the compiled function that computes them: equal requests share one."""
-    families = families_for_target(spec.instruction_sets)
-    found: dict[str, deque[Step]] = defaultdict(deque)
-    for step in steps:
-        if step.request is not None and not is_view(step.request):
-            found[kernel_symbol(select_kernel(families, step.request))].append(step)
+def _steps_by_symbol(program: Program, families: Sequence[KernelFamily]) -> dict[str, deque[tuple[Step, str]]]:
+    """Steps in order, with the names of their kernels, by the compiled function: equal requests share one.
+
+    A concatenation whose inputs are written in place has a step for each input that is copied.
+    """
+    calls = [KernelCall(step.key, step.request, step.inputs) for step in program.steps]
+    concats = find_concat_parts(calls, program.outputs, families)
+    written = {part.tensor: part.kernel for parts in concats.values() for part in parts if not part.is_copy}
+    found: dict[str, deque[tuple[Step, str]]] = defaultdict(deque)
+    for step in program.steps:
+        if step.request is None or is_view(step.request):
+            continue
+        if step.key in concats:
+            kernels = [part.kernel for part in concats[step.key] if part.is_copy]
+        else:
+            kernels = [written[step.key] if step.key in written else select_kernel(families, step.request)]
+        for kernel in kernels:
+            found[kernel_symbol(kernel)].append((replace(step, request=kernel.request), kernel.name))
     return found
 
 
@@ -193,13 +208,12 @@ class Roof:
     threads: int
     weights: int
 
-    def kernel(self, step: Step | None, symbol: str, microseconds: float) -> KernelProfile:
+    def kernel(self, step: Step | None, kernel_name: str, microseconds: float) -> KernelProfile:
         """The profile of one call; without a step, of a function that TVM made."""
         if step is None:
-            return KernelProfile(symbol, "opaque", "float32", "tvm", microseconds, 0, 0, None, None)
+            return KernelProfile(kernel_name, "opaque", "float32", "tvm", microseconds, 0, 0, None, None)
         assert step.request is not None
-        families = families_for_target(self.spec.instruction_sets)
-        name, request = select_kernel(families, step.request).name, step.request
+        request = step.request
         activations = _activation_bytes(step)
         if step.layer is None:
             operator, precision = "convert", f"{request.inputs[0]} → {request.output}"
@@ -215,7 +229,7 @@ class Roof:
             layer,
             operator,
             precision,
-            name,
+            kernel_name,
             microseconds,
             operations,
             activations + _weight_bytes(step),

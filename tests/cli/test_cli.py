@@ -23,7 +23,7 @@ from tvm_hquant.cli.main import BUDGET_MISSED, main
 from tvm_hquant.errors import DataError, HQuantError, ModelError
 
 Array = npt.NDArray[Any]
-COMMANDS = ("quickstart", "compile", "run", "profile", "inspect", "verify", "targets", "version")
+COMMANDS = ("quickstart", "compile", "run", "profile", "inspect", "verify", "tune", "targets", "version")
 TARGET_COMMANDS = ("list", "show", "detect", "check")
 
 
@@ -259,6 +259,18 @@ def test_profile_of_a_model_as_it_would_be_compiled(files: Path, hquant: Hquant)
     assert re.search(r"^conv +conv2d +a8w4 +\S+conv2d", done.out, re.MULTILINE)
 
 
+def test_tune_and_compile_with_its_records(artifact: Path, files: Path, hquant: Hquant, tmp_path: Path) -> None:
+    """The whole way: measure tiles, compile with them, verify, and nothing has changed but the time."""
+    records = tmp_path / "tuned.jsonl"
+    done = hquant("tune", artifact, "--records", records, "--candidates", 2, "--repeat", 1)
+    assert done.code == 0, done.err
+    assert len(records.read_text().splitlines()) == 1  # the convolution: the dense layer is too small for a choice
+    plan = ("--plan", artifact / "plan.json", "--tuning-records", records)
+    assert hquant("compile", files / "model.onnx", *plan, "-o", tmp_path / "tuned").code == 0
+    assert hquant("verify", tmp_path / "tuned").code == 0
+    assert hquant("profile", tmp_path / "tuned", "--repeat", 1).code == 0
+
+
 def test_targets(files: Path, hquant: Hquant, tmp_path: Path) -> None:
     """List, show, detect and check work together: what is detected is valid and can be shown."""
     assert "generic-int8-npu" in hquant("targets", "list").out
@@ -315,6 +327,8 @@ MISTAKES: dict[str, tuple[str, str]] = {
     "profile without data": ("profile model.onnx", "--calibration"),
     "profile of a folder that is no artifact": ("profile other", "not an artifact"),
     "profile into no folder": ("profile model.onnx --calibration data.npz --json no/such/file.json", "no folder"),
+    "tuning records that are none": ("compile model.onnx -o out --precision w4 --tuning-records garbage.toml", "line 1"),
+    "no tuning records": ("compile model.onnx -o out --precision w4 --tuning-records none.jsonl", "none.jsonl"),
     "targets show of nothing": ("targets show abacus", "abacus"),
     "targets check of garbage": ("targets check garbage.toml", "garbage.toml"),
     "detect into nowhere": ("targets detect -o none/host.toml", "none/host.toml"),

@@ -13,6 +13,7 @@ from tvm_hquant.cli.profile_command import profile_command
 from tvm_hquant.cli.run_command import run_command
 from tvm_hquant.cli.search_command import search_command
 from tvm_hquant.cli.targets import targets_app
+from tvm_hquant.cli.tune_command import tune_command
 from tvm_hquant.cli.verify_command import verify_command
 
 application = typer.Typer(
@@ -30,6 +31,7 @@ application.command("search")(search_command)
 application.command("run")(run_command)
 application.command("profile")(profile_command)
 application.command("inspect")(inspect_command)
+application.command("tune")(tune_command)
 application.command("verify")(verify_command)
 application.add_typer(targets_app, name="targets")
 

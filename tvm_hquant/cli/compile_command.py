@@ -44,6 +44,9 @@ def compile_command(
         ),
     ] = None,
     strategy: Strategy = None,
+    tuning_records: Annotated[
+        Path | None, typer.Option("--tuning-records", help="Use the tiles that 'hquant tune' wrote to this file.")
+    ] = None,
     observer: Observer = "mean-squared-error",
     input_shapes: InputShapes = None,
     seed: Seed = 0,
@@ -58,6 +61,7 @@ def compile_command(
     from tvm_hquant.cli.report_text import print_report
     from tvm_hquant.runtime import check_destination
     from tvm_hquant.target_spec import load_target_spec
+    from tvm_hquant.tuning.records import read_records
 
     # What would fail at the very end is checked before the work.
     _check_options(plan, precision)
@@ -65,6 +69,8 @@ def compile_command(
     check_destination(output)
     spec = load_target_spec(target)
     check_linker(spec)
+    if tuning_records is not None:
+        read_records(tuning_records)
     observe = _ir_writer(dump_ir)
     result = api.quantize(
         str(model),
@@ -82,7 +88,7 @@ def compile_command(
         progress=terminal_progress(),
         observe=observe,
     )
-    api.compile(result, name=model.name, observe=observe).save(output)
+    api.compile(result, name=model.name, observe=observe, tuning_records=tuning_records).save(output)
     if result.report is not None:
         print_report(result.report, verbose)
     typer.echo(

@@ -1,0 +1,168 @@
+"""Times the tiles that kernels of a network may have, on this machine or over TVM's RPC.
+
+Tiles take turns, so that what the machine does besides hits all alike, and before each call the nearer caches are flushed:
+inside a network, weights have not been read since the sample before.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import tvm
+
+from tvm_hquant.artifact import check_linker
+from tvm_hquant.cpu_features import cpu_identity
+from tvm_hquant.errors import DataError, TuningError
+from tvm_hquant.kernels.interface import Kernel, KernelFamily, KernelRequest, LayerConstants, Tile
+from tvm_hquant.kernels.kernel_function import argument_types
+from tvm_hquant.kernels.registry import families_for_target
+from tvm_hquant.progress import Progress, silent_progress
+from tvm_hquant.relax_ir.kernel_calls import kernel_symbol
+from tvm_hquant.runtime import Artifact
+from tvm_hquant.target_spec import TargetSpec, read_target_spec
+from tvm_hquant.tuning.records import TuningRecord, is_tiled
+from tvm_hquant.verification import artifact_program
+
+Array = npt.NDArray[Any]
+
+_FLUSHED_BYTES = 4 * 2**20
+"""More than the second-level cache of a core has."""
+_TURNS = 3
+_CLEAR_GAIN = 0.98
+"""Another tile than the expected one has to be this much faster: smaller differences are noise."""
+
+
+@dataclass(frozen=True)
+class _Task:
+    """A request with the constants of one of its layers, and the tiles to try, the expected one first."""
+
+    request: KernelRequest
+    constants: LayerConstants
+    family: Any
+    tiles: tuple[Tile, ...]
+
+
+def tune_artifact(
+    artifact: Artifact,
+    candidates: int = 8,
+    repeat: int = 10,
+    rpc: str | None = None,
+    progress: Progress = silent_progress,
+) -> tuple[TuningRecord, ...]:
+    """Measures the kernels of an artifact's network that have a choice of tiles; equal layers are measured once.
+
+    Args:
+        artifact: says which kernels, and for which target.
+        candidates: tiles to try for a kernel: those that its family expects most of.
+        repeat: timed calls in each of three turns.
+        rpc: ``HOST:PORT`` of a TVM RPC server on the target; this machine if not given.
+        progress: wraps the loop over kernels.
+
+    Raises:
+        TuningError: this machine cannot run the target's kernels, or nobody answers at ``rpc``.
+        ToolchainError: the target's linker is missing.
+    """
+    spec = read_target_spec(artifact.manifest["target"]["spec"], "the artifact's target spec")
+    if rpc is None and (problems := spec.host_problems()):
+        raise TuningError(f"cannot tune for {spec.name} here: {'; '.join(problems)}; name a board with --rpc HOST:PORT")
+    check_linker(spec)
+    _, program = artifact_program(artifact)
+    constants: dict[KernelRequest, LayerConstants] = {}
+    for step in program.steps:
+        if step.request is not None and step.constants is not None:
+            constants.setdefault(step.request, step.constants)
+    families = families_for_target(spec.instruction_sets)
+    found = (_task(families, request, values, candidates) for request, values in constants.items())
+    tasks = [task for task in found if task is not None]
+    bench = _Bench(spec, rpc)
+    return tuple(bench.measure(task, repeat) for task in progress("tuning", tasks, len(tasks)))
+
+
+def _task(
+    families: Sequence[KernelFamily], request: KernelRequest, constants: LayerConstants, candidates: int
+) -> _Task | None:
+    """What there is to measure for a request; None if its kernel has no choice of tiles."""
+    for family in families:
+        if is_tiled(family) and len(tiles := family.tiles(request)) > 1:
+            return _Task(request, constants, family, tuple(tiles[:candidates]))
+        if family.kernel(request) is not None:
+            return None
+    return None
+
+
+class _Bench:
+    """Where kernels are timed."""
+
+    def __init__(self, spec: TargetSpec, rpc: str | None) -> None:
+        self._target = spec.tvm_target()
+        self._compiler = spec.target.cross_compiler
+        self._session: Any = None
+        self.cpu = cpu_identity() if rpc is None else spec.name
+        self._device = tvm.cpu()
+        if rpc is not None:
+            host, _, port = rpc.rpartition(":")
+            if not host or not port.isdigit():
+                raise DataError(f"--rpc {rpc!r} is not HOST:PORT, such as 192.0.2.7:9090")
+            try:
+                self._session = tvm.rpc.connect(host, int(port), session_timeout=600)
+            except (RuntimeError, OSError) as error:
+                raise TuningError(f"nobody answers at {rpc}: {str(error).strip().splitlines()[-1]}") from None
+            self._device = self._session.cpu(0)
+
+    def measure(self, task: _Task, repeat: int) -> TuningRecord:
+        """The record of one task."""
+        kernels = [task.family.kernel(task.request, tile) for tile in task.tiles]
+        library = self._library(kernels)
+        arguments = [[self._tensor(a) for a in _arguments(kernel, task.constants)] for kernel in kernels]
+        seconds: list[list[float]] = [[] for _ in kernels]
+        for _ in range(_TURNS):
+            for kernel, own, times in zip(kernels, arguments, seconds, strict=True):
+                evaluator = library.time_evaluator(
+                    kernel_symbol(kernel), self._device, number=1, repeat=repeat, cache_flush_bytes=_FLUSHED_BYTES
+                )
+                times += evaluator(*own).results
+        medians = [1e6 * statistics.median(times) for times in seconds]
+        best = int(np.argmin(medians))
+        if medians[best] > _CLEAR_GAIN * medians[0]:
+            best = 0
+        return TuningRecord(
+            task.request, task.family.name, self.cpu, task.tiles[best], medians[best], task.tiles[0], medians[0]
+        )
+
+    def _library(self, kernels: Sequence[Kernel]) -> Any:
+        symbols = {kernel_symbol(k): k.function.with_attr("global_symbol", kernel_symbol(k)) for k in kernels}
+        executable = tvm.compile(tvm.IRModule(symbols), target=self._target)
+        with tempfile.TemporaryDirectory(prefix="tvm_hquant_tuning_") as folder:
+            path = Path(folder) / "candidates.so"
+            options = {} if self._compiler is None else {"fcompile": tvm.support.cc.cross_compiler(self._compiler)}
+            executable.export_library(str(path), **options)
+            if self._session is None:
+                return tvm.runtime.load_module(str(path))
+            self._session.upload(str(path))
+            return self._session.load_module(path.name)
+
+    def _tensor(self, array: Array) -> Any:
+        return tvm.runtime.tensor(array, self._device)
+
+
+def _arguments(kernel: Kernel, constants: LayerConstants) -> list[Array]:
+    """Random activations, the packed constants of a layer, and room for the output."""
+    random = np.random.default_rng(0)
+    inputs, (shape, dtype) = argument_types(kernel.request)
+    activations = [_random(random, *array_type) for array_type in inputs]
+    return [*activations, *kernel.pack(constants), np.zeros(shape, dtype)]
+
+
+def _random(random: np.random.Generator, shape: Sequence[int], dtype: str) -> Array:
+    if dtype == "uint8":
+        return random.integers(0, 256, shape).astype(dtype)
+    values = random.normal(size=shape).astype(np.float32)
+    # 16-bit storage: the upper half of a float32, which is a moderate bfloat16 and a code like any other.
+    return (values.view(np.uint32) >> 16).astype(np.uint16) if dtype == "uint16" else values.astype(dtype)
