@@ -8,6 +8,8 @@ name                  activations                weights
 ``a8w7`` … ``a8w2``   uint8 codes, asymmetric    narrower codes in the same int8 kernels
 ``a16w8``             uint16 codes, two passes   int8
 ``a16w16``            uint16 codes, two passes   two 8-bit points (multipoint quantization, Liu et al. 2021)
+``a8w4x1.5``, …       uint8 (uint16) codes       sums of points of 2 to 8 bits, 1.5 terms per output channel on
+                                                 average, at most two; up to ``x8``
 ``float16``           float16 storage            float16 storage, float32 accumulators
 ``bfloat16``          bfloat16 storage           bfloat16 storage, float32 accumulators
 ``float32``           float32                    float32
@@ -19,6 +21,7 @@ Any other pair ``a{2…16}w{2…16}`` is simulated with exact integer sums and t
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from enum import StrEnum
@@ -40,7 +43,8 @@ class Precision:
     """One precision of a layer.
 
     ``activation_bits`` and ``weight_bits`` count the bits that are stored for a value. ``weight_points`` is the
-    number of 8-bit weight tensors whose scaled sum stands for the weights. ``symmetric`` says that activation codes
+    number of weight tensors of ``point_bits`` bits whose scaled sum stands for the weights; ``terms`` is their mean number over
+    output channels, those that have fewer having zero codes in the others. ``symmetric`` says that activation codes
     are int8 with zero point 0.
     """
 
@@ -50,6 +54,8 @@ class Precision:
     weight_bits: int
     symmetric: bool = False
     weight_points: int = 1
+    point_bits: int = 8
+    terms: float = 1.0
 
     def __str__(self) -> str:
         return self.name
@@ -83,11 +89,23 @@ class Precision:
     @property
     def is_realized(self) -> bool:
         """Whether a compiled module can have this precision; otherwise it is only simulated."""
-        return self.name in _REALIZED_NAMES
+        return self.name in _REALIZED_NAMES or (self.is_multipoint and self.activation_bits in (8, 16))
+
+    @property
+    def is_multipoint(self) -> bool:
+        """Whether output channels have a number of weight points of their own."""
+        return self.terms > 1
 
 
 def _integer(name: str, activation_bits: int, weight_bits: int) -> Precision:
     return Precision(name, Arithmetic.INTEGER, activation_bits, weight_bits)
+
+
+def _multipoint(activation_bits: int, point_bits: int, terms: float) -> Precision:
+    if terms == 1:
+        return parse_precision(f"a{activation_bits}w{point_bits}")
+    name, bits = f"a{activation_bits}w{point_bits}x{terms:g}", math.ceil(point_bits * terms)
+    return Precision(name, Arithmetic.INTEGER, activation_bits, bits, False, math.ceil(terms), point_bits, terms)
 
 
 FLOAT32 = Precision("float32", Arithmetic.FLOAT, 32, 32)
@@ -109,6 +127,7 @@ REALIZED: tuple[str, ...] = (
 """Names of all precisions that a compiled module can have, in the order in which lists show them."""
 
 _PAIR = re.compile(r"a(\d{1,2})w(\d{1,2})")
+_MULTIPOINT = re.compile(r"a(\d{1,2})w([2-8])x(\d(?:\.\d{1,2})?)")
 _WEIGHT_ONLY = re.compile(r"w([2-8])")
 
 
@@ -124,6 +143,8 @@ def parse_precision(name: str) -> Precision:
         return _NAMED[canonical]
     if match := _WEIGHT_ONLY.fullmatch(canonical):
         return Precision(canonical, Arithmetic.WEIGHT_ONLY, 32, int(match[1]))
+    if (match := _MULTIPOINT.fullmatch(canonical)) and 2 <= int(match[1]) <= 16 and 1 <= float(match[3]) <= 8:
+        return _multipoint(int(match[1]), int(match[2]), float(match[3]))
     if match := _PAIR.fullmatch(canonical):
         activation_bits, weight_bits = int(match[1]), int(match[2])
         if 2 <= activation_bits <= 16 and 2 <= weight_bits <= 16:

@@ -58,7 +58,9 @@ def quantize_layer_weights(
     assert layer.weights is not None
     assert layer.bias is not None
     weights = layer.weights
-    if precision.weight_points > 1:
+    if precision.is_multipoint:
+        codes, scales = numerics.multipoint_codes(weights, precision.point_bits, precision.terms)
+    elif precision.weight_points > 1:
         codes, scales = numerics.weight_points(weights, precision.weight_points)
     else:
         given = None

@@ -72,7 +72,7 @@ class QuantizationSession:
         self.ranges: CalibratedRanges | None = None
         self._scales: dict[str, dict[str, Any]] = {}
         self._codes: frozenset[Precision] = frozenset()
-        self._weights: dict[tuple[str, int, int], QuantizedWeights] = {}
+        self._weights: dict[tuple[object, ...], QuantizedWeights] = {}
         all_float = {layer.name: FLOAT32 for layer in self.graph.layers}
         self.float_program: Program = self.builder.program(all_float, {})
         self.evaluator = ProgramEvaluator(self.engine, self.float_program, progress=progress)
@@ -90,7 +90,7 @@ class QuantizationSession:
         if self.ranges is None or not precision.is_integer:
             return quantize_layer_weights(layer, precision, per_channel)
         # Precisions that differ in their activations alone have the same weights.
-        identity = (layer.name, precision.weight_bits, precision.weight_points)
+        identity = (layer.name, precision.weight_bits, precision.point_bits, precision.terms, precision.weight_points)
         if identity not in self._weights:
             moments = self.ranges.input_moments[layer.name]
             codes = quantize_layer_weights(layer, precision, per_channel, moments)

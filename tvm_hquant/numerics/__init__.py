@@ -28,6 +28,7 @@ from tvm_hquant.numerics.constants import (
 from tvm_hquant.numerics.evaluation import evaluate
 from tvm_hquant.numerics.functions import PARAMETER_COUNTS, clamp, unary_float32, unary_float64, unary_table
 from tvm_hquant.numerics.integer_layers import requantize
+from tvm_hquant.numerics.multipoint import multipoint_codes
 from tvm_hquant.numerics.samples import evaluate_samples
 from tvm_hquant.numerics.storage import narrow, widen
 from tvm_hquant.numerics.weights import (
@@ -61,6 +62,7 @@ __all__ = [
     "limited_scales",
     "multiplier",
     "multiply_constants",
+    "multipoint_codes",
     "narrow",
     "offset",
     "quantize",

@@ -17,6 +17,7 @@ from tvm_hquant.search.layout import (
     LayoutData,
     MonotoneStrategy,
 )
+from tvm_hquant.search.multipoint import MultipointStrategy
 from tvm_hquant.search.problem import SearchStrategy
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ STRATEGIES: Mapping[str, Callable[[StrategyContext], SearchStrategy]] = {
     "monotone": lambda _context: MonotoneStrategy(),
     "after-storage": lambda context: AfterStorageStrategy(LayoutData(context.session, context.samples)),
     "hawq-v2": lambda context: HessianStrategy(LayoutData(context.session, context.samples), seed=context.seed),
+    "multipoint": lambda context: MultipointStrategy(context.session),
     "ilp": lambda _context: IntegerProgramStrategy(),
 }
 """Makes each strategy for a model; one line for each."""

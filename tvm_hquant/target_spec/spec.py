@@ -220,6 +220,13 @@ class TargetSpec(Table):
 
     def _units_for(self, precision: Precision, operator_kind: str) -> tuple[tuple[Unit, float], ...]:
         """Units that offer the precision, or one that is the same to this operator, each with its best rate."""
+        if precision.is_multipoint:
+            # One pass of the kernel for each point, at the rate of its width, or of 8 bits where the unit knows no other.
+            for bits in (precision.point_bits, 8):
+                one = parse_precision(f"a{precision.activation_bits}w{bits}")
+                if units := self._units_for(one, operator_kind):
+                    return tuple((unit, rate / precision.weight_points) for unit, rate in units)
+            return ()
         found: list[tuple[Unit, float]] = []
         for unit in self.units:
             if unit.serves(operator_kind):
