@@ -82,6 +82,7 @@ class NetworkProfile:
     model: str
     target: str
     threads: int
+    bandwidth_gb_per_s: float
     kernels: tuple[KernelProfile, ...]
     whole_microseconds: float
 
@@ -100,6 +101,7 @@ class NetworkProfile:
             "model": self.model,
             "target": self.target,
             "threads": self.threads,
+            "bandwidth_gb_per_s": self.bandwidth_gb_per_s,
             "whole_microseconds": self.whole_microseconds,
             "possible_microseconds": self.possible_microseconds,
             "kernels": [
@@ -143,7 +145,9 @@ def profile_artifact(
     for symbol, microseconds in timed:
         step, name = steps[symbol].popleft() if steps[symbol] else (None, symbol)
         kernels.append(roof.kernel(step, name, microseconds))
-    return NetworkProfile(str(artifact.manifest["model"]), spec.name, threads, tuple(kernels), whole)
+    return NetworkProfile(
+        str(artifact.manifest["model"]), spec.name, threads, spec.memory.bandwidth_gb_per_s, tuple(kernels), whole
+    )
 
 
 def _timed_calls(artifact: Artifact, sample: Mapping[str, Array], repeat: int) -> list[tuple[str, float]]:

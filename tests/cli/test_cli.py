@@ -23,7 +23,7 @@ from tvm_hquant.cli.main import BUDGET_MISSED, main
 from tvm_hquant.errors import DataError, HQuantError, ModelError
 
 Array = npt.NDArray[Any]
-COMMANDS = ("quickstart", "compile", "run", "profile", "inspect", "verify", "tune", "targets", "version")
+COMMANDS = ("quickstart", "compile", "search", "run", "profile", "inspect", "verify", "tune", "targets", "version")
 TARGET_COMMANDS = ("list", "show", "detect", "check")
 
 
