@@ -17,6 +17,8 @@ from hypothesis import strategies as st
 
 from tvm_hquant import numerics
 from tvm_hquant.errors import KernelError
+from tvm_hquant.kernels import x86_avx2, x86_avx512_vnni
+from tvm_hquant.kernels.conv2d_template import conv2d_geometry
 from tvm_hquant.kernels.interface import (
     FloatAnchorConstants,
     IntegerAnchorConstants,
@@ -224,6 +226,21 @@ def test_narrow_weights_take_fewer_instructions(limit: int, chain: int) -> None:
     kernel = check("avx2", KernelRequest(operator, ("uint8",), "uint8", "int8"), weight_limit=limit)
     assert kernel.request.saturation_free_pairs >= chain
     assert "vpmaddubsw" in kernel.name
+
+
+def test_odd_channels_need_no_copy() -> None:
+    """Steps of dot products that may split pixels read groups of 34 channels, and kernel rows of 3 · 7, where they are.
+
+    Where what the weights prove goes by the channels of a pixel, activations are filled up to whole steps.
+    """
+    grouped = KernelRequest(Conv2D((1, 4, 4, 136), 136, Window((1, 1)), groups=4), ("uint8",), "uint8", "int8")
+    stem = KernelRequest(Conv2D((1, 21, 21, 3), 16, Window((7, 7), (2, 2))), ("uint8",), "uint8", "int8")
+    vnni, proven = x86_avx512_vnni.VnniDot(), x86_avx2.ByteDot(1)
+    for request, steps in ((grouped, 9), (stem, 6)):
+        geometry = conv2d_geometry(request, vnni)
+        assert not geometry.needs_copy("uint8")
+        assert geometry.steps == steps
+        assert conv2d_geometry(request, proven).needs_copy("uint8")
 
 
 @pytest.mark.skipif("avx2" not in HOST, reason="this CPU has no AVX2")
