@@ -12,7 +12,7 @@ import numpy.typing as npt
 from tvm_hquant.errors import KernelError
 from tvm_hquant.kernels.dot_product import DotProduct
 from tvm_hquant.kernels.interface import Tile
-from tvm_hquant.kernels.packed_epilogue import channel_order
+from tvm_hquant.kernels.packed_epilogue import channel_order, vector_groups
 from tvm_hquant.operators import Conv2D, Dense, Window
 
 Array = npt.NDArray[Any]
@@ -21,6 +21,8 @@ _LATENCY = 10
 """Accumulators that hide the latency of a multiply-add on the processors at hand."""
 _EPILOGUE = 8
 """Instructions that finish a vector of sums."""
+_PACKED_EPILOGUE = {4: 6, 2: 7, 1: 10}
+"""The same where as many vectors of a pixel are packed together: fewer of them take more shuffles and stores."""
 _TILE = 20
 """Instructions around a tile."""
 _UNROLLED = 300
@@ -162,9 +164,15 @@ class AnchorGeometry:
                     continue
                 tiles = -(-width // pixels) * -(-self.group_outputs // (vectors * self.dot.lanes))
                 step = max(sums, _LATENCY) + self.dot.operand_cost * pixels + vectors
-                estimate = tiles * (steps * step + _EPILOGUE * sums + _TILE)
+                estimate = tiles * (steps * step + self._epilogue(pixels, vectors, sums) + _TILE)
                 found.append((estimate, Tile(pixels, vectors)))
         return tuple(tile for _, tile in sorted(found))
+
+    def _epilogue(self, pixels: int, vectors: int, sums: int) -> int:
+        """Instructions that finish a tile."""
+        if not self.packs_codes:
+            return _EPILOGUE * sums
+        return pixels * sum(size * _PACKED_EPILOGUE[size] for _, size in vector_groups(vectors))
 
     @property
     def block(self) -> int:
