@@ -49,7 +49,7 @@ class IntegerProgramStrategy:
         repairs: rounds of single changes at most; in each ``moves`` plans are evaluated.
     """
 
-    sweep: int = 12
+    sweep: int = 24
     rounds: int = 4
     groups: int = 4
     repairs: int = 4
