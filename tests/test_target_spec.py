@@ -378,7 +378,12 @@ class TestShipped:
             "x86-64-avx-vnni",
             "x86-64-avx512-vnni",
             "x86-64-avx512-bf16",
+            "cortex-a53",
             "cortex-a72",
+            "neoverse-v1",
+            "riscv-rvv",
+            "cuda-sm75",
+            "cuda-sm80",
             "cortex-a76",
             "jetson-orin",
             "cuda-sm90",
@@ -390,7 +395,7 @@ class TestShipped:
         """Protects every shipped spec: its name is its file's, and TVM and LLVM know its target, CPU and features."""
         shipped = load_target_spec(name)
         assert shipped.name == name
-        kinds = {"jetson-orin": "cuda", "cuda-sm90": "cuda", "c-source": "c"}
+        kinds = {"jetson-orin": "cuda", "cuda-sm75": "cuda", "cuda-sm80": "cuda", "cuda-sm90": "cuda", "c-source": "c"}
         assert shipped.tvm_target().kind.name == kinds.get(name, "llvm")
 
     @pytest.mark.parametrize("name", SHIPPED)

@@ -30,7 +30,7 @@ _BASES = {
         ("avx_vnni", "x86-64-avx-vnni"),
         ("avx2", "x86-64-avx2"),
     ),
-    "aarch64": (("arm_dotprod", "cortex-a76"), ("arm_neon", "cortex-a72")),
+    "aarch64": (("arm_i8mm", "neoverse-v1"), ("arm_dotprod", "cortex-a76"), ("arm_neon", "cortex-a72")),
 }
 """For each architecture, instruction sets with the shipped spec whose rates are taken, best first."""
 _X86_LEVELS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -40,6 +40,8 @@ _X86_LEVELS: dict[str, tuple[str, tuple[str, ...]]] = {
     "avx2": ("x86-64-v3", ()),
 }
 """LLVM's name of the level of a CPU whose best instruction set this is, and the features beyond that level."""
+_ARM_FEATURES = {"arm_i8mm": ("+dotprod", "+i8mm"), "arm_dotprod": ("+dotprod",)}
+"""LLVM's features of AArch64 beyond NEON that an instruction set needs."""
 _FALLBACK = "portable-cpu"
 
 _BANDWIDTH_BUFFER_BYTES = 64 * 2**20
@@ -165,7 +167,7 @@ def _target(machine: str, instruction_sets: tuple[str, ...], cores: int) -> dict
             target["mattr"] = list(features)
     elif machine == "aarch64":
         target["mcpu"] = "generic"
-        target["mattr"] = ["+neon", "+dotprod"] if best == "arm_dotprod" else ["+neon"]
+        target["mattr"] = ["+neon", *_ARM_FEATURES.get(best, ())]
     elif platform.system() != "Linux":
         raise TargetSpecError(f"detection knows Linux only, this is {platform.system()}; write a spec by hand")
     else:
