@@ -4,7 +4,7 @@ Every figure is measured on samples that neither calibration nor search has used
 halves, the search sees one and the other is scored, then the other way round, and both are pooled. Differences to float are
 paired, sample by sample, with 95 % confidence intervals.
 
-    python benchmarks/accuracy.py [--models mobilenetv2,resnet20] [--samples 1000] [--max-drop 0.005] [--json out.json]
+    python -m benchmarks.accuracy [--models mobilenetv2,resnet20] [--samples 1000] [--uniform a8w8] [--max-drop 0.005]
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from benchmarks.zoo import ZooModel, zoo_folder, zoo_models
 from tvm_hquant import api
 from tvm_hquant.cli.tables import print_table
 from tvm_hquant.kernels.registry import host_instruction_sets
-from tvm_hquant.precision import BFLOAT16, FLOAT16, INT8, parse_precision
+from tvm_hquant.precision import parse_precision
 from tvm_hquant.quantizer import DataRoles, Options, Quantizer, is_low_bit
 from tvm_hquant.sensitivity.measured import SensitivityTable
 from tvm_hquant.simulator.metrics import METRICS, MetricAccumulator
@@ -33,6 +33,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", help="parts of names, with commas between; all by default")
     parser.add_argument("--samples", type=int, default=1000, help="evaluation samples at most")
+    parser.add_argument("--uniform", default="a8w8,int8,float16,bfloat16", help="uniform precisions beside the search")
     parser.add_argument("--max-drop", type=float, default=0.01, help="budget of the hierarchical search, top-1")
     parser.add_argument("--observer", default="mean-squared-error")
     parser.add_argument("--target", default="host")
@@ -45,7 +46,7 @@ def main() -> None:
     for name in zoo_models():
         if any(part in name for part in wanted):
             rows += measure(ZooModel(name), arguments)
-            _print(rows[-6:])
+            _print(rows[-len(arguments.uniform.split(",")) - 1 :])
     _print(rows)
     if arguments.json:
         machine = {"instruction_sets": host_instruction_sets(), "processor": platform.processor()}
@@ -72,13 +73,9 @@ def measure(model: ZooModel, arguments: argparse.Namespace) -> list[dict[str, An
         found = quantizer.search()
         plan = quantizer.plan(found.decisions)
         promoted.append(sum(1 for d in found.decisions.values() if d.reason == "sensitive"))
-        programs = {
-            "uniform a8w8": session.program(session.uniform(parse_precision("a8w8"))),
-            "uniform int8": session.program(session.uniform(INT8)),
-            "uniform float16": session.program(session.uniform(FLOAT16)),
-            "uniform bfloat16": session.program(session.uniform(BFLOAT16)),
-            "hierarchical": session.builder.program(plan.precisions(), plan.scales),
-        }
+        uniform = map(parse_precision, arguments.uniform.split(","))
+        programs = {f"uniform {p.name}": session.program(session.uniform(p)) for p in uniform}
+        programs["hierarchical"] = session.builder.program(plan.precisions(), plan.scales)
         metrics = [METRICS["top1"], METRICS["agreement"], METRICS["sqnr"]]
         scores = session.evaluate_metrics(list(programs.values()), held_out, metrics, "scoring")
         for (name, program), own in zip(programs.items(), scores, strict=True):
