@@ -10,7 +10,7 @@ from tvm.script import relax as R
 from tests.small_models import residual_module, run_module, with_weights
 from tvm_hquant.layers import read_layers
 from tvm_hquant.operator_codec import encode
-from tvm_hquant.operators import Add, Conv2D, Dense, Epilogue, Opaque, Window
+from tvm_hquant.operators import Add, Conv2D, Dense, Epilogue, Multiply, Opaque, Window
 from tvm_hquant.passes.partition_layers import partition_layers
 
 
@@ -141,7 +141,7 @@ def test_unknown_operators_are_opaque_and_tuples_are_taken_apart() -> None:
     assert [layer.operator for layer in graph.layers] == [
         Opaque("relax.split", ((2, 6),), (2, 3)),
         Opaque("relax.split", ((2, 6),), (2, 3)),
-        Opaque("relax.multiply", ((2, 3), (2, 3)), (2, 3)),
+        Multiply(((2, 3), (2, 3))),
     ]
     x = np.arange(12, dtype="float32").reshape(2, 6)
     np.testing.assert_array_equal(run_module(before, x)[0], run_module(partitioned, x)[0])

@@ -74,6 +74,6 @@ def test_what_something_else_reads_stays(outputs: str) -> None:
 
 
 def test_two_tensors_are_no_function_of_one() -> None:
-    """A gate from elsewhere (squeeze and excite) is no activation."""
+    """A gate from elsewhere (squeeze and excite) is no activation but a product of two tensors."""
     layers = layers_of(node("GlobalAveragePool", "x", "g"), node("Sigmoid", "g", "s"), node("Mul", "x s", "y"))
-    assert [layer.name for layer in layers if layer.operator_kind == "opaque"] == ["multiply_0"]
+    assert [layer.name for layer in layers if layer.operator_kind == "multiply"] == ["multiply_0"]

@@ -91,9 +91,10 @@ def compile_command(
     api.compile(result, name=model.name, observe=observe, tuning_records=tuning_records).save(output)
     if result.report is not None:
         print_report(result.report, verbose)
+    elsewhere = "" if spec.is_host_compatible() else " --rpc HOST:PORT"
     typer.echo(
-        f"wrote {output} for {result.spec.name}: 'hquant verify {output}' checks it, "
-        f"'hquant run {output} --inputs FILE.npz' runs it"
+        f"wrote {output} for {result.spec.name}: 'hquant verify {output}{elsewhere}' checks it, "
+        f"'hquant run {output} --inputs FILE.npz' runs it{' there' if elsewhere else ''}"
     )
     if result.report is not None and result.report.within_budget is False:
         sys.stdout.flush()
