@@ -423,6 +423,14 @@ class TestShipped:
         for kind in OPERATORS_WITH_WEIGHTS:
             assert set(load_target_spec(name).offered_precisions(kind)) == expected
 
+    @pytest.mark.parametrize("name", SHIPPED)
+    def test_codes_flow_through_operators_without_weights(self, name: str) -> None:
+        """Protects networks from refusals and conversions: what has a kernel for 8-bit codes is offered by every spec."""
+        shipped = load_target_spec(name)
+        in_floats = {"softmax", "local_response_normalization", "opaque"}
+        refused = [kind for kind in OPERATOR_KINDS if kind not in in_floats and shipped.reason_against("a8w8", kind)]
+        assert refused == []
+
     def test_npu_offers_no_float(self) -> None:
         """Protects the int8-only target: integers everywhere, floats only where tensors enter and leave."""
         npu = load_target_spec("generic-int8-npu")
