@@ -27,7 +27,7 @@ from tvm_hquant.quantizer import Options, QuantizationResult, Quantizer, assign_
 from tvm_hquant.report.quantization_report import QuantizationReport
 from tvm_hquant.runtime import Artifact
 from tvm_hquant.search.problem import SearchResult, SearchStrategy
-from tvm_hquant.search.registry import DEFAULT_STRATEGY
+from tvm_hquant.search.registry import DEFAULT_STRATEGY, check_strategy
 from tvm_hquant.search.uniform import UniformStrategy
 from tvm_hquant.session import QuantizationSession
 from tvm_hquant.simulator.runner import available_cores
@@ -202,15 +202,16 @@ def search_front(
     Raises:
         HQuantError: a subclass that says what is wrong with model, spec, data, options or files.
     """
+    check_strategy(strategy)
     folder, options = Path(folder), options or Options()
     session = open_session(model, spec, input_shapes, observer, progress)
+    roles = assign_roles(calibration, evaluation, session.signature, options.seed)
     folder.mkdir(parents=True, exist_ok=True)
     session.use_journal(journal or folder / "journal.sqlite")
     if executor is not None:
         session.evaluator.use_executor(executor, workers or available_cores())
     elif workers is not None:
         session.evaluator.use_processes(workers)
-    roles = assign_roles(calibration, evaluation, session.signature, options.seed)
     quantizer = Quantizer(session, roles, options)
     measure = measure_times and session.spec.is_host_compatible()
     if measure and options.objective == "latency":

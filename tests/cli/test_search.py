@@ -105,3 +105,10 @@ def test_wrong_options_say_what_is_right(tmp_path: Path) -> None:
         parse_levels("float32=4")
     assert parse_levels("fp32:4, uint8:2") == {"float32": 4, "a8w8": 2}
     assert {"one-shot", "hierarchical", "greedy", "lazy-greedy", "ilp"} <= set(STRATEGIES)
+
+
+def test_a_refused_search_leaves_no_folder(tmp_path: Path) -> None:
+    """An unknown strategy is found before any work, and nothing half-made stays behind."""
+    with pytest.raises(SearchError, match="unknown strategy"):
+        search(tmp_path / "front", "--strategy", "nosuch")
+    assert not (tmp_path / "front").exists()

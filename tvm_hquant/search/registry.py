@@ -51,12 +51,21 @@ STRATEGIES: Mapping[str, Callable[[StrategyContext], SearchStrategy]] = {
 DEFAULT_STRATEGY = "hierarchical"
 
 
-def make_strategy(name: str, context: StrategyContext) -> SearchStrategy:
-    """The strategy called ``name``, for one model.
+def check_strategy(name: str) -> None:
+    """Refuses names of no strategy, before any work.
 
     Raises:
         SearchError: no strategy has that name.
     """
     if name not in STRATEGIES:
         raise SearchError(f"unknown strategy {name!r}: use one of {', '.join(STRATEGIES)}")
+
+
+def make_strategy(name: str, context: StrategyContext) -> SearchStrategy:
+    """The strategy called ``name``, for one model.
+
+    Raises:
+        SearchError: no strategy has that name.
+    """
+    check_strategy(name)
     return STRATEGIES[name](context)
