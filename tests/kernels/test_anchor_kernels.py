@@ -228,19 +228,33 @@ def test_narrow_weights_take_fewer_instructions(limit: int, chain: int) -> None:
     assert "vpmaddubsw" in kernel.name
 
 
+@pytest.mark.skipif("avx2" not in HOST, reason="this CPU has no AVX2")
+@pytest.mark.parametrize("channels", [17, 34, 35, 44, 68])
+@pytest.mark.parametrize("limit", [7, 64])
+def test_channels_left_over_by_chains_are_exact(channels: int, limit: int) -> None:
+    """What a chain leaves makes shorter ones; one or two channels left are a step that reads others once more."""
+    operator = Conv2D((1, 3, 4, 2 * channels), 26, Window((1, 1)), groups=2)
+    kernel = check("avx2", KernelRequest(operator, ("uint8",), "uint8", "int8"), weight_limit=limit)
+    assert ("chain" in kernel.name) == (limit == 7)
+
+
 def test_odd_channels_need_no_copy() -> None:
     """Steps of dot products that may split pixels read groups of 34 channels, and kernel rows of 3 · 7, where they are.
 
-    Where what the weights prove goes by the channels of a pixel, activations are filled up to whole steps.
+    Where what the weights prove goes by the channels of a pixel, activations are filled up to whole steps if three channels
+    are left, or if a step would have to go on into the next pixel.
     """
-    grouped = KernelRequest(Conv2D((1, 4, 4, 136), 136, Window((1, 1)), groups=4), ("uint8",), "uint8", "int8")
+    grouped, three = (
+        KernelRequest(Conv2D((1, 4, 4, 4 * c), 136, Window((1, 1)), groups=4), ("uint8",), "uint8", "int8")
+        for c in (34, 35)
+    )
     stem = KernelRequest(Conv2D((1, 21, 21, 3), 16, Window((7, 7), (2, 2))), ("uint8",), "uint8", "int8")
     vnni, proven = x86_avx512_vnni.VnniDot(), x86_avx2.ByteDot(1)
-    for request, steps in ((grouped, 9), (stem, 6)):
+    for request, steps, is_copied in ((grouped, 9, False), (three, 9, True), (stem, 6, True)):
         geometry = conv2d_geometry(request, vnni)
         assert not geometry.needs_copy("uint8")
         assert geometry.steps == steps
-        assert conv2d_geometry(request, proven).needs_copy("uint8")
+        assert conv2d_geometry(request, proven).needs_copy("uint8") is is_copied
 
 
 @pytest.mark.skipif("avx2" not in HOST, reason="this CPU has no AVX2")

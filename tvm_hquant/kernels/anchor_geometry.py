@@ -73,9 +73,13 @@ class AnchorGeometry:
 
     @cached_property
     def chain(self) -> int:
-        """Steps in a chain: as many as the dot product allows without reading more channels than there are."""
+        """Steps in a chain: as many as the dot product allows; the steps that are left make shorter ones.
+
+        A chain stays within a pixel: where a run takes several, it has to divide the steps of one.
+        """
         chain, steps = self.dot.chain, -(-self.group_inputs // self.dot.products)
-        while steps % chain:
+        takes_one_pixel = self.runs == self.conv.window.kernel[1]
+        while chain > steps or (steps % chain and not takes_one_pixel):
             chain //= 2
         return chain
 
@@ -90,7 +94,9 @@ class AnchorGeometry:
         """Channels of a group in memory, filled up to whole steps where steps cannot do without."""
         products = self.dot.products
         run = self.group_inputs * (self.conv.window.kernel[1] if self.is_merged else 1)
-        if self.dot.splits_pixels and run >= products:
+        left = self.group_inputs % products
+        ends_within = run == self.group_inputs and left in self.dot.last_channels
+        if run >= products and (self.dot.splits_pixels or ends_within):
             return self.group_inputs
         return -(-self.group_inputs // products) * products
 

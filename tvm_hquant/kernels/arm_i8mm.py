@@ -45,6 +45,7 @@ class UsmmlaDot:
     operand_steps: int = 2
     pixels: int = 2
     splits_pixels: bool = False
+    last_channels: tuple[int, ...] = ()
     reverses_products: bool = False
     llvm_functions: str = ""
     accumulator_registers: int = 2

@@ -318,7 +318,7 @@ class _Emitter:
             of_vectors = [
                 [
                     T.bind(self.weights.vload([weight + ((first + c) * vectors + j) * vector_weights], weight_type))
-                    for c in range(chain)
+                    for c in range(min(chain, steps - first))
                 ]
                 for j in range(vectors)
             ]

@@ -33,6 +33,8 @@ class DotProduct(Protocol):
         splits_pixels: whether a step may take the last channels of a pixel with the first of the next one, and channels
             once more with weights of zero. Not where ``saturation_free_pairs``, which goes by the channels of a pixel, must
             hold, nor for floats, whose products with zero may be NaN.
+        last_channels: how many channels may be left at the end of a pixel for a step of its own, without a chain, that takes
+            channels before them once more, with weights of zero. All numbers may where ``splits_pixels``.
         reverses_products: whether the weights of a step stand in the reverse order of its channels.
         llvm_functions: definitions, in LLVM's language, of the functions that ``accumulate`` calls.
     """
@@ -66,6 +68,8 @@ class DotProduct(Protocol):
     @property
     def splits_pixels(self) -> bool: ...
     @property
+    def last_channels(self) -> tuple[int, ...]: ...
+    @property
     def reverses_products(self) -> bool: ...
     @property
     def llvm_functions(self) -> str: ...
@@ -93,6 +97,7 @@ class OnePixel:
     """The part of a dot product whose accumulators are vectors of channels of one pixel."""
 
     splits_pixels: bool = False
+    last_channels: tuple[int, ...] = ()
     reverses_products: bool = False
     llvm_functions: str = ""
 

@@ -62,6 +62,8 @@ class ByteDot(RepeatedOperand):
     accumulator_dtype: str = "int32"
     name: str = "vpmaddubsw"
     operand_cost: float = 0.5
+    # Two channels are a pair that the weights were asked about; of three, the first would meet another neighbour.
+    last_channels: tuple[int, ...] = (1, 2)
 
     def operand(self, buffer: Buffer, index: Expression) -> Expression:
         return repeated_word(buffer, index, "int8", self.lanes)
