@@ -37,13 +37,13 @@ _PEAK_SUMS = 20
 SAME = (1, 1, 1, 1)
 
 CORES = {
-    "cortex-a53": "arm_neon",
-    "cortex-a72": "arm_neon",
-    "cortex-a76": "arm_dotprod",
-    "neoverse-n1": "arm_dotprod",
-    "neoverse-v1": "arm_i8mm",
+    "cortex-a53": ("arm_neon",),
+    "cortex-a72": ("arm_neon",),
+    "cortex-a76": ("arm_dotprod",),
+    "neoverse-n1": ("arm_dotprod",),
+    "neoverse-v1": ("arm_bf16", "arm_fp16fml", "arm_i8mm"),
 }
-"""Cores by LLVM's names, with the kernel family that serves each best."""
+"""Cores by LLVM's names, with their kernel families, the best first."""
 
 LAYERS: dict[str, Conv2D | Dense] = {
     "56×56 64→64 3×3": Conv2D((1, 56, 56, 64), 64, Window((3, 3), padding=SAME)),
@@ -57,8 +57,9 @@ LAYERS: dict[str, Conv2D | Dense] = {
     "depthwise 14×14×384 3×3": Conv2D((1, 14, 14, 384), 384, Window((3, 3), padding=SAME), groups=384),
 }
 
-CENTRED_PRODUCTS = {"a8w8": 2, "a8w7": 4, "a8w6": 8, "float32": 2}
-"""What the weights of a precision prove (7 and 6 bits: symmetric ones)."""
+CENTRED_PRODUCTS = {"a8w8": 2, "a8w7": 4, "a8w6": 8}
+"""What the weights of an integer precision prove (7 and 6 bits: symmetric ones)."""
+PRECISIONS = (*CENTRED_PRODUCTS, "float32", "float16", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,8 @@ FORMS = (
     MultiplyAdd(r"(sdot|sudot|usdot)\b", 16, "sdot v{n}.4s, v30.16b, v31.4b[0]"),
     MultiplyAdd(r"sm(ull|lal)2?\s+v\d+\.8h", 8, "smlal v{n}.8h, v30.8b, v31.8b"),
     MultiplyAdd(r"fml[as]\s+v\d+\.4s", 4, "fmla v{n}.4s, v30.4s, v31.s[0]"),
+    MultiplyAdd(r"fmlal2?\s", 4, "fmlal v{n}.4s, v30.4h, v31.4h"),
+    MultiplyAdd(r"bfmlal[bt]\s", 4, "bfmlalb v{n}.4s, v30.8h, v31.8h"),
 )
 
 
@@ -107,8 +110,8 @@ class Loop:
 
 def request_for(operator: Conv2D | Dense, precision: str) -> KernelRequest:
     """A layer from and to codes, or floats."""
-    if precision == "float32":
-        return KernelRequest(operator, ("float32",), "float32", "float32")
+    if precision not in CENTRED_PRODUCTS:
+        return KernelRequest(operator, (precision,), precision, precision)  # type: ignore[arg-type]
     return KernelRequest(operator, ("uint8",), "uint8", "int8", centred_products=CENTRED_PRODUCTS[precision])
 
 
@@ -141,7 +144,7 @@ def cycles(instructions: tuple[str, ...], core: str) -> float:
     analyser = next((found for name in ANALYSERS if (found := shutil.which(name))), None)
     if analyser is None:
         sys.exit("llvm-mca is not installed: apt install llvm-19")
-    features = "-mattr=+dotprod,+i8mm,+bf16"
+    features = "-mattr=+dotprod,+i8mm,+bf16,+fp16fml"
     command = [analyser, f"-mtriple={TRIPLE}", f"-mcpu={core}", features, f"-iterations={ITERATIONS}"]
     result = subprocess.run(command, input="\n".join(instructions), capture_output=True, text=True, check=True)
     total = re.search(r"Total Cycles:\s+(\d+)", result.stdout)
@@ -151,7 +154,7 @@ def cycles(instructions: tuple[str, ...], core: str) -> float:
 
 def row(layer: str, operator: Conv2D | Dense, core: str, precision: str) -> list[str]:
     """The table's row of a layer on a core."""
-    kernel = select_kernel(families_for_target((CORES[core],)), request_for(operator, precision))
+    kernel = select_kernel(families_for_target(CORES[core]), request_for(operator, precision))
     loop = innermost_loop(assembly(kernel, core))
     spent = cycles(loop.instructions, core)
     peak_instructions, peak_products = loop.peak_loop()
@@ -164,7 +167,7 @@ def main() -> None:
     """Prints one table for all cores."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cores", default=",".join(CORES))
-    parser.add_argument("--precision", default="a8w8", choices=CENTRED_PRODUCTS)
+    parser.add_argument("--precision", default="a8w8", choices=PRECISIONS)
     arguments = parser.parse_args()
     columns = ("core", "layer", "kernel", "instructions", "spills", "cycles", "MACs/cycle", "peak", "share")
     rows = [

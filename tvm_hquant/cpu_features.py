@@ -31,6 +31,7 @@ _LINUX_SPELLING = {
     "neon": "asimd",
     "dotprod": "asimddp",
     "fullfp16": "asimdhp",
+    "fp16fml": "asimdfhm",
     "fp_armv8": "fp",
 }
 """Other spellings of a feature, in lower case with underscores, and Linux's."""

@@ -32,7 +32,7 @@ TARGET_FEATURES: Mapping[str, tuple[str, ...]] = {
     "cortex-a53": ("+neon",),
     "cortex-a72": ("+neon",),
     "cortex-a76": ("+neon", "+dotprod"),
-    "neoverse-v1": ("+neon", "+dotprod", "+i8mm", "+bf16"),
+    "neoverse-v1": ("+neon", "+dotprod", "+fp16fml", "+i8mm", "+bf16"),
 }
 """The CPUs of the board, as LLVM names them, and LLVM's features that they have."""
 

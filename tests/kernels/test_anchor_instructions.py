@@ -20,6 +20,8 @@ TARGETS = {
     "avx512_vnni": {"kind": "llvm", "mtriple": "x86_64-linux-gnu", "mcpu": "cascadelake"},
     "avx_vnni": {"kind": "llvm", "mtriple": "x86_64-linux-gnu", "mcpu": "alderlake"},
     "avx2": {"kind": "llvm", "mtriple": "x86_64-linux-gnu", "mcpu": "x86-64-v3"},
+    "arm_bf16": {**ARM, "mcpu": "neoverse-v1"},
+    "arm_fp16fml": {**ARM, "mcpu": "neoverse-v1"},
     "arm_i8mm": {**ARM, "mcpu": "neoverse-v1"},
     "arm_dotprod": {**ARM, "mcpu": "cortex-a76"},
     "arm_neon": {**ARM, "mcpu": "cortex-a72"},
@@ -77,7 +79,19 @@ def test_sums_stay_in_registers(family: str, instruction: str) -> None:
     assert not [line for line in loop if re.search(r"%rsp|\[sp|^st[rp]\b", line)]
 
 
-@pytest.mark.parametrize("family", sorted({*TARGETS} - {"avx_vnni"}))
+@pytest.mark.parametrize(
+    ("family", "storage", "instruction"),
+    [("arm_fp16fml", "float16", "fmlal"), ("arm_bf16", "bfloat16", "bfmlal")],
+)
+def test_sixteen_bit_floats_need_no_widening(family: str, storage: str, instruction: str) -> None:
+    """The inner loop multiplies stored values by an element of a register; nothing is converted, repeated or spilled."""
+    source = assembly(family, KernelRequest(PLAIN, (storage,), storage, storage))
+    loop = innermost_loop(source, rf"{instruction}\w*\s.*\.h\[\d")
+    assert sum(line.startswith(instruction) for line in loop) >= 64
+    assert not [line for line in loop if re.search(r"\[sp|^st[rp]\b|^(dup|fcvt|shl|ushll|mov)", line)]
+
+
+@pytest.mark.parametrize("family", sorted({*TARGETS} - {"avx_vnni", "arm_bf16", "arm_fp16fml"}))
 def test_floats_are_fused(family: str) -> None:
     """float32 layers are fused multiply-adds, never a product and an addition."""
     source = assembly(family, KernelRequest(PLAIN, ("float32",), "float32", "float32"))

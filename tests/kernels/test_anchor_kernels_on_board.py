@@ -1,7 +1,7 @@
 """Convolutions and dense layers compiled for AArch64 and run on the emulated board, against the arithmetic contract.
 
-Protects that ``sdot`` and ``smull`` kernels, which hold activations less 128, and ``usmmla`` kernels, whose sums lie two by
-two, give the bits of the x86 kernels.
+Protects that ``sdot`` and ``smull`` kernels, which hold activations less 128, ``usmmla`` kernels, whose sums lie two by
+two, and ``fmlal`` and ``bfmlal`` kernels, which multiply 16-bit floats as they are, give the bits of the x86 kernels.
 """
 
 from __future__ import annotations
@@ -21,7 +21,17 @@ from tvm_hquant.kernels.registry import families_for_target, select_kernel
 from tvm_hquant.operators import Conv2D, Epilogue, Window
 from tvm_hquant.tensor_format import STORAGE_DTYPE
 
-BOARDS = [("arm_neon", "cortex-a53"), ("arm_dotprod", "cortex-a76"), ("arm_i8mm", "neoverse-v1")]
+BOARDS = [
+    (("arm_neon",), "cortex-a53"),
+    (("arm_dotprod",), "cortex-a76"),
+    (("arm_bf16", "arm_fp16fml", "arm_i8mm"), "neoverse-v1"),
+]
+INSTRUCTIONS = {
+    "cortex-a53": ("smlal", "chain 4", "chain 8"),
+    "cortex-a76": ("sdot",),
+    "neoverse-v1": ("usmmla", "sudot", "fmlal", "bfmlal"),
+}
+"""What the names of the kernels must tell."""
 DEPTHWISE = {
     "depthwise, rows shared": Conv2D((1, 9, 8, 21), 21, Window((3, 3), padding=(1, 1, 1, 1)), groups=21),
     "depthwise, five rows": Conv2D((2, 9, 8, 8), 8, Window((5, 3), (2, 1), (2, 1, 2, 1), (1, 2)), groups=8),
@@ -47,7 +57,13 @@ def requests() -> list[KernelRequest]:
         with_residual = replace(operator, epilogue=Epilogue(True, True))
         found.append(KernelRequest(with_residual, ("uint16", "uint8"), "uint16", "int8", 2))
         found.append(KernelRequest(with_residual, ("bfloat16", "float32"), "bfloat16", "bfloat16"))
-    return [*found, KernelRequest(CASES["dense"], ("float16",), "float16", "float16")]
+    # Even and odd channels, eight outputs and fewer: with instructions for 16-bit floats, and what is left for others.
+    for name in ("3x3 padded", "1x1", "asymmetric, dilated", "grouped", "few outputs", "dense", "dense, rows"):
+        for storage in ("float16", "bfloat16"):
+            operator = replace(CASES[name], epilogue=Epilogue(True, name == "3x3 padded"))
+            inputs = (storage, "float32") if operator.epilogue.has_residual else (storage,)
+            found.append(KernelRequest(operator, inputs, "float32", storage))
+    return found
 
 
 def narrow_weights() -> list[tuple[KernelRequest, int]]:
@@ -56,21 +72,24 @@ def narrow_weights() -> list[tuple[KernelRequest, int]]:
     return [(layer, 63), (layer, 31)]
 
 
-@pytest.mark.parametrize(("family", "cpu"), BOARDS)
-def test_anchors_on_a_board_match_the_contract(emulated_board: Board, tmp_path: Path, family: str, cpu: str) -> None:
+@pytest.mark.parametrize(("families", "cpu"), BOARDS)
+def test_anchors_on_a_board_match_the_contract(
+    emulated_board: Board, tmp_path: Path, families: tuple[str, ...], cpu: str
+) -> None:
     """All forms of convolutions on a core without and one with dot products; full-range codes and weights."""
     functions, arguments, expected = {}, {}, {}
     for index, (request, limit) in enumerate([*((r, 127) for r in requests()), *narrow_weights()]):
         name = f"kernel_{index}"
         request, constants, inputs = random_case(np.random.default_rng(index), request, limit)
-        kernel = select_kernel(families_for_target((family,)), request)
+        kernel = select_kernel(families_for_target(families), request)
         functions[name] = kernel.function.with_attr("global_symbol", name)
         output = np.zeros(request.operator.output_shape, STORAGE_DTYPE[request.output])
         for position, array in enumerate([*inputs, *kernel.pack(constants), output]):
             arguments[f"{name}/{position}"] = array
         expected[name] = (kernel.name, numerics.evaluate(request, constants, inputs))
-    if family == "arm_neon":
-        assert {"chain 4", "chain 8"} <= {name[-8:-1] for name, _ in expected.values()}
+    names = " ".join(name for name, _ in expected.values())
+    for instruction in INSTRUCTIONS[cpu]:
+        assert instruction in names
     library = export_for_board(tvm.compile(tvm.IRModule(functions), target=tvm_target(cpu)), tmp_path / "kernels.so")
     np.savez(tmp_path / "arguments.npz", **arguments)
     script, outputs = Path(__file__).with_name("run_kernels_on_board.py"), tmp_path / "outputs.npz"

@@ -160,7 +160,7 @@ class AnchorGeometry:
         most_vectors = 1 if self.is_narrow else self.group_outputs // self.dot.lanes
         found = []
         for pixels in range(1, min(width, 16) + 1):
-            for vectors in range(1, min(most_vectors, 8) + 1):
+            for vectors in range(1, min(most_vectors, self.dot.row_vectors if pixels == 1 else 8) + 1):
                 groups = -(-pixels // self.dot.pixels)
                 sums = groups * vectors * self.dot.accumulator_registers
                 # LLVM unrolls short loops over kernel columns and keeps operands that later columns read again.
@@ -169,7 +169,7 @@ class AnchorGeometry:
                 if sums + max(self.dot.spare_registers(groups, vectors, self.chain), shared) > self.dot.registers:
                     continue
                 tiles = -(-width // pixels) * -(-self.group_outputs // (vectors * self.dot.lanes))
-                step = max(sums, _LATENCY) + self.dot.operand_cost * pixels + vectors
+                step = max(sums, _LATENCY, self.dot.row_vectors) + self.dot.operand_cost * pixels + vectors
                 estimate = tiles * (steps * step + self._epilogue(pixels, vectors, sums) + _TILE)
                 found.append((estimate, Tile(pixels, vectors)))
         return tuple(tile for _, tile in sorted(found))

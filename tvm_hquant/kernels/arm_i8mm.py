@@ -49,6 +49,7 @@ class UsmmlaDot:
     reverses_products: bool = False
     llvm_functions: str = ""
     accumulator_registers: int = 2
+    row_vectors: int = 8
 
     def spare_registers(self, groups: int, vectors: int, chain: int) -> int:
         return self.operand_steps * groups + 2 * vectors

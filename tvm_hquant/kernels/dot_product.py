@@ -30,6 +30,7 @@ class DotProduct(Protocol):
         operand_steps: steps whose operands come from memory at once, a power of two (a chain takes its own steps at least).
         pixels: neighbouring pixels that share an accumulator; it has ``lanes · pixels`` elements.
         accumulator_registers: vector registers of an accumulator.
+        row_vectors: vectors of channels that a tile of one pixel may have: sums enough to hide the latency of wide cores.
         splits_pixels: whether a step may take the last channels of a pixel with the first of the next one, and channels
             once more with weights of zero. Not where ``saturation_free_pairs``, which goes by the channels of a pixel, must
             hold, nor for floats, whose products with zero may be NaN.
@@ -66,6 +67,8 @@ class DotProduct(Protocol):
     @property
     def accumulator_registers(self) -> int: ...
     @property
+    def row_vectors(self) -> int: ...
+    @property
     def splits_pixels(self) -> bool: ...
     @property
     def last_channels(self) -> tuple[int, ...]: ...
@@ -96,6 +99,7 @@ class DotProduct(Protocol):
 class OnePixel:
     """The part of a dot product whose accumulators are vectors of channels of one pixel."""
 
+    row_vectors: int = 8
     splits_pixels: bool = False
     last_channels: tuple[int, ...] = ()
     reverses_products: bool = False

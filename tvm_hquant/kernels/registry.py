@@ -8,7 +8,9 @@ from functools import cache
 from tvm_hquant.cpu_features import cpu_features
 from tvm_hquant.errors import KernelError
 from tvm_hquant.kernels import (
+    arm_bf16,
     arm_dotprod,
+    arm_fp16fml,
     arm_i8mm,
     arm_neon,
     portable,
@@ -25,9 +27,13 @@ from tvm_hquant.target_spec.vocabulary import INSTRUCTION_SETS
 
 ANCHOR_FAMILIES = {
     module.FAMILY.name: module.FAMILY
-    for module in (x86_avx512_bf16, x86_avx512_vnni, x86_avx_vnni, x86_avx2, arm_i8mm, arm_dotprod, arm_neon, portable)
+    for module in (
+        *(x86_avx512_bf16, x86_avx512_vnni, x86_avx_vnni, x86_avx2),
+        *(arm_bf16, arm_fp16fml, arm_i8mm, arm_dotprod, arm_neon),
+        portable,
+    )
 }
-"""Families of convolutions and dense layers by name."""
+"""Families of convolutions and dense layers by name, the best of an architecture first."""
 
 
 @cache
@@ -73,5 +79,4 @@ def select_kernel(families: Sequence[KernelFamily], request: KernelRequest) -> K
 def host_instruction_sets() -> tuple[str, ...]:
     """Names of the kernel families that this machine's CPU can run, the best first; read from its flags."""
     features = cpu_features()
-    order = ("avx512_bf16", "avx512_vnni", "avx_vnni", "avx2", "arm_i8mm", "arm_dotprod", "arm_neon", "portable")
-    return tuple(name for name in order if INSTRUCTION_SETS[name] <= features)
+    return tuple(name for name in ANCHOR_FAMILIES if INSTRUCTION_SETS[name] <= features)

@@ -30,7 +30,7 @@ _BASES = {
         ("avx_vnni", "x86-64-avx-vnni"),
         ("avx2", "x86-64-avx2"),
     ),
-    "aarch64": (("arm_i8mm", "neoverse-v1"), ("arm_dotprod", "cortex-a76"), ("arm_neon", "cortex-a72")),
+    "aarch64": (("arm_bf16", "neoverse-v1"), ("arm_dotprod", "cortex-a76"), ("arm_neon", "cortex-a72")),
 }
 """For each architecture, instruction sets with the shipped spec whose rates are taken, best first."""
 _X86_LEVELS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -40,7 +40,7 @@ _X86_LEVELS: dict[str, tuple[str, tuple[str, ...]]] = {
     "avx2": ("x86-64-v3", ()),
 }
 """LLVM's name of the level of a CPU whose best instruction set this is, and the features beyond that level."""
-_ARM_FEATURES = {"arm_i8mm": ("+dotprod", "+i8mm"), "arm_dotprod": ("+dotprod",)}
+_ARM_FEATURES = {"arm_bf16": ("+dotprod", "+fp16fml", "+i8mm", "+bf16"), "arm_dotprod": ("+dotprod",)}
 """LLVM's features of AArch64 beyond NEON that an instruction set needs."""
 _FALLBACK = "portable-cpu"
 

@@ -24,6 +24,8 @@ INSTRUCTION_SETS: Mapping[str, frozenset[str]] = MappingProxyType(
         "avx512_vnni": frozenset({"avx512f", "avx512bw", "avx512vl", "avx512_vnni"}),
         "avx_vnni": frozenset({"avx2", "fma", "avx_vnni"}),
         "avx2": frozenset({"avx2", "fma"}),
+        "arm_bf16": frozenset({"asimd", "bf16"}),
+        "arm_fp16fml": frozenset({"asimd", "asimdhp", "asimdfhm"}),
         "arm_i8mm": frozenset({"asimd", "asimddp", "i8mm"}),
         "arm_dotprod": frozenset({"asimd", "asimddp"}),
         "arm_neon": frozenset({"asimd"}),
