@@ -28,14 +28,15 @@ from tvm_hquant import api
 from tvm_hquant.cli.tables import print_table
 from tvm_hquant.layers import Layer
 from tvm_hquant.precision import Precision, parse_precision
-from tvm_hquant.quantized_weights import QuantizedWeights
-from tvm_hquant.rounding.power_of_two import power_of_two_weights
+from tvm_hquant.quantized_weights import QuantizedWeights, quantize_layer_weights
+from tvm_hquant.rounding.weight_rounding import WeightRounding
 from tvm_hquant.search.greedy import Descent, DescentStage, greedy_descent, lazy_descent, one_shot_descent
 from tvm_hquant.search.problem import Assignment
 from tvm_hquant.simulator.metrics import METRICS
 from tvm_hquant.simulator.program import Program
 
 BASE = "a8w8"
+POWER_OF_TWO = WeightRounding("power-of-two")
 
 
 class PaperPoint(NamedTuple):
@@ -103,7 +104,7 @@ def run(model: ZooModel, low: str, samples: int) -> list[Curve]:
         if not layer.is_anchor or not precision.is_integer:
             return None
         if (layer.name, precision.weight_bits) not in known:
-            known[layer.name, precision.weight_bits] = power_of_two_weights(layer, precision)
+            known[layer.name, precision.weight_bits] = quantize_layer_weights(layer, precision, POWER_OF_TWO)
         return known[layer.name, precision.weight_bits]
 
     def program(plan: Assignment) -> Program:

@@ -19,6 +19,7 @@ from tvm_hquant.layers import read_layers
 from tvm_hquant.plan import LayerDecision, PrecisionPlan, load_plan
 from tvm_hquant.precision import parse_precision
 from tvm_hquant.quantized_weights import quantize_layer_weights
+from tvm_hquant.rounding.weight_rounding import WeightRounding
 from tvm_hquant.tensor_format import TensorFormat
 
 
@@ -154,7 +155,9 @@ def test_completed_plan_holds_the_codes_of_its_present_precisions() -> None:
     assert set(completed.weights) == {"conv2", "head"}
     assert np.unique(completed.weights["conv2"].codes).size <= 16
     assert plan.completed(graph).weights["conv1"] is plan.weights["conv1"], "codes that a plan holds are kept"
-    one_scale = replace(plan, weights={}, weight_precisions={}).completed(graph, per_channel=False)
+    one_scale = replace(plan, weights={}, weight_precisions={}).completed(
+        graph, WeightRounding("nearest", per_channel=False)
+    )
     assert np.unique(one_scale.weights["conv1"].scales).size == 1
     with pytest.raises(PlanError, match="for another model"):
         plan.completed(read_layers(partitioned("branches")))

@@ -25,6 +25,7 @@ from tvm_hquant.preparation import prepare_module
 from tvm_hquant.progress import Progress, silent_progress
 from tvm_hquant.quantizer import Options, QuantizationResult, Quantizer, assign_roles
 from tvm_hquant.report.quantization_report import QuantizationReport
+from tvm_hquant.rounding.weight_rounding import check_method
 from tvm_hquant.runtime import Artifact
 from tvm_hquant.search.problem import SearchResult, SearchStrategy
 from tvm_hquant.search.registry import DEFAULT_STRATEGY, check_strategy
@@ -42,6 +43,7 @@ def open_session(
     observer: str = "mean-squared-error",
     progress: Progress = silent_progress,
     observe: StageObserver | None = None,
+    rounding: str = "output-error",
 ) -> QuantizationSession:
     """Imports and partitions a model and prepares its simulation on this machine for a target.
 
@@ -52,10 +54,13 @@ def open_session(
         observer: for activations: min-max, percentile, mean-squared-error or power-of-two.
         progress: wraps long loops, to show progress.
         observe: called with every stage's name and module.
+        rounding: of weights: output-error, nearest, floor or power-of-two.
 
     Raises:
         ModelError, TargetSpecError: the model or the spec cannot be read.
+        PrecisionError: there is no such rounding.
     """
+    method = check_method(rounding)
     spec = load_target_spec(spec) if isinstance(spec, str) else spec
     if spec.rules.power_of_two_scales:
         observer = "power-of-two"
@@ -64,7 +69,7 @@ def open_session(
     is_host = spec.instruction_sets == host_instruction_sets() and spec.is_host_compatible()
     host = spec if is_host else detect_host()
     return QuantizationSession(
-        mod, spec, families_for_target(host.instruction_sets), host.tvm_target(), observer, progress
+        mod, spec, families_for_target(host.instruction_sets), host.tvm_target(), observer, progress, method
     )
 
 
@@ -82,6 +87,7 @@ def quantize(
     fixed: Mapping[str, str] | None = None,
     strategy: SearchStrategy | str | None = None,
     observer: str = "mean-squared-error",
+    rounding: str = "output-error",
     input_shapes: Mapping[str, Sequence[int]] | None = None,
     seed: int = 0,
     baselines: bool = True,
@@ -91,7 +97,7 @@ def quantize(
     """Quantizes a float model for a target.
 
     Args:
-        model, spec, input_shapes, observer, progress, observe: as in :func:`open_session`.
+        model, spec, input_shapes, observer, rounding, progress, observe: as in :func:`open_session`.
         calibration: data to calibrate with: a path (``.npz``, ``.npy``, directory), arrays by input name, or an iterable.
             Weight-only and float precisions, and a plan that holds all scales, need none.
         evaluation: data to search and to measure with; half of the calibration samples if not given.
@@ -108,7 +114,7 @@ def quantize(
     Raises:
         HQuantError: a subclass that says what is wrong with model, spec, data or plan.
     """
-    session = open_session(model, spec, input_shapes, observer, progress, observe)
+    session = open_session(model, spec, input_shapes, observer, progress, observe, rounding)
     name = Path(model).name if isinstance(model, (str, Path)) else "model"
     if isinstance(plan, (str, Path)):
         plan = load_plan(plan)
@@ -179,6 +185,7 @@ def search_front(
     executor: Executor | None = None,
     workers: int | None = None,
     observer: str = "mean-squared-error",
+    rounding: str = "output-error",
     input_shapes: Mapping[str, Sequence[int]] | None = None,
     progress: Progress = silent_progress,
 ) -> Front:
@@ -189,7 +196,7 @@ def search_front(
     ``journal.sqlite``: a search that was killed goes on where it was, another strategy starts with what this one has paid.
 
     Args:
-        model, spec, calibration, evaluation, observer, input_shapes, progress: as in :func:`quantize`.
+        model, spec, calibration, evaluation, observer, rounding, input_shapes, progress: as in :func:`quantize`.
         folder: is made if there is none.
         strategy: one of :data:`~tvm_hquant.search.registry.STRATEGIES`.
         options: metric, budget, objective, precisions, levels, seed.
@@ -204,7 +211,7 @@ def search_front(
     """
     check_strategy(strategy)
     folder, options = Path(folder), options or Options()
-    session = open_session(model, spec, input_shapes, observer, progress)
+    session = open_session(model, spec, input_shapes, observer, progress, rounding=rounding)
     roles = assign_roles(calibration, evaluation, session.signature, options.seed)
     folder.mkdir(parents=True, exist_ok=True)
     session.use_journal(journal or folder / "journal.sqlite")
@@ -276,7 +283,7 @@ def plan_without_search(
         plan = make_plan(session, uniform_decisions(session, wanted))
     else:
         plan = with_calibration(session, plan) if calibration is not None else plan
-        plan = plan.completed(session.graph, session.spec.rules.weight_scales == "per-channel")
+        plan = plan.completed(session.graph, session.rounding)
     return QuantizationResult(session.mod, plan, None, session.spec)
 
 

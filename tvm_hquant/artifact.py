@@ -33,6 +33,7 @@ from tvm_hquant.plan import PrecisionPlan
 from tvm_hquant.precision import Arithmetic
 from tvm_hquant.relax_ir.kernel_calls import KERNEL_ATTRIBUTE
 from tvm_hquant.report.quantization_report import QuantizationReport
+from tvm_hquant.rounding.weight_rounding import rounding_for
 from tvm_hquant.runtime import LIBRARY_NAME, MANIFEST_VERSION, PACKED_WEIGHTS_NAME, Artifact
 from tvm_hquant.stored_weights import StoredWeights
 from tvm_hquant.target_spec import TargetSpec
@@ -63,7 +64,7 @@ def compile_artifact(
         ToolchainError: the target's compiler or linker is missing, or TVM cannot generate code for it.
     """
     graph = read_layers(module)
-    plan = plan.completed(graph, spec.rules.weight_scales == "per-channel")
+    plan = plan.completed(graph, rounding_for(spec.rules))
     families = tuned_families(families_for_target(spec.instruction_sets), tuning)
     lowered = lower(module, plan, spec, families, observe)
     stored = packed_weights(lowered, plan, families)

@@ -25,6 +25,7 @@ from tvm_hquant.formats import TensorScales
 from tvm_hquant.layers import Layer, LayerGraph
 from tvm_hquant.precision import Arithmetic, Precision, parse_precision
 from tvm_hquant.quantized_weights import QuantizedWeights, quantize_layer_weights
+from tvm_hquant.rounding.weight_rounding import NEAREST, WeightRounding
 from tvm_hquant.tensor_format import TensorFormat
 
 PLAN_VERSION = 1
@@ -78,7 +79,9 @@ class PrecisionPlan:
         """The precision of every layer."""
         return {name: parse_precision(decision.precision) for name, decision in self.layers.items()}
 
-    def layer_weights(self, layer: Layer, precision: Precision, per_channel: bool = True) -> QuantizedWeights | None:
+    def layer_weights(
+        self, layer: Layer, precision: Precision, rounding: WeightRounding = NEAREST
+    ) -> QuantizedWeights | None:
         """Weight codes of a layer: the stored ones, or made now where the plan has none for this precision.
 
         None where the precision stores no codes.
@@ -90,16 +93,16 @@ class PrecisionPlan:
             return None
         if self.weight_precisions.get(layer.name) == codes.name:
             return self.weights[layer.name]
-        return quantize_layer_weights(layer, codes, per_channel)
+        return quantize_layer_weights(layer, codes, rounding)
 
     def with_layers(self, layers: Mapping[str, LayerDecision]) -> PrecisionPlan:
         """The plan with some decisions replaced."""
         return replace(self, layers={**self.layers, **layers})
 
-    def completed(self, graph: LayerGraph, per_channel: bool = True) -> PrecisionPlan:
+    def completed(self, graph: LayerGraph, rounding: WeightRounding = NEAREST) -> PrecisionPlan:
         """The plan with codes for every layer that needs some, in its present precision, and no others.
 
-        ``per_channel=False`` gives codes that are made now one scale per layer, for targets that have only that.
+        Codes that are made now are made by ``rounding``: see :func:`~tvm_hquant.rounding.weight_rounding.rounding_for`.
 
         Raises:
             PlanError: the plan is for another model.
@@ -108,7 +111,7 @@ class PrecisionPlan:
         precisions = self.precisions()
         weights: dict[str, QuantizedWeights] = {}
         for layer in graph.anchors:
-            codes = self.layer_weights(layer, precisions[layer.name], per_channel)
+            codes = self.layer_weights(layer, precisions[layer.name], rounding)
             if codes is not None:
                 weights[layer.name] = codes
         made_for = {name: self.layers[name].weight_precision.name for name in weights}

@@ -14,7 +14,9 @@ from tvm_hquant import numerics
 from tvm_hquant.calibration.input_moments import InputMoments
 from tvm_hquant.layers import Layer
 from tvm_hquant.precision import Precision
+from tvm_hquant.rounding.multipoint import multipoint_codes
 from tvm_hquant.rounding.output_error import least_error_codes
+from tvm_hquant.rounding.weight_rounding import OUTPUT_ERROR, WeightRounding
 
 Array = npt.NDArray[Any]
 
@@ -48,27 +50,40 @@ class QuantizedWeights:
 
 
 def quantize_layer_weights(
-    layer: Layer, precision: Precision, per_channel: bool = True, moments: InputMoments | None = None
+    layer: Layer,
+    precision: Precision,
+    rounding: WeightRounding = OUTPUT_ERROR,
+    moments: InputMoments | None = None,
 ) -> QuantizedWeights:
     """Codes for the weights of a layer in an integer or weight-only precision.
 
-    ``per_channel=False`` gives all output channels one scale, for targets that have only that. With the ``moments``
-    of its input the weights are rounded for the least error of the output, else each to nearest.
+    Args:
+        layer: with its float weights.
+        precision: of the layer.
+        rounding: how weights become codes.
+        moments: of the layer's input, where it was calibrated.
     """
     assert layer.weights is not None
     assert layer.bias is not None
     weights = layer.weights
     if precision.is_multipoint:
-        codes, scales = numerics.multipoint_codes(weights, precision.point_bits, precision.terms)
+        quantizer = rounding.quantizer(moments)
+        codes, scales = multipoint_codes(
+            weights, precision.point_bits, precision.terms, quantizer, rounding.per_channel
+        )
+    elif rounding.method in ("floor", "power-of-two"):
+        bits = 8 if precision.weight_points > 1 else precision.weight_bits
+        quantizer = rounding.quantizer(moments)
+        codes, scales = multipoint_codes(weights, bits, precision.weight_points, quantizer, rounding.per_channel)
     elif precision.weight_points > 1:
         codes, scales = numerics.weight_points(weights, precision.weight_points)
     else:
         given = None
-        if not per_channel:
+        if not rounding.per_channel:
             _, largest = numerics.quantize_weights(weights.reshape(1, *weights.shape), precision.weight_bits)
             given = np.broadcast_to(largest, weights.shape[:1]).astype(np.float32)
         one_code, one_scale = numerics.quantize_weights(weights, precision.weight_bits, given)
-        if moments is not None:
+        if rounding.method == "output-error" and moments is not None:
             limit = numerics.weight_code_limit(precision.weight_bits)
             one_code = least_error_codes(weights, one_scale, limit, moments).astype(one_code.dtype)
         codes, scales = one_code[None], one_scale[None]

@@ -22,6 +22,7 @@ from tvm_hquant.kernels.registry import families_for_target
 from tvm_hquant.layers import LAYER_ATTRIBUTE, read_layers
 from tvm_hquant.plan import PrecisionPlan, plan_from_text
 from tvm_hquant.preparation import preparation_pipeline
+from tvm_hquant.rounding.weight_rounding import rounding_for
 from tvm_hquant.target_spec import TargetSpec, read_target_spec
 
 PLAN_ATTRIBUTE = "hquant.plan"
@@ -58,7 +59,7 @@ def hquant_pipeline() -> Any:
         bare = mod.without_attr(PLAN_ATTRIBUTE).without_attr(SPEC_ATTRIBUTE).without_attr(WEIGHTS_ATTRIBUTE)
         if not any(f.attrs and LAYER_ATTRIBUTE in f.attrs for _, f in bare.functions_items()):
             bare = preparation_pipeline()(bare)
-        plan = plan.completed(read_layers(bare), spec.rules.weight_scales == "per-channel")
+        plan = plan.completed(read_layers(bare), rounding_for(spec.rules))
         for _, stage in quantization_passes(plan, spec, families_for_target(spec.instruction_sets)):
             bare = stage(bare)
         return build_pipeline(spec.tvm_target())(bare)

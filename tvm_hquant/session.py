@@ -22,6 +22,7 @@ from tvm_hquant.precision import FLOAT32, Precision, parse_precision
 from tvm_hquant.progress import Progress, silent_progress
 from tvm_hquant.quantized_weights import QuantizedWeights, quantize_layer_weights
 from tvm_hquant.rounding import bias_correction
+from tvm_hquant.rounding.weight_rounding import Method, rounding_for
 from tvm_hquant.simulator.engine import SimulationEngine
 from tvm_hquant.simulator.evaluator import ProgramEvaluator
 from tvm_hquant.simulator.journal import EvaluationJournal
@@ -49,6 +50,7 @@ class QuantizationSession:
         families, host_target: kernels and TVM target of this machine, on which is simulated.
         observer: name of the observer for activations (:func:`make_observer`).
         progress: shows progress of long steps.
+        rounding: how weights become codes, where the target's rules leave a choice.
 
     ``evaluator`` measures programs; give it a journal (:meth:`use_journal`) to remember them.
     """
@@ -61,6 +63,7 @@ class QuantizationSession:
         host_target: Any,
         observer: str = "mean-squared-error",
         progress: Progress = silent_progress,
+        rounding: Method = "output-error",
     ) -> None:
         self.mod = mod
         self.spec = spec
@@ -68,6 +71,7 @@ class QuantizationSession:
         self.graph: LayerGraph = self.engine.graph
         self.builder = ProgramBuilder(self.graph, self.layer_weights)
         self.observer = observer
+        self.rounding = rounding_for(spec.rules, rounding)
         self.progress = progress
         self.ranges: CalibratedRanges | None = None
         self._scales: dict[str, dict[str, Any]] = {}
@@ -86,14 +90,13 @@ class QuantizationSession:
         """Weight codes of a layer in a precision; None for float precisions."""
         if not layer.is_anchor or not (precision.is_integer or precision.name.startswith("w")):
             return None
-        per_channel = self.spec.rules.weight_scales == "per-channel"
         if self.ranges is None or not precision.is_integer:
-            return quantize_layer_weights(layer, precision, per_channel)
+            return quantize_layer_weights(layer, precision, self.rounding)
         # Precisions that differ in their activations alone have the same weights.
         identity = (layer.name, precision.weight_bits, precision.point_bits, precision.terms, precision.weight_points)
         if identity not in self._weights:
             moments = self.ranges.input_moments[layer.name]
-            codes = quantize_layer_weights(layer, precision, per_channel, moments)
+            codes = quantize_layer_weights(layer, precision, self.rounding, moments)
             self._weights[identity] = bias_correction.corrected(layer, codes, moments.means)
         return self._weights[identity]
 

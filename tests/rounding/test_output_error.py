@@ -13,6 +13,7 @@ from tvm_hquant.operators import Conv2D, Dense, Window
 from tvm_hquant.precision import parse_precision
 from tvm_hquant.quantized_weights import quantize_layer_weights
 from tvm_hquant.rounding.output_error import closest_codes, least_error_codes, regularized, squared_error
+from tvm_hquant.rounding.weight_rounding import WeightRounding
 
 
 def test_two_equal_columns_make_up_for_each_other() -> None:
@@ -105,6 +106,6 @@ def test_one_scale_for_the_layer_is_kept() -> None:
     layer = Layer("l", "l", Dense(1, 10, 6), ("x",), weights, np.zeros(6, np.float32))
     factor = rng.normal(size=(10, 2))
     moments = InputMoments(1000, np.zeros((1, 10)), ((factor @ factor.T)[None],))
-    codes = quantize_layer_weights(layer, parse_precision("a8w8"), False, moments)
+    codes = quantize_layer_weights(layer, parse_precision("a8w8"), WeightRounding(per_channel=False), moments)
     assert len(np.unique(codes.scales)) == 1
     assert codes.codes.dtype == np.int8

@@ -54,6 +54,7 @@ Strategy = Annotated[
 ]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of the splits of the data.")]
 Observer = Annotated[str, typer.Option("--observer", help="min-max, percentile, mean-squared-error or power-of-two.")]
+Rounding = Annotated[str, typer.Option("--rounding", help="Of weights: output-error, nearest, floor or power-of-two.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show every layer, not only the summary.")]
 
 _SHAPE = re.compile(r"\s*([^\s:]+(?:::[^\s:]+)*)\s*:\s*\[([\d,\s]*)\]")

@@ -17,6 +17,7 @@ from tvm_hquant.cli.arguments import (
     MetricName,
     Model,
     Observer,
+    Rounding,
     Seed,
     Strategy,
     Target,
@@ -48,6 +49,7 @@ def compile_command(
         Path | None, typer.Option("--tuning-records", help="Use the tiles that 'hquant tune' wrote to this file.")
     ] = None,
     observer: Observer = "mean-squared-error",
+    rounding: Rounding = "output-error",
     input_shapes: InputShapes = None,
     seed: Seed = 0,
     verbose: Verbose = False,
@@ -83,6 +85,7 @@ def compile_command(
         plan=plan,
         strategy=strategy,
         observer=observer,
+        rounding=rounding,
         input_shapes=shapes,
         seed=seed,
         progress=terminal_progress(),

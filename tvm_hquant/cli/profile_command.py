@@ -13,6 +13,7 @@ from tvm_hquant.cli.arguments import (
     Calibration,
     InputShapes,
     Observer,
+    Rounding,
     Target,
     parse_input_shapes,
     read_inputs,
@@ -51,6 +52,7 @@ def profile_command(
     ] = _PRECISIONS,
     samples: Annotated[int, typer.Option("--samples", min=1, help="Samples to measure losses with.")] = 32,
     observer: Observer = "mean-squared-error",
+    rounding: Rounding = "output-error",
     input_shapes: InputShapes = None,
     output: Annotated[Path | None, typer.Option("--json", help="Write all figures to this file too.")] = None,
 ) -> None:
@@ -66,7 +68,7 @@ def profile_command(
     if plan is not None and precision is not None:
         raise PlanError("--plan and --precision exclude each other: give one of them")
     if model.is_dir() or plan is not None or precision is not None:
-        artifact = _artifact(model, target, calibration, plan, precision, observer, input_shapes)
+        artifact = _artifact(model, target, calibration, plan, precision, observer, rounding, input_shapes)
         _profile_compiled(artifact, inputs, repeat, output)
         return
     if calibration is None:
@@ -74,7 +76,7 @@ def profile_command(
             "profile measures losses on calibration data: give --calibration DATA.npz; or name an artifact, "
             "--plan or --precision to see where the time of a compiled network goes"
         )
-    _profile_precisions(model, target, calibration, precisions, samples, observer, input_shapes, output)
+    _profile_precisions(model, target, calibration, precisions, samples, observer, rounding, input_shapes, output)
 
 
 def _artifact(
@@ -84,6 +86,7 @@ def _artifact(
     plan: Path | None,
     precision: str | None,
     observer: str,
+    rounding: str,
     input_shapes: str | None,
 ) -> Artifact:
     from tvm_hquant import api
@@ -96,7 +99,8 @@ def _artifact(
             raise PlanError(f"{model} is compiled already: leave out --plan and --precision, or name the float model")
         return load_artifact(model)
     loaded = None if plan is None else load_plan(plan)
-    session = api.open_session(str(model), target, parse_input_shapes(input_shapes), observer, terminal_progress())
+    shapes = parse_input_shapes(input_shapes)
+    session = api.open_session(str(model), target, shapes, observer, terminal_progress(), rounding=rounding)
     return api.compile(api.plan_without_search(session, calibration, plan=loaded, precision=precision), name=model.name)
 
 
@@ -149,6 +153,7 @@ def _profile_precisions(
     precisions: str,
     samples: int,
     observer: str,
+    rounding: str,
     input_shapes: str | None,
     output: Path | None,
 ) -> None:
@@ -161,6 +166,7 @@ def _profile_precisions(
         parse_input_shapes(input_shapes),
         observer,
         terminal_progress(),
+        rounding=rounding,
     )
     names = tuple(p.strip() for p in precisions.split(",") if p.strip())
     profiled = profile_layers(session, calibration, names, samples)

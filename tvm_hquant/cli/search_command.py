@@ -16,6 +16,7 @@ from tvm_hquant.cli.arguments import (
     MetricName,
     Model,
     Observer,
+    Rounding,
     Seed,
     Strategy,
     Target,
@@ -63,6 +64,7 @@ def search_command(
         int | None, typer.Option("--workers", min=1, help="Processes for large evaluations; one for each core.")
     ] = None,
     observer: Observer = "mean-squared-error",
+    rounding: Rounding = "output-error",
     input_shapes: InputShapes = None,
     seed: Seed = 0,
 ) -> None:
@@ -94,6 +96,7 @@ def search_command(
         journal=journal,
         workers=workers,
         observer=observer,
+        rounding=rounding,
         input_shapes=parse_input_shapes(input_shapes),
         progress=terminal_progress(),
     )

@@ -28,7 +28,6 @@ from tvm_hquant.numerics.constants import (
 from tvm_hquant.numerics.evaluation import evaluate
 from tvm_hquant.numerics.functions import PARAMETER_COUNTS, clamp, unary_float32, unary_float64, unary_table
 from tvm_hquant.numerics.integer_layers import requantize
-from tvm_hquant.numerics.multipoint import multipoint_codes
 from tvm_hquant.numerics.samples import evaluate_samples
 from tvm_hquant.numerics.storage import narrow, widen
 from tvm_hquant.numerics.weights import (
@@ -37,6 +36,7 @@ from tvm_hquant.numerics.weights import (
     limited_scales,
     quantize_weights,
     round_weights,
+    smallest_scale,
     weight_code_limit,
     weight_points,
 )
@@ -62,7 +62,6 @@ __all__ = [
     "limited_scales",
     "multiplier",
     "multiply_constants",
-    "multipoint_codes",
     "narrow",
     "offset",
     "quantize",
@@ -72,6 +71,7 @@ __all__ = [
     "requantize",
     "residual_multiplier",
     "round_weights",
+    "smallest_scale",
     "stored_codes",
     "unary_float32",
     "unary_float64",

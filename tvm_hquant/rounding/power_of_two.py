@@ -11,29 +11,38 @@ weights all have one sign, the step is doubled.
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 
-from tvm_hquant.layers import Layer
-from tvm_hquant.precision import Precision
-from tvm_hquant.quantized_weights import QuantizedWeights
+from tvm_hquant.numerics import weight_code_limit
 
-_LARGEST_CODE = 127
+Doubles = npt.NDArray[np.float64]
 
 
-def power_of_two_weights(layer: Layer, precision: Precision) -> QuantizedWeights:
-    """Codes of a layer's weights in an integer precision of one point and at most 8 bits; the bias stays as it is."""
-    assert layer.weights is not None
-    assert layer.bias is not None
-    rows = layer.weights.reshape(len(layer.weights), -1).astype(np.float64)
+def power_of_two_codes(weights: npt.ArrayLike, bits: int, tied: bool = False) -> tuple[Doubles, Doubles]:
+    """Codes and steps.
+
+    Args:
+        weights: [out, columns].
+        bits: 2 to 16.
+        tied: all output channels have the same step, from the range of all.
+
+    Returns:
+        Integers [out, columns], at most 2^bits consecutive ones in each channel, and powers of two [out], both as float64.
+    """
+    rows = np.asarray(weights, np.float64)
     low, high = rows.min(axis=1, keepdims=True), rows.max(axis=1, keepdims=True)
-    levels = 2**precision.weight_bits - 1
+    if tied:
+        low, high = np.full_like(low, low.min()), np.full_like(high, high.max())
+    levels = 2**bits - 1
+    largest_code = max(127, weight_code_limit(bits))
     spread = np.where(high > low, high - low, 1.0)
     step = 2.0 ** np.ceil(np.log2(spread / levels))
     largest = np.maximum(np.abs(low), np.abs(high))
-    step = np.where(np.rint(largest / step) > _LARGEST_CODE, 2 * step, step)
+    step = np.where(np.rint(largest / step) > largest_code, 2 * step, step)
     # A channel of one value has no range; its step is that of its size.
-    of_size = 2.0 ** np.ceil(np.log2(np.where(largest > 0, largest / _LARGEST_CODE, 1.0)))
+    of_size = 2.0 ** np.ceil(np.log2(np.where(largest > 0, largest / largest_code, 1.0)))
     step = np.where(high > low, step, of_size)
     lowest = np.rint(low / step)
     # Where both ends are rounded away from the middle, one code more than there are would be needed.
-    codes = np.minimum(np.rint(np.clip(rows, low, low + step * levels) / step), lowest + levels).astype(np.int8)
-    return QuantizedWeights(codes.reshape(1, *layer.weights.shape), step.reshape(1, -1).astype(np.float32), layer.bias)
+    codes = np.minimum(np.rint(np.clip(rows, low, low + step * levels) / step), lowest + levels)
+    return codes, step[:, 0]

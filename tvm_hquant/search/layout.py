@@ -151,8 +151,7 @@ class AfterStorageStrategy:
     def norms(self) -> tuple[dict[str, float], dict[str, float]]:
         """For each layer the norms of the mean gradients at its input and of its weights, at the weights as stored."""
         session, stored = self.data.session, parse_precision(f"w{self.stored_bits}")
-        per_channel = session.spec.rules.weight_scales == "per-channel"
-        weights = {a.name: quantize_layer_weights(a, stored, per_channel).real() for a in session.graph.anchors}
+        weights = {a.name: quantize_layer_weights(a, stored, session.rounding).real() for a in session.graph.anchors}
         found = self.data.evaluator.mean(self.data.samples, self.data.target, weights, of_weights=True)
         return _norms(found.inputs), _norms(found.weights)
 
