@@ -219,7 +219,7 @@ def test_bfloat16_unit_leaves_other_layers(family: str) -> None:
 
 
 @pytest.mark.skipif("avx2" not in HOST, reason="this CPU has no AVX2")
-@pytest.mark.parametrize(("limit", "chain"), [(64, 1), (31, 2), (15, 4), (7, 8)])
+@pytest.mark.parametrize(("limit", "chain"), [(64, 1), (31, 2), (15, 4), (7, 8), (3, 16)])
 def test_narrow_weights_take_fewer_instructions(limit: int, chain: int) -> None:
     """What weights prove picks the chain of vpmaddubsw, and the values stay the same."""
     operator = Conv2D((1, 5, 5, 64), 16, Window((3, 3), padding=(1, 1, 1, 1)))

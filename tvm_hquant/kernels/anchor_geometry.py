@@ -19,6 +19,8 @@ Array = npt.NDArray[Any]
 
 _LATENCY = 10
 """Accumulators that hide the latency of a multiply-add on the processors at hand."""
+_SHORT_OPERAND = 0.2
+"""Cost of an operand where sums are short: products do not wait for each other, and the loads run beside the additions."""
 _EPILOGUE = 8
 """Instructions that finish a vector of sums."""
 _PACKED_EPILOGUE = {4: 6, 2: 7, 1: 10}
@@ -157,6 +159,9 @@ class AnchorGeometry:
         _, width = self.output_size
         kernel_height, kernel_width = self.conv.window.kernel
         steps = kernel_height * self.runs * self.steps
+        least, operand_cost = max(_LATENCY, self.dot.row_vectors), self.dot.operand_cost
+        if self.dot.short_sums(self.chain) is not None:
+            least, operand_cost = 1, _SHORT_OPERAND
         most_vectors = 1 if self.is_narrow else self.group_outputs // self.dot.lanes
         found = []
         for pixels in range(1, min(width, 16) + 1):
@@ -169,7 +174,7 @@ class AnchorGeometry:
                 if sums + max(self.dot.spare_registers(groups, vectors, self.chain), shared) > self.dot.registers:
                     continue
                 tiles = -(-width // pixels) * -(-self.group_outputs // (vectors * self.dot.lanes))
-                step = max(sums, _LATENCY, self.dot.row_vectors) + self.dot.operand_cost * pixels + vectors
+                step = max(sums, least) + operand_cost * pixels + vectors
                 estimate = tiles * (steps * step + self._epilogue(pixels, vectors, sums) + _TILE)
                 found.append((estimate, Tile(pixels, vectors)))
         return tuple(tile for _, tile in sorted(found))

@@ -54,6 +54,9 @@ class UsmmlaDot:
     def spare_registers(self, groups: int, vectors: int, chain: int) -> int:
         return self.operand_steps * groups + 2 * vectors
 
+    def short_sums(self, chain: int) -> None:
+        return None
+
     def operands(self, buffer: Buffer, indices: Sequence[Expression], steps: int) -> Sequence[Expression]:
         rows = [T.bind(buffer.vload([index], f"uint8x{8 * steps}")) for index in indices]
         length = 8 * steps

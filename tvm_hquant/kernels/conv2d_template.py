@@ -16,7 +16,7 @@ from tvm.tirx.script import builder as T
 from tvm_hquant.kernels.activation_copy import ActivationCopy
 from tvm_hquant.kernels.anchor_constants import float_array_types, integer_array_types, pack_float, pack_integer
 from tvm_hquant.kernels.anchor_geometry import AnchorGeometry, as_conv2d
-from tvm_hquant.kernels.dot_product import DotProduct
+from tvm_hquant.kernels.dot_product import DotProduct, ShortSums
 from tvm_hquant.kernels.epilogue import Epilogue, scale_accumulator
 from tvm_hquant.kernels.interface import Array, Kernel, KernelRequest, LayerConstants, Tile
 from tvm_hquant.kernels.kernel_function import Buffer, imported_functions, kernel_function
@@ -314,7 +314,13 @@ class _Emitter:
         operands: dict[int, list[Expression]] = {}
         weight_type = vector_type(dot.weight_dtype, vector_weights)
         size = dot.lanes * dot.pixels
+        short_sums = dot.short_sums(chain)
         for first in range(0, steps, chain):
+            if short_sums is not None:
+                starts = [activation + i * pixel + first * dot.products for i in range(pixels)]
+                first_weight = weight + first * vectors * vector_weights
+                self._add_chain(short_sums, accumulators, starts, first_weight, min(chain, steps - first))
+                continue
             of_vectors = [
                 [
                     T.bind(self.weights.vload([weight + ((first + c) * vectors + j) * vector_weights], weight_type))
@@ -328,3 +334,29 @@ class _Emitter:
                     operands[i] = [T.bind(operand) for operand in dot.operands(self.source, indices, steps)]
                 value = dot.accumulate(load(accumulator, 0, size), operands[i][first : first + chain], of_vectors[j])
                 store(accumulator, 0, value, size)
+
+    def _add_chain(
+        self,
+        short_sums: ShortSums,
+        accumulators: Mapping[tuple[int, int], Buffer],
+        activations: Sequence[Expression],
+        weight: Expression,
+        steps: int,
+    ) -> None:
+        """A chain of steps, whose sums stay in registers for all accumulators of the tile until the last step."""
+        dot, vectors = self.dot, self.geometry.tile.vectors
+        count = dot.lanes * dot.products
+        weight_type = vector_type(dot.weight_dtype, count)
+        sums = {place: self._register(short_sums.dtype, short_sums.lanes) for place in accumulators}
+        for step in range(steps):
+            at = weight + step * vectors * count
+            of_vectors = [T.bind(self.weights.vload([at + j * count], weight_type)) for j in range(vectors)]
+            for i, activation in enumerate(activations):
+                (operand,) = dot.operands(self.source, [activation + step * dot.products], 1)
+                operand = T.bind(operand)
+                for j in range(vectors):
+                    total = load(sums[i, j], 0, short_sums.lanes) if step else None
+                    store(sums[i, j], 0, short_sums.add(total, operand, of_vectors[j]), short_sums.lanes)
+        for place, accumulator in accumulators.items():
+            total = load(sums[place], 0, short_sums.lanes)
+            store(accumulator, 0, short_sums.widen(load(accumulator, 0, dot.lanes), total), dot.lanes)

@@ -13,6 +13,26 @@ from tvm_hquant.kernels.kernel_function import Buffer
 from tvm_hquant.kernels.primitives import Expression, LlvmPrimitives, convert, vector_type, widen
 
 
+class ShortSums(Protocol):
+    """Sums of a chain in a narrower type than the accumulators'. A tile may keep these in its registers, and leave its
+    accumulators on the stack meanwhile.
+
+    Attributes:
+        dtype, lanes: of a vector of sums.
+    """
+
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def lanes(self) -> int: ...
+
+    def add(self, total: Expression | None, operand: Expression, weights: Expression) -> Expression:
+        """The sums so far, if there are any, plus the products of a step."""
+
+    def widen(self, accumulator: Expression, total: Expression) -> Expression:
+        """The accumulator plus the sums of a chain."""
+
+
 class DotProduct(Protocol):
     """One way to accumulate products for ``lanes`` output channels at once.
 
@@ -80,6 +100,9 @@ class DotProduct(Protocol):
     def spare_registers(self, groups: int, vectors: int, chain: int) -> int:
         """Registers that a step needs beside the accumulators of a tile of ``groups`` times ``pixels`` pixels."""
 
+    def short_sums(self, chain: int) -> ShortSums | None:
+        """How a tile keeps the sums of such a chain for all its accumulators at a time; None if each has its chain at once."""
+
     def operands(self, buffer: Buffer, indices: Sequence[Expression], steps: int) -> Sequence[Expression]:
         """What ``accumulate`` takes for each of ``steps`` steps, from ``steps · products`` activations at each of the
         ``pixels`` indices."""
@@ -108,6 +131,9 @@ class OnePixel:
     @property
     def pixels(self) -> int:
         return 1
+
+    def short_sums(self, chain: int) -> ShortSums | None:
+        return None
 
     def start(self, values: Expression) -> Expression:
         return values

@@ -12,12 +12,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-LONGEST_CHAIN = 8
+LONGEST_CHAIN = 16
+"""Pair sums of a chain, at most."""
+_MOST_CENTRED = 8
 _INT16 = np.iinfo(np.int16)
 
 
 def saturation_free_pairs(weight_codes: npt.NDArray[Any]) -> int:
-    """How many chained pair sums of u8·s8 products surely fit int16, for every output channel: 0, 1, 2, 4 or 8.
+    """How many chained pair sums of u8·s8 products surely fit int16, for every output channel: 0, 1, 2, 4, 8 or 16.
 
     Args:
         weight_codes: int8 [points, out_channels, in_channels / groups, kernel_h, kernel_w].
@@ -36,7 +38,7 @@ def saturation_free_pairs(weight_codes: npt.NDArray[Any]) -> int:
     rows = np.moveaxis(weight_codes, 2, -1).reshape(-1, in_channels).astype(np.int32)
     rows = np.pad(rows, ((0, 0), (0, -in_channels % (4 * LONGEST_CHAIN))))
     longest = 0
-    for chain in (1, 2, 4, LONGEST_CHAIN):
+    for chain in (1, 2, 4, 8, LONGEST_CHAIN):
         # [kernel positions of every channel, chains, quad of the chain, pair within the quad, member of the pair]
         quads = rows.reshape(points * out_channels * height * width, -1, chain, 2, 2)
         if not _fits(quads.swapaxes(2, 3).reshape(-1, 2 * chain)):
@@ -56,9 +58,9 @@ def centred_products(weight_codes: npt.NDArray[Any]) -> int:
     """
     in_channels = weight_codes.shape[2]
     rows = np.moveaxis(weight_codes, 2, -1).reshape(-1, in_channels).astype(np.int32)
-    rows = np.pad(rows, ((0, 0), (0, -in_channels % (2 * LONGEST_CHAIN))))
+    rows = np.pad(rows, ((0, 0), (0, -in_channels % (2 * _MOST_CENTRED))))
     longest = 2
-    for count in (4, LONGEST_CHAIN):
+    for count in (4, _MOST_CENTRED):
         if not _fits(rows.reshape(len(rows), -1, count, 2).swapaxes(2, 3).reshape(-1, count), (-128, 127)):
             break
         longest = count

@@ -1,8 +1,9 @@
 """Plain AVX2: ``vpmaddwd`` for any int8 weights, ``vpmaddubsw`` where the weights prove that int16 sums suffice.
 
 ``vpmaddwd`` adds two products of int16 values in int32. ``vpmaddubsw`` adds two products of u8 and s8 codes in int16; with
-weights of 7 bits one such sum cannot saturate, with 6 bits two, with 4 bits eight, and then half as many instructions or
-fewer do the same work, bit for bit.
+weights of 7 bits one such sum cannot saturate, with 6 bits two, with 4 bits eight or, mostly, 16, and then half as many
+instructions or fewer do the same work, bit for bit. Sums of long chains stay in the registers of a tile, and its int32 sums
+wait on the stack: so each weight and each activation is loaded once for the whole tile.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from tvm.tirx.script import builder as T
 
 from tvm_hquant.kernels.anchor_family import AnchorFamily
-from tvm_hquant.kernels.dot_product import DotProduct, FloatDot, RepeatedOperand, WideDot, repeated_word
+from tvm_hquant.kernels.dot_product import DotProduct, FloatDot, RepeatedOperand, ShortSums, WideDot, repeated_word
 from tvm_hquant.kernels.interface import KernelRequest
 from tvm_hquant.kernels.kernel_function import Buffer
 from tvm_hquant.kernels.primitives import Expression
@@ -21,6 +22,8 @@ from tvm_hquant.kernels.x86_byte_vectors import WordProduct
 
 _LANES = 8
 _REGISTERS = 16
+_LONG_CHAIN = 4
+"""Steps from which sums of a chain stay in registers, and the wide ones go to the stack meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,32 @@ class WordDot(RepeatedOperand):
 
 
 @dataclass(frozen=True)
+class _WordSums:
+    """Sums of pairs in int16."""
+
+    lanes: int
+    dtype: str = "int16"
+
+    def add(self, total: Expression | None, operand: Expression, weights: Expression) -> Expression:
+        products = self.product(operand, weights)
+        if total is None:
+            return products
+        # LLVM would add products of several steps first, which takes more registers.
+        fenced = T.call_llvm_pure_intrin(
+            f"float32x{self.lanes // 2}",
+            "llvm.arithmetic.fence",
+            T.reinterpret(f"float32x{self.lanes // 2}", total + products),
+        )
+        return T.reinterpret(f"int16x{self.lanes}", fenced)
+
+    def product(self, operand: Expression, weights: Expression) -> Expression:
+        return T.call_llvm_pure_intrin(f"int16x{self.lanes}", "llvm.x86.avx2.pmadd.ub.sw", operand, weights)
+
+    def widen(self, accumulator: Expression, total: Expression) -> Expression:
+        return accumulator + _add_pairs(total, T.broadcast(T.int16(1), self.lanes))
+
+
+@dataclass(frozen=True)
 class ByteDot(RepeatedOperand):
     """``vpmaddubsw``: four channels a step, ``chain`` steps summed in int16, then widened by ``vpmaddwd`` with ones."""
 
@@ -65,20 +94,24 @@ class ByteDot(RepeatedOperand):
     # Two channels are a pair that the weights were asked about; of three, the first would meet another neighbour.
     last_channels: tuple[int, ...] = (1, 2)
 
+    def short_sums(self, chain: int) -> ShortSums | None:
+        return _WordSums(2 * self.lanes) if chain >= _LONG_CHAIN else None
+
+    def spare_registers(self, groups: int, vectors: int, chain: int) -> int:
+        # With more than these beside weights, sums of a tile go to the stack at the end of a chain, and are waited for.
+        return vectors + 4 if chain >= _LONG_CHAIN else super().spare_registers(groups, vectors, chain)
+
     def operand(self, buffer: Buffer, index: Expression) -> Expression:
         return repeated_word(buffer, index, "int8", self.lanes)
 
     def accumulate(
         self, accumulator: Expression, operands: Sequence[Expression], weights: Sequence[Expression]
     ) -> Expression:
-        sums = [
-            T.call_llvm_pure_intrin("int16x16", "llvm.x86.avx2.pmadd.ub.sw", x, w)
-            for x, w in zip(operands, weights, strict=True)
-        ]
-        total = sums[0]
-        for other in sums[1:]:
-            total = total + other
-        return accumulator + _add_pairs(total, T.broadcast(T.int16(1), 2 * self.lanes))
+        sums = _WordSums(2 * self.lanes)
+        total = sums.product(operands[0], weights[0])
+        for x, w in zip(operands[1:], weights[1:], strict=True):
+            total = total + sums.product(x, w)
+        return sums.widen(accumulator, total)
 
 
 def _add_pairs(a: Expression, b: Expression) -> Expression:
