@@ -1,163 +1,192 @@
 """All search strategies on the same networks: whose Pareto front is better on samples that no search has seen?
 
 Every strategy gets the same candidates, calibration samples, search samples and cost model, and all plans that it evaluates
-count. Its front is measured on the held-out samples. Two fronts are compared at each point of the other: at most its cost,
-how much less or more does the best plan of ilp lose there, paired sample by sample, with the 95 % interval?
+count. Its front is measured on the held-out samples and written to FOLDER/<network>/<strategy>.json, so that one strategy can
+be run again without the others. Journals are shared, so equal plans are run once; evaluations are what each strategy has asked
+for.
 
-A point counts as *dominated* where ilp has a plan of at most that cost that surely loses no more than the noise: the interval
-of the difference reaches down to 0 or below. Journals are shared, so equal plans are run once; evaluations are what each
-strategy has asked for.
+Fronts are compared at each point of every other strategy: among the plans of ilp of at most that cost the one that loses
+least, and how much less or more it loses than the point, paired sample by sample, with the 95 % interval. A point is *matched*
+where the interval of the difference reaches down to 0, else it is *surely better* than ilp. The loss is the divergence from the
+float model, which tells plans apart far better than top-1 does; the same with top-1 stands beside it.
 
-    python -m benchmarks.search_strategies [--models kws,resnet8] [--objective size] [--samples 400] [--json out.json]
+    python -m benchmarks.search_strategies FOLDER [--models kws,resnet8] [--objective size] [--samples 400] [--again ilp]
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
 
 import numpy as np
+import numpy.typing as npt
 
 from benchmarks.zoo import ZooModel, zoo_folder, zoo_models
 from tvm_hquant import api
 from tvm_hquant.cli.tables import print_table
 from tvm_hquant.precision import parse_precision
 from tvm_hquant.quantizer import DataRoles, Options, Quantizer
-from tvm_hquant.search.archive import EvaluatedPlan
 from tvm_hquant.search.registry import STRATEGIES
-from tvm_hquant.session import QuantizationSession
 from tvm_hquant.simulator.metrics import METRICS
 from tvm_hquant.statistics import bootstrap_interval
 
-PRECISIONS = ("a8w3", "a8w4", "a8w6", "a8w8", "float32")
+PRECISIONS = "a8w3,a8w4,a8w6,a8w8,float32"
 OURS = "ilp"
+
+Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class StrategyRow:
-    """One strategy on one network.
+class MeasuredPlan:
+    """One point of a front.
 
-    ``best_cost`` is that of the cheapest plan on its front whose expected loss keeps the budget, relative to 8 bits everywhere.
-    Of its ``points``, ``dominated`` are matched by ilp within the noise, ``surely_better`` are surely better than ilp.
+    ``cost`` is relative to 8 bits everywhere, ``expected`` the loss that the search went by; on each held-out sample,
+    ``divergence`` is that from the float model in nats, ``top1_lost`` 1 if quantization made it wrong, −1 if right.
     """
+
+    assignment: dict[str, str]
+    cost: float
+    expected: float
+    divergence: list[float]
+    top1_lost: list[float]
+
+
+@dataclass(frozen=True)
+class StrategyFront:
+    """What one strategy found on one network. ``chosen`` is the number of the plan that it chose for the budget."""
 
     network: str
     strategy: str
+    layers: int
     evaluations: int
-    points: int
-    dominated: int
-    surely_better: int
-    best_cost: float | None
-    holdout_drop: float | None
     seconds: float
+    within_budget: bool
+    chosen: int
+    plans: list[MeasuredPlan]
 
 
 def main() -> None:
-    """Prints a table per network."""
+    """Runs what is missing and prints a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
     parser.add_argument("--models", default="kws,resnet8,resnet14,vww", help="parts of names, with commas between")
-    parser.add_argument("--strategies", help="names, with commas between; all by default")
+    parser.add_argument("--strategies", default=",".join(STRATEGIES), help="names, with commas between; all by default")
+    parser.add_argument("--again", default="", help="strategies to run again, with commas between")
+    parser.add_argument("--target", default="host")
     parser.add_argument("--objective", default="size")
+    parser.add_argument("--precisions", default=PRECISIONS)
     parser.add_argument("--samples", type=int, default=400, help="evaluation samples; half of them for the search")
     parser.add_argument("--max-drop", type=float, default=0.01)
     parser.add_argument("--metric", default="top1")
-    parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     if not zoo_models():
         raise SystemExit(f"no networks in {zoo_folder()}: set HQUANT_ZOO to a folder that has some")
-    rows: list[StrategyRow] = []
+    rows: list[tuple[str, ...]] = []
     for name in zoo_models():
         if any(part in name for part in arguments.models.split(",")):
-            rows += compare(ZooModel(name), arguments)
-            _print(rows)
-            if arguments.json:
-                arguments.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
+            rows += compare(run(ZooModel(name), arguments))
+    columns = ("network", "strategy", "evaluations", "cost for the budget", "top-1 lost there", "points", "matched",
+               "surely better", "matched in top-1", "surely better in top-1", "s")  # fmt: skip
+    print_table(columns, rows)
 
 
-def compare(model: ZooModel, arguments: argparse.Namespace) -> list[StrategyRow]:
-    """One row for each strategy."""
-    evaluation = model.evaluation()
-    order = np.random.default_rng(0).permutation(evaluation.count)[: arguments.samples]
-    search, held_out = (evaluation.subset(sorted(order[i::2])) for i in (0, 1))
-    session = api.open_session(str(model.path), "host")
-    session.calibrate(model.calibration())
-    names = arguments.strategies.split(",") if arguments.strategies else list(STRATEGIES)
-    names = [OURS, *(name for name in names if name != OURS)]
-    options = Options(arguments.metric, arguments.max_drop, PRECISIONS, baselines=False, objective=arguments.objective)
-    rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        session.use_journal(Path(folder) / "journal.sqlite")
-        ours: list[tuple[EvaluatedPlan, np.ndarray]] = []
-        for name in names:
-            start = perf_counter()
+def run(model: ZooModel, arguments: argparse.Namespace) -> list[StrategyFront]:
+    """The fronts of all strategies, from the folder where they are there."""
+    folder = arguments.folder / model.title
+    folder.mkdir(parents=True, exist_ok=True)
+    names = [OURS, *(name for name in arguments.strategies.split(",") if name != OURS)]
+    again = arguments.again.split(",")
+    missing = [name for name in names if name in again or not (folder / f"{name}.json").exists()]
+    if missing:
+        evaluation = model.evaluation()
+        order = np.random.default_rng(0).permutation(evaluation.count)[: arguments.samples]
+        search, held_out = (evaluation.subset(sorted(order[i::2])) for i in (0, 1))
+        session = api.open_session(str(model.path), arguments.target)
+        session.calibrate(model.calibration())
+        session.use_journal(folder / "journal.sqlite")
+        session.evaluator.use_processes(1)
+        options = Options(arguments.metric, arguments.max_drop, tuple(arguments.precisions.split(",")), baselines=False,
+                          objective=arguments.objective)  # fmt: skip
+        for name in missing:
             quantizer = Quantizer(session, DataRoles(model.calibration(), search, held_out, 0), options)
-            quantizer.search(name)
-            seconds = perf_counter() - start
-            front = measured_front(session, quantizer)
-            ours = ours or front
-            rows.append(_row(model, name, quantizer, front, ours, seconds))
+            front = searched(model, name, quantizer)
+            (folder / f"{name}.json").write_text(json.dumps(asdict(front)))
+    return [read_front(folder / f"{name}.json") for name in names]
+
+
+def searched(model: ZooModel, name: str, quantizer: Quantizer) -> StrategyFront:
+    """Searches, and measures the front on the held-out samples."""
+    start = perf_counter()
+    result = quantizer.search(name, front=True)
+    seconds = perf_counter() - start
+    session = quantizer.session
+    chosen = quantizer.archive.find({layer: d.precision for layer, d in result.decisions.items()})
+    assert chosen is not None
+    found = [*quantizer.archive.front]
+    if chosen not in found:
+        found.append(chosen)
+    programs = [session.program({n: parse_precision(p) for n, p in plan.assignment.items()}) for plan in found]
+    metrics = [METRICS["kl"], METRICS["top1"]]
+    scores = session.evaluate_metrics(programs, quantizer.roles.held_out, metrics, "held-out")
+    costs = quantizer.problem().costs
+    eight = costs.total({layer.name: "a8w8" for layer in session.graph.anchors})
+    plans = [
+        MeasuredPlan(
+            dict(plan.assignment),
+            plan.cost / eight,
+            plan.expected,
+            [score.value for score in divergence.scores],
+            [score.reference - score.value for score in top1.scores],
+        )
+        for plan, (divergence, top1) in zip(found, scores, strict=True)
+    ]
+    layers = len(session.graph.anchors)
+    return StrategyFront(model.title, name, layers, quantizer.evaluations, seconds, result.within_budget,
+                         found.index(chosen), plans)  # fmt: skip
+
+
+def read_front(path: Path) -> StrategyFront:
+    """What :func:`run` wrote."""
+    document = json.loads(path.read_text())
+    return StrategyFront(**{**document, "plans": [MeasuredPlan(**plan) for plan in document["plans"]]})
+
+
+def compare(fronts: list[StrategyFront]) -> list[tuple[str, ...]]:
+    """A row of the table for each front; the first one is that of ilp."""
+    ours, rows = fronts[0], []
+    for front in fronts:
+        of_divergence = [is_matched(plan, ours, "divergence") for plan in front.plans]
+        of_top1 = [is_matched(plan, ours, "top1_lost") for plan in front.plans]
+        chosen = front.plans[front.chosen]
+        rows.append(
+            (
+                front.network,
+                front.strategy,
+                str(front.evaluations),
+                f"{chosen.cost:.3f}" if front.within_budget else "none",
+                f"{np.mean(chosen.top1_lost):+.2%}",
+                str(len(front.plans)),
+                str(sum(of_divergence)),
+                str(len(front.plans) - sum(of_divergence)),
+                str(sum(of_top1)),
+                str(len(front.plans) - sum(of_top1)),
+                f"{front.seconds:.0f}",
+            )
+        )
     return rows
 
 
-def measured_front(session: QuantizationSession, quantizer: Quantizer) -> list[tuple[EvaluatedPlan, np.ndarray]]:
-    """The plans of a front with their divergence from the float model on each held-out sample."""
-    front = quantizer.archive.front
-    programs = [session.program({n: parse_precision(p) for n, p in plan.assignment.items()}) for plan in front]
-    scores = session.evaluate(programs, quantizer.roles.held_out, METRICS["kl"], "held-out")
-    return [(plan, np.array([s.value for s in score.scores])) for plan, score in zip(front, scores, strict=True)]
-
-
-def _row(
-    model: ZooModel,
-    name: str,
-    quantizer: Quantizer,
-    front: list[tuple[EvaluatedPlan, np.ndarray]],
-    ours: list[tuple[EvaluatedPlan, np.ndarray]],
-    seconds: float,
-) -> StrategyRow:
-    dominated = surely_better = 0
-    for plan, losses in front:
-        affordable = [other for mine, other in ours if mine.cost <= plan.cost * (1 + 1e-9)]
-        if not affordable:
-            continue
-        nearest = min(affordable, key=lambda other: float(other.mean()))
-        difference = bootstrap_interval(nearest - losses, lambda values: float(np.mean(values)))
-        dominated += difference.low <= 0
-        surely_better += difference.low > 0
-    within = [plan for plan, _ in front if plan.expected <= quantizer.options.max_drop]
-    costs = quantizer.problem().costs
-    eight = costs.total({layer.name: "a8w8" for layer in quantizer.session.graph.anchors})
-    drop = None
-    if within:
-        program = quantizer.session.program({n: parse_precision(p) for n, p in within[0].assignment.items()})
-        drop = quantizer.session.evaluate([program], quantizer.roles.held_out, quantizer.metric, "held-out")[0].loss
-    best = within[0].cost / eight if within else None
-    label = model.name.removesuffix(".onnx")
-    return StrategyRow(label, name, quantizer.evaluations, len(front), dominated, surely_better, best, drop, seconds)
-
-
-def _print(rows: list[StrategyRow]) -> None:
-    cells = [
-        (
-            r.network,
-            r.strategy,
-            str(r.evaluations),
-            "none" if r.best_cost is None else f"{r.best_cost:.3f}",
-            "" if r.holdout_drop is None else f"{r.holdout_drop:+.2%}",
-            str(r.points),
-            str(r.dominated),
-            str(r.surely_better),
-            f"{r.seconds:.0f}",
-        )
-        for r in rows
-    ]
-    columns = ("network", "strategy", "evaluations", "cost for the budget (a8w8 = 1)", "drop held out", "points",
-               "matched by ilp", "surely better than ilp", "s")  # fmt: skip
-    print_table(columns, cells)
+def is_matched(plan: MeasuredPlan, ours: StrategyFront, loss: str) -> bool:
+    """Whether some plan of ours of at most the cost does not surely lose more; False where none is as cheap."""
+    of_plan: Floats = np.array(getattr(plan, loss))
+    affordable = [np.array(getattr(own, loss)) for own in ours.plans if own.cost <= plan.cost * (1 + 1e-9)]
+    if not affordable:
+        return False
+    nearest = min(affordable, key=lambda losses: float(losses.mean()))
+    return bootstrap_interval(nearest - of_plan, lambda values: float(np.mean(values))).low <= 0
 
 
 if __name__ == "__main__":

@@ -227,7 +227,7 @@ def search_front(
         quantizer.layer_times = remembered_layer_times(folder / "layer_times.json", session, candidates, sample)
     writer = FrontWriter(quantizer, folder, strategy, measure)
     quantizer.archive.on_change = writer.write_partial
-    return writer.write(quantizer.search(strategy))
+    return writer.write(quantizer.search(strategy, front=True))
 
 
 def create_quantizer(quantizer: Quantizer, strategy: SearchResult) -> PlannedQuantizer:

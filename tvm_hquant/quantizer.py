@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 from tvm import IRModule
@@ -23,11 +23,11 @@ from tvm_hquant.errors import BudgetError
 from tvm_hquant.layers import Layer
 from tvm_hquant.plan import LayerDecision, PrecisionPlan
 from tvm_hquant.planning import make_plan
-from tvm_hquant.precision import A8W8, BFLOAT16, FLOAT16, FLOAT32, INT8, Precision, parse_precision
+from tvm_hquant.precision import A8W8, BFLOAT16, FLOAT16, FLOAT32, INT8, Precision
 from tvm_hquant.report.quantization_report import LayerReport, ModelRow, QuantizationReport, SampleCounts
 from tvm_hquant.search.archive import EvaluatedPlan, PlanArchive
 from tvm_hquant.search.candidates import CandidateRules
-from tvm_hquant.search.expected_drop import SCORES, expected_drop
+from tvm_hquant.search.joint_losses import JointLosses
 from tvm_hquant.search.problem import (
     Assignment,
     CheckingStrategy,
@@ -133,7 +133,7 @@ class Quantizer:
         samples = random_samples(roles.calibration, SENSITIVITY_SAMPLES, options.seed)
         self.table = SensitivityTable(session, samples)
         self.archive = PlanArchive()
-        self._asked: set[tuple[str, str]] = set()
+        self._losses: list[JointLosses] = []
         self.layer_times: Mapping[tuple[str, str], float] = {}
 
     # Search.
@@ -147,7 +147,7 @@ class Quantizer:
         """What a strategy has to solve: the candidates of all layers, and the ways to measure them.
 
         Args:
-            with_check: keeps a third of the search samples back, to check plans by.
+            with_check: keeps a third of the search samples back from what plans are chosen by, and checks plans.
 
         Raises:
             PrecisionError: a layer can have no precision at all.
@@ -156,36 +156,44 @@ class Quantizer:
         anchors = self.session.graph.anchors
         candidates = {layer.name: self.rules.of(layer) for layer in anchors}
         costs = plan_costs(self.session, candidates, self.options.objective, self.layer_times)
-        search, check = self.roles.search, None
-        if with_check and count_samples(search) >= 3:
-            search, checked_on = split_calibration(search, 1 / 3, self.options.seed)
-            check = partial(self._joint_losses, checked_on, None)
+        samples = self.roles.search
+        keep_back = with_check and count_samples(samples) >= 3
+        losses = JointLosses(self.session, samples, self.metric, self.options.seed, keep_back)
+        self._losses.append(losses)
+
+        def evaluate(assignments: Sequence[Assignment]) -> list[float]:
+            self._keep(assignments, losses, costs)
+            return losses.losses(assignments)
+
         is_accuracy = self.metric.name == "top1"
         return SearchProblem(
             candidates,
             self.table.measure,
             costs,
-            partial(self._joint_losses, search, costs),
+            evaluate,
             self.options.max_drop,
-            check,
-            self._float_value(search) if is_accuracy else 1.0,
+            losses.checked_losses if with_check else None,
+            self._float_value(samples) if is_accuracy else 1.0,
             {layer.name: layer.parameter_count for layer in anchors},
             self.options.levels,
             self.options.seed,
+            losses.smooth_losses,
+            losses.of_layers,
         )
 
-    def search(self, strategy: SearchStrategy | str | None = None) -> SearchResult:
+    def search(self, strategy: SearchStrategy | str | None = None, front: bool = False) -> SearchResult:
         """Finds precisions for all layers with weights; ``archive`` then holds all plans that were evaluated.
 
         Args:
             strategy: or its name (:data:`~tvm_hquant.search.registry.STRATEGIES`).
+            front: whether a strategy that is given by its name should look for a whole front, or for one plan only.
 
         Raises:
             PrecisionError: a layer can have no precision at all.
             SearchError: no strategy or objective has that name, or no plan has the levels that are asked for.
         """
         if strategy is None or isinstance(strategy, str):
-            context = StrategyContext(self.session, self.table.samples, self.options.seed)
+            context = StrategyContext(self.session, self.table.samples, self.options.seed, front)
             strategy = make_strategy(strategy or DEFAULT_STRATEGY, context)
         problem = self.problem(isinstance(strategy, CheckingStrategy))
         result = strategy.search(problem)
@@ -199,22 +207,14 @@ class Quantizer:
         }
         return replace(result, decisions={**result.decisions, **fixed})
 
-    def _joint_losses(
-        self, samples: DataSource, costs: CostModel | None, assignments: Sequence[Assignment]
-    ) -> list[float]:
-        programs = [self.session.program({name: parse_precision(p) for name, p in a.items()}) for a in assignments]
-        metrics = SCORES if self.metric.name == "top1" else [self.metric]
-        self._asked |= {(samples.name, program.digest) for program in programs}
-        scores = self.session.evaluate_metrics(programs, samples, metrics, "searching")
-        expected = [expected_drop(*own) if self.metric.name == "top1" else own[0].loss for own in scores]
-        if costs is not None:
-            self.archive.add(
-                [
-                    EvaluatedPlan(dict(a), costs.total(a), e, own[0].loss_interval())
-                    for a, e, own in zip(assignments, expected, scores, strict=True)
-                ]
-            )
-        return expected
+    def _keep(self, assignments: Sequence[Assignment], losses: JointLosses, costs: CostModel) -> None:
+        """Notes plans in the archive, with their losses on all search samples."""
+        self.archive.add(
+            [
+                EvaluatedPlan(dict(a), costs.total(a), scores.loss(), scores.interval)
+                for a, scores in zip(assignments, losses.scores(assignments), strict=True)
+            ]
+        )
 
     def _float_value(self, samples: DataSource) -> float:
         scores = self.session.evaluate([self.session.float_program], samples, self.metric, "measuring float32")
@@ -223,7 +223,7 @@ class Quantizer:
     @property
     def evaluations(self) -> int:
         """Plans that were asked for so far: single layers on calibration samples, and joint ones; each counts once."""
-        return self.table.evaluations + len(self._asked)
+        return self.table.evaluations + len(frozenset().union(*(losses.digests for losses in self._losses)))
 
     # Plan.
 

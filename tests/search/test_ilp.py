@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -64,7 +65,8 @@ def chain(count: int, low: float = 4.0, middle: float = 1.0) -> SyntheticNetwork
     return SyntheticNetwork(losses, costs)
 
 
-def test_interactions_are_learned() -> None:
+@pytest.mark.parametrize("front", [False, True])
+def test_interactions_are_learned(front: bool) -> None:
     """Joint losses three times their sum, worse in the first half: the budget holds, and at nearly the least cost."""
 
     def interact(assignment: dict[str, str], _total: float) -> float:
@@ -74,10 +76,45 @@ def test_interactions_are_learned() -> None:
 
     chained = chain(8)
     network = SyntheticNetwork(chained.losses, chained.costs, interaction=interact)
-    result = IntegerProgramStrategy(groups=2).search(network.problem(40.0))
+    result = IntegerProgramStrategy(front).search(network.problem(40.0))
     assert result.within_budget
     assert network.model.total(precisions(result)) <= 1.05 * network.least_cost(40.0)
-    assert len(network.evaluated) < 60 < len(network.assignments())
+    assert len(network.evaluated) < (120 if front else 60) < len(network.assignments())
+
+
+def test_the_cheapest_plan_is_enough_where_it_keeps_the_budget() -> None:
+    """One plan is wanted, and all layers may be narrow: a single evaluation, and no layer is measured."""
+    network = chain(6)
+    problem = replace(network.problem(24.0), measure=lambda pairs: pytest.fail(f"measured {pairs}"))
+    result = IntegerProgramStrategy(front=False).search(problem)
+    assert precisions(result) == dict.fromkeys(network.losses, "a8w4")
+    assert len(network.evaluated) == 1
+
+
+@given(networks())
+@settings(max_examples=20, deadline=None)
+def test_front_of_an_additive_network(network: SyntheticNetwork) -> None:
+    """Of all plans there are, none is cheaper than the front by more than the step in loss that it leaves out."""
+    strategy = IntegerProgramStrategy()
+    result = strategy.search(network.problem(0.0))
+    found = [(step.cost, step.loss) for step in result.steps]
+    for plan in network.assignments():
+        cost, loss = network.model.total(plan), network.loss(plan)
+        assert any(c <= cost + 1e-6 and s <= max(1.2 * loss, 1e-6) for c, s in found), plan
+
+
+def test_the_budget_may_be_in_another_unit_than_the_smooth_loss() -> None:
+    """The budget counts the square root of what adds up, as shares of changed classes do."""
+    network = chain(6)
+    result = IntegerProgramStrategy(front=False).search(
+        replace(
+            network.problem(3.5),
+            evaluate=lambda plans: [math.sqrt(network.loss(plan)) for plan in plans],
+            smooth=network.evaluate,
+        )
+    )
+    assert result.within_budget
+    assert network.model.total(precisions(result)) == network.least_cost(3.5**2)
 
 
 def test_plans_have_to_hold_on_samples_that_they_were_not_chosen_by() -> None:

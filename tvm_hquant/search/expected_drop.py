@@ -29,7 +29,7 @@ from __future__ import annotations
 import numpy as np
 
 from tvm_hquant.simulator.margins import SCORED
-from tvm_hquant.simulator.metrics import Metric, MetricAccumulator
+from tvm_hquant.simulator.metrics import Floats, Metric, MetricAccumulator
 
 SCORES: tuple[Metric, ...] = (SCORED["top1"], SCORED["margin"], SCORED["preference"])
 """What :func:`expected_drop` needs to know of a plan, in this order."""
@@ -37,9 +37,15 @@ SCORES: tuple[Metric, ...] = (SCORED["top1"], SCORED["margin"], SCORED["preferen
 
 def expected_drop(top1: MetricAccumulator, margin: MetricAccumulator, preference: MetricAccumulator) -> float:
     """The expected drop in top-1 of a plan with these scores on the same samples, a fraction; never below 0."""
-    leads, quantized = np.array(margin.scores, np.float64).T
-    sure, right = np.array(preference.scores, np.float64).T
+    expected = drop_by_margins(np.array(margin.scores, np.float64), np.array(preference.scores, np.float64))
+    return max(expected, top1.loss_interval().low)
+
+
+def drop_by_margins(margins: Floats, preferences: Floats) -> float:
+    """The mean of f_i·κ·(p₁ − p₂)_i; both arguments are float64 [samples, 2], as their metrics score. Never below 0."""
+    leads, quantized = margins.T
+    sure, right = preferences.T
     noises = np.sort(quantized - leads)
     changes = np.searchsorted(noises, -leads, side="left") / len(noises)
     calibration = max(0.0, float(right.sum())) / max(float(sure.sum()), np.finfo(np.float64).tiny)
-    return max(0.0, float(np.mean(changes * sure)) * calibration, top1.loss_interval().low)
+    return max(0.0, float(np.mean(changes * sure)) * calibration)

@@ -1,20 +1,22 @@
-"""Ours: an integer program over measured sensitivities, corrected by joint evaluations until the budget holds.
+"""Ours: an integer program over measured sensitivities, corrected by joint evaluations, along the whole Pareto front.
 
-1. *Sensitivities*: the loss of the network with one layer alone in a precision, for all of them (``problem.measure``).
+1. *Sensitivities*: the smooth loss of the network with one layer alone in a precision, for all of them. For a front they
+   are measured on the search samples: those of few calibration samples would be off by a third or a half, and so would
+   the plans. A plan in which one layer alone is quantized is a point of the front as well.
 2. *Sweep*: the integer program (:mod:`~tvm_hquant.search.integer_program`) for bounds on the sum of these losses from the
-   smallest to the largest that matters. Its plans are evaluated jointly: they are the Pareto front.
-3. *Correction*: layers interact, so sums of single losses are not joint losses. The layers are cut into groups, in execution
-   order, and the joint losses l of all plans evaluated so far are fitted by
+   largest to the smallest. Its plans are evaluated jointly.
+3. *Filling*: the joint losses correct the model of the loss (:mod:`~tvm_hquant.search.loss_model`). Then the program is
+   solved for bounds between neighbouring points of the front whose losses differ by more than a tenth, and single layers
+   of points are changed. Of all plans found so, those are evaluated that by the model leave the front furthest behind, some
+   at a time, until none is expected to or as many were evaluated as are allowed.
+4. *Budget*: the bound for the budget, which may be in any unit, is read off the losses and smooth losses of all plans; the
+   program is solved for it and for bounds around it. Then single layers are changed while that helps (*repair*): cheaper
+   ones, or, where no plan keeps the budget, more exact ones.
+5. *Check*: the cheapest plan is taken that keeps the budget on the samples that plans are chosen by, on samples that were
+   kept back, and with 90 % confidence on all.
 
-       Σ_g scale(g) · Σ_{layers in g} loss(layer)  ≈  l,   scale ≥ 0
-
-   (least squares with weights 1/l, since small losses matter as much as large ones, drawn towards one common scale). With
-   the corrected losses the sum is an estimate of the joint loss in the budget's own unit. The sweep is made once more, and the
-   program is solved for the budget and for bounds around it; so it goes on while there are new plans.
-4. *Check*: the plan has to keep the budget on samples that it was not chosen by, where there are some. Of the plans that keep
-   it on the search samples the cheapest that also keeps it there is taken.
-5. *Repair*: single layers are changed: cheaper ones while the budget holds, or, where no plan keeps it, more exact ones,
-   those first that by the corrected losses give most for what they take.
+Where one plan is wanted and no front, 2 and 3 look only at what is near the budget, sensitivities are those of the calibration
+samples, and if the cheapest plan keeps the budget nothing else is looked at.
 
 Everything is deterministic: HiGHS is, and nothing is drawn at random.
 """
@@ -22,20 +24,26 @@ Everything is deterministic: HiGHS is, and nothing is drawn at random.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
-from scipy.optimize import nnls
+from scipy.optimize import isotonic_regression
 
 from tvm_hquant.errors import SearchError
 from tvm_hquant.plan import LayerDecision
+from tvm_hquant.precision import FLOAT32
+from tvm_hquant.search.front_filling import Promise, SingleChanges, bounds_in_gaps, most_promising
 from tvm_hquant.search.integer_program import IntegerProgram
-from tvm_hquant.search.problem import Assignment, LayerPrecision, SearchProblem, SearchResult, SearchStep
+from tvm_hquant.search.loss_model import LossModel
+from tvm_hquant.search.problem import Assignment, SearchProblem, SearchResult, SearchStep
 
-Floats = npt.NDArray[np.float64]
 Plan = tuple[tuple[str, str], ...]
+
+_GAPS = 32
+"""Gaps of the front that the program is solved for at once."""
+_NEAR = 1.5
+"""Where one plan is wanted, losses within this factor of the budget are near it."""
 
 
 @dataclass(frozen=True)
@@ -43,15 +51,19 @@ class IntegerProgramStrategy:
     """Minimizes the cost subject to the budget.
 
     Attributes:
+        front: whether the whole front is wanted, or one plan for the budget.
         sweep: plans of the first sweep.
-        rounds: corrections at most.
-        groups: of layers, each with a scale of its own.
+        batch: plans that are evaluated before the model is corrected again.
+        allowance: joint evaluations at most while the front is filled; None: 40 and 8 for each layer, or 24 for one plan.
+        step: relative distance of the losses of neighbouring points below which nothing is put between them.
         repairs: rounds of single changes at most; in each ``moves`` plans are evaluated.
     """
 
+    front: bool = True
     sweep: int = 24
-    rounds: int = 4
-    groups: int = 4
+    batch: int = 12
+    allowance: int | None = None
+    step: float = 0.1
     repairs: int = 4
     moves: int = 6
 
@@ -74,165 +86,238 @@ class IntegerProgramStrategy:
         return _Search(self, problem).run()
 
 
+@dataclass(frozen=True)
+class _Point:
+    """A plan that was evaluated: what it costs, its smooth loss, and its loss in the budget's unit."""
+
+    plan: Plan
+    cost: float
+    smooth: float
+    loss: float
+
+
 class _Search:
     def __init__(self, strategy: IntegerProgramStrategy, problem: SearchProblem) -> None:
         self.strategy, self.problem = strategy, problem
-        pairs = [(layer, p) for layer, precisions in problem.candidates.items() for p in precisions]
-        measured = problem.measure(pairs)
-        self.alone: dict[LayerPrecision, float] = {pair: max(0.0, measured[pair]) for pair in pairs}
-        layers = list(problem.candidates)
-        count = max(1, min(strategy.groups, len(layers)))
-        self.group = {layer: number * count // len(layers) for number, layer in enumerate(layers)}
-        self.scale: Floats = np.ones(count)
-        self.joint: dict[Plan, float] = {}
+        self.points: dict[Plan, _Point] = {}
         self.checked: dict[Plan, float] = {}
+        for_front, for_plan = 40 + 8 * len(problem.candidates), 24
+        default = for_front if strategy.front else for_plan
+        self.allowance = default if strategy.allowance is None else strategy.allowance
+        self.model = LossModel.of({})
+        self.changes = SingleChanges(problem.candidates, problem.costs)
 
     def run(self) -> SearchResult:
-        self._sweep(self.alone)
-        for number in range(self.strategy.rounds):
-            self._fit()
-            if number == 0:
-                self._sweep(self._corrected())
-            if not self._solve_near_budget():
-                break
-        for _ in range(self.strategy.repairs):
-            if not self._repair():
-                break
-        plan, loss = self._best()
-        return SearchResult(self._decisions(dict(plan)), loss, self._keeps(plan), self._steps())
+        if not self._cheapest_suffices():
+            self._measure()
+            self._sweep()
+            while self._fill():
+                pass
+            for _ in range(self.strategy.repairs):
+                if not self._solve_near_budget() and not self._repair():
+                    break
+        best = self._best()
+        return SearchResult(self._decisions(dict(best.plan)), best.loss, self._keeps(best), self._steps())
 
     # Plans.
 
-    def _evaluate(self, plans: Sequence[Mapping[str, str] | None]) -> int:
+    def _evaluate(self, plans: Iterable[Assignment | None]) -> int:
         """Evaluates the plans that are new; how many there were."""
         new = [
-            p for p in dict.fromkeys(tuple(plan.items()) for plan in plans if plan is not None) if p not in self.joint
+            p for p in dict.fromkeys(tuple(plan.items()) for plan in plans if plan is not None) if p not in self.points
         ]
         if new:
-            self.joint.update(zip(new, self.problem.evaluate([dict(p) for p in new]), strict=True))
+            assignments = [dict(plan) for plan in new]
+            losses = self.problem.evaluate(assignments)
+            smooth = self.problem.smooth(assignments) if self.problem.smooth is not None else losses
+            for plan, assignment, loss, value in zip(new, assignments, losses, smooth, strict=True):
+                self.points[plan] = _Point(plan, self.problem.costs.total(assignment), value, loss)
         return len(new)
 
-    def _solve(self, bounds: Sequence[float], losses: Mapping[LayerPrecision, float]) -> list[dict[str, str] | None]:
-        program = IntegerProgram(self.problem.candidates, self.problem.costs, losses, self.problem.levels)
+    def _solve(self, bounds: Sequence[float]) -> list[dict[str, str] | None]:
+        problem = self.problem
+        program = IntegerProgram(problem.candidates, problem.costs, self.model.losses, problem.levels)
         return [program.solve(bound) for bound in bounds]
 
-    def _sweep(self, losses: Mapping[LayerPrecision, float]) -> None:
+    def _cheapest_suffices(self) -> bool:
+        """Whether one plan is wanted and the cheapest one keeps the budget."""
+        problem = self.problem
+        if self.strategy.front or problem.levels is not None:
+            return False
+        nothing = dict.fromkeys(problem.costs.layers, 0.0)
+        cheapest = IntegerProgram(problem.candidates, problem.costs, nothing).solve(math.inf)
+        self._evaluate([cheapest])
+        return any(self._keeps(point) for point in self.points.values())
+
+    def _measure(self) -> None:
+        problem = self.problem
+        pairs = [(layer, p) for layer, precisions in problem.candidates.items() for p in precisions]
+        measure = problem.measure
+        if self.strategy.front and problem.measure_on_search is not None:
+            measure = problem.measure_on_search
+        self.model = LossModel.of(measure(pairs))
+        if measure is not problem.measure and all(FLOAT32.name in own for own in problem.candidates.values()):
+            # What was measured are plans too.
+            everything_float = dict.fromkeys(problem.candidates, FLOAT32.name)
+            self._evaluate({**everything_float, layer: precision} for layer, precision in pairs)
+            self.allowance += len(self.points)
+
+    def _sweep(self) -> None:
         """Plans for bounds from none down to the least possible, evenly in their logarithms."""
-        cheapest = self._solve([math.inf], losses)[0]
-        exact = {layer: self._most_exact(layer) for layer in self.problem.candidates}
-        ends: list[Mapping[str, str] | None] = [cheapest] if self.problem.levels else [cheapest, exact]
-        self._evaluate(ends)
+        problem, losses = self.problem, self.model.losses
+        cheapest = self._solve([math.inf])[0]
+        exact = {layer: self._most_exact(layer) for layer in problem.candidates}
+        self._evaluate([cheapest] if problem.levels else [cheapest, exact])
         if cheapest is None:
             raise SearchError(
-                f"no plan has the levels {dict(self.problem.levels or {})}: their counts have to fit the network's "
-                f"{len(self.problem.candidates)} layers and what each of them may have"
+                f"no plan has the levels {dict(problem.levels or {})}: their counts have to fit the network's "
+                f"{len(problem.candidates)} layers and what each of them may have"
             )
-        largest = sum(losses[pair] for pair in cheapest.items())
+        largest = self.model.predict(cheapest)
         positive = [loss for loss in losses.values() if 0 < loss < math.inf]
         if not positive or largest <= 0:
             return
-        smallest = max(min(positive), 1e-4 * min(largest, sum(positive)))
+        smallest = max(min(positive), 1e-5 * min(largest, sum(positive)))
         largest = largest if math.isfinite(largest) else sum(positive)
-        bounds = np.geomspace(largest, smallest, self.strategy.sweep + 2)[1:-1]
-        self._evaluate(self._solve(bounds.tolist(), losses))
+        self._evaluate(self._solve(np.geomspace(largest, smallest, self.strategy.sweep + 2)[1:-1].tolist()))
 
-    def _solve_near_budget(self) -> int:
-        budget = self.problem.budget
-        if budget <= 0:
-            return self._evaluate(self._solve([0.0], self._corrected()))
-        return self._evaluate(self._solve([budget * f for f in (1.25, 1.0, 0.8, 0.6)], self._corrected()))
+    # Filling the front.
 
-    # Correction.
+    def _fill(self) -> int:
+        """Evaluates the plans that promise most beyond the front; how many."""
+        left = min(self.strategy.batch, self.allowance - len(self.points))
+        if left <= 0:
+            return 0
+        self._fit()
+        front = self._front()
+        near = self._smooth_budget()
+        promised: dict[Plan, Promise] = {}
+        for plan in self._solve(bounds_in_gaps([point.smooth for point in front], self.strategy.step, _GAPS)):
+            if plan is not None:
+                items = tuple(plan.items())
+                promised[items] = Promise(items, self.problem.costs.total(plan), self.model.predict(plan))
+        for point in front:
+            for promise in self._changes(point):
+                known = promised.get(promise.plan)
+                if known is None or promise.loss < known.loss:
+                    promised[promise.plan] = promise
+        new = [promise for promise in promised.values() if promise.plan not in self.points]
+        if not self.strategy.front:
+            new = [promise for promise in new if near / _NEAR <= promise.loss <= near * _NEAR]
+        chosen = most_promising([(p.cost, p.smooth) for p in front], new, left, self.strategy.step)
+        return self._evaluate(dict(promise.plan) for promise in chosen)
 
-    def _features(self, plan: Plan) -> Floats:
-        values = np.zeros(len(self.scale))
-        for pair in plan:
-            values[self.group[pair[0]]] += self.alone[pair]
-        return values
+    def _front(self) -> list[_Point]:
+        """Points that no other one dominates in cost and smooth loss, the cheapest first."""
+        front: list[_Point] = []
+        for point in sorted(self.points.values(), key=lambda p: (p.cost, p.smooth)):
+            if not front or point.smooth < front[-1].smooth:
+                front.append(point)
+        return front
+
+    def _changes(self, point: _Point) -> list[Promise]:
+        """Plans that differ from a point in one layer; none where levels are prescribed."""
+        losses, plan = self.model.losses, dict(point.plan)
+        if self.problem.levels is not None:
+            return []
+        return [
+            Promise(
+                tuple({**plan, layer: other}.items()),
+                point.cost + added,
+                point.smooth + losses[layer, other] - losses[layer, plan[layer]],
+            )
+            for layer, other, added in self.changes.of(plan)
+        ]
 
     def _fit(self) -> None:
-        """Scales of the groups from all joint losses; losses of 0 and below say little and are left out."""
-        rows = [(self._features(plan), loss) for plan, loss in self.joint.items() if 0 < loss < math.inf]
-        rows = [(f, loss) for f, loss in rows if np.isfinite(f).all() and f.sum() > 0]
-        if not rows:
-            return
-        features = np.array([f / loss for f, loss in rows])
-        common = 1.0 / float(np.median(features.sum(axis=1)))
-        # A pull of each scale towards the common one, as strong as one plan whose loss all groups share alike.
-        share = features.mean(axis=0)
-        pull = np.diag(np.where(share > 0, share, 1.0))
-        matrix = np.vstack([features, pull])
-        wanted = np.concatenate([np.ones(len(rows)), np.diag(pull) * common])
-        self.scale = nnls(matrix, wanted)[0]
+        plans = [dict(plan) for plan in self.points]
+        self.model = self.model.fitted(plans, [point.smooth for point in self.points.values()])
 
-    def _corrected(self) -> dict[LayerPrecision, float]:
-        return {pair: loss * float(self.scale[self.group[pair[0]]]) for pair, loss in self.alone.items()}
+    # The budget.
 
-    # Check and repair.
+    def _solve_near_budget(self) -> int:
+        """Plans for the budget and bounds around it; how many are new."""
+        self._fit()
+        bound = self._smooth_budget()
+        return self._evaluate(self._solve([bound * f for f in ((1.15, 1.0, 0.87, 0.7) if bound > 0 else (0.0,))]))
 
-    def _keeps(self, plan: Plan) -> bool:
+    def _smooth_budget(self) -> float:
+        """The smooth loss at which the budget is reached, by isotonic regression over all points."""
+        known = [(p.smooth, p.loss) for p in self.points.values() if 0 < p.smooth < math.inf and math.isfinite(p.loss)]
+        if not known:
+            return max(0.0, self.problem.budget)
+        known.sort()
+        smooth, loss = np.array(known).T
+        rising = isotonic_regression(loss).x
         budget = self.problem.budget
-        if self.joint[plan] > budget:
+        if rising[0] > budget:
+            return 0.0 if budget <= 0 else float(smooth[0] * budget / rising[0])
+        last = int(np.searchsorted(rising, budget, side="right")) - 1
+        if last == len(rising) - 1 or rising[last + 1] == rising[last]:
+            return float(smooth[last])
+        part = (budget - rising[last]) / (rising[last + 1] - rising[last])
+        return float(smooth[last] * (smooth[last + 1] / smooth[last]) ** part)
+
+    def _keeps(self, point: _Point) -> bool:
+        budget = self.problem.budget
+        if point.loss > budget:
             return False
         if self.problem.check is None:
             return True
-        if plan not in self.checked:
-            self.checked[plan] = self.problem.check([dict(plan)])[0]
-        return self.checked[plan] <= budget
+        if point.plan not in self.checked:
+            self.checked[point.plan] = self.problem.check([dict(point.plan)])[0]
+        return self.checked[point.plan] <= budget
 
-    def _best(self) -> tuple[Plan, float]:
-        for plan in sorted(self.joint, key=lambda p: (self._cost(p), self.joint[p])):
-            if self._keeps(plan):
-                return plan, self.joint[plan]
+    def _best(self) -> _Point:
+        for point in sorted(self.points.values(), key=lambda p: (p.cost, p.loss)):
+            if self._keeps(point):
+                return point
         # Nothing holds: the least excess, on whichever samples it is larger.
-        plan = min(self.joint, key=lambda p: (max(self.joint[p], self.checked.get(p, -math.inf)), self._cost(p)))
-        return plan, self.joint[plan]
+        return min(
+            self.points.values(), key=lambda p: (max(p.loss, self.checked.get(p.plan, -math.inf)), p.smooth, p.cost)
+        )
 
     def _repair(self) -> int:
         """Evaluates the most promising single changes of the best plan; how many were new."""
-        plan, loss = self._best()
-        holds = self._keeps(plan)
-        losses, costs = self._corrected(), self.problem.costs
-        before = costs.predicted(dict(plan))
-        moves: list[tuple[float, float, dict[str, str]]] = []
-        for layer, precision in plan if self.problem.levels is None else ():
-            for other in self.problem.candidates[layer]:
-                changed = {**dict(plan), layer: other}
-                saved = before - costs.predicted(changed)
-                added = losses[layer, other] - losses[layer, precision]
-                if other == precision or tuple(changed.items()) in self.joint:
-                    continue
-                if holds and saved > 0 and loss + added <= 1.25 * self.problem.budget:
-                    moves.append((-saved, added, changed))
-                if not holds and added < 0:
-                    moves.append((added / max(-saved, 1e-3 * abs(before) / len(plan)), added, changed))
+        best = self._best()
+        holds, bound = self._keeps(best), 1.1 * self._smooth_budget()
+        moves: list[tuple[float, float, Plan]] = []
+        for plan, cost, smooth in self._changes(best):
+            if plan in self.points:
+                continue
+            saved, removed = best.cost - cost, best.smooth - smooth
+            if holds and saved > 0 and smooth <= bound:
+                moves.append((-saved, smooth, plan))
+            if not holds and removed > 0:
+                moves.append((-removed / max(-saved, 1e-3 * abs(best.cost) / len(plan)), smooth, plan))
         moves.sort(key=lambda move: move[:2])
-        return self._evaluate([changed for _, _, changed in moves[: self.strategy.moves]])
+        return self._evaluate(dict(plan) for _, _, plan in moves[: self.strategy.moves])
 
     # Results.
 
-    def _cost(self, plan: Plan) -> float:
-        return self.problem.costs.total(dict(plan))
-
     def _most_exact(self, layer: str) -> str:
-        return min(reversed(self.problem.candidates[layer]), key=lambda p: self.alone[layer, p])
+        return min(reversed(self.problem.candidates[layer]), key=lambda p: self.model.alone[layer, p])
 
     def _steps(self) -> tuple[SearchStep, ...]:
         candidates = self.problem.candidates
         return tuple(
-            SearchStep(sum(p != candidates[layer][0] for layer, p in plan), loss, self._cost(plan))
-            for plan, loss in self.joint.items()
+            SearchStep(sum(p != candidates[layer][0] for layer, p in point.plan), point.loss, point.cost)
+            for point in self.points.values()
         )
 
     def _decisions(self, plan: Assignment) -> dict[str, LayerDecision]:
         decisions = {}
+        alone = self.model.alone
         for layer, precision in plan.items():
             cheapest = min(self.problem.candidates[layer], key=lambda p: self.problem.costs.layers[layer, p])
-            detail = f"alone it loses {self.alone[layer, precision]:.3g}"
+            if not alone:
+                decisions[layer] = LayerDecision(precision, "within budget", "all layers in their cheapest precision")
+                continue
+            detail = f"alone it loses {alone[layer, precision]:.3g}"
             if precision == cheapest:
                 decisions[layer] = LayerDecision(precision, "within budget", detail)
                 continue
-            detail += f", {self.alone[layer, cheapest]:.3g} in {cheapest}"
-            gains = self.alone[layer, precision] < self.alone[layer, cheapest]
+            detail += f", {alone[layer, cheapest]:.3g} in {cheapest}"
+            gains = alone[layer, precision] < alone[layer, cheapest]
             decisions[layer] = LayerDecision(precision, "sensitive" if gains else "cast cost", detail)
         return decisions

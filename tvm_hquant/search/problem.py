@@ -56,12 +56,15 @@ class SearchProblem:
         evaluate: true joint losses of assignments on the search samples, in the unit of ``budget``; asking for many at
             once is cheaper, above all for those that differ in late layers.
         budget: the largest loss allowed.
-        check: as ``evaluate``, on samples that the search does not choose by: those who tighten a budget ask it rarely.
+        check: what plans lose at most, in the same unit, with confidence and on samples that the search does not choose by:
+            those who tighten a budget ask it rarely.
         accuracy: of the float model on the search samples, so that accuracy − loss is that of a plan; 1 where the metric
             is no accuracy.
         parameters: number of weights of each layer.
         levels: how many layers have to get each precision; None: as many as the strategy likes.
         seed: of whatever a strategy draws at random.
+        smooth: losses of the same plans that nearly add up over layers, in the unit of ``measure``; None: ``evaluate`` does.
+        measure_on_search: as ``measure``, on the search samples: closer to what ``smooth`` says of plans, and more expensive.
     """
 
     candidates: Mapping[str, tuple[str, ...]]
@@ -74,6 +77,8 @@ class SearchProblem:
     parameters: Mapping[str, int] = field(default_factory=dict)
     levels: Mapping[str, int] | None = None
     seed: int = 0
+    smooth: Callable[[Sequence[Assignment]], Sequence[float]] | None = None
+    measure_on_search: Callable[[Sequence[LayerPrecision]], Mapping[LayerPrecision, float]] | None = None
 
 
 @dataclass(frozen=True)
@@ -112,7 +117,7 @@ class SearchStrategy(Protocol):
 
 @runtime_checkable
 class CheckingStrategy(SearchStrategy, Protocol):
-    """A strategy that checks plans on samples of their own (``SearchProblem.check``); they are kept back for it."""
+    """A strategy that checks plans (``SearchProblem.check``); samples are kept back for it."""
 
     @property
     def checks_plans(self) -> bool: ...

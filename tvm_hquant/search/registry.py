@@ -27,11 +27,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class StrategyContext:
-    """What a strategy may need beyond the problem: the calibrated model, and calibration samples with their gradients."""
+    """What a strategy may need beyond the problem: the calibrated model, and calibration samples with their gradients.
+
+    ``front`` says whether a whole front is wanted, or one plan for the budget.
+    """
 
     session: QuantizationSession
     samples: DataSource
     seed: int = 0
+    front: bool = True
 
 
 STRATEGIES: Mapping[str, Callable[[StrategyContext], SearchStrategy]] = {
@@ -44,7 +48,7 @@ STRATEGIES: Mapping[str, Callable[[StrategyContext], SearchStrategy]] = {
     "after-storage": lambda context: AfterStorageStrategy(LayoutData(context.session, context.samples)),
     "hawq-v2": lambda context: HessianStrategy(LayoutData(context.session, context.samples), seed=context.seed),
     "multipoint": lambda context: MultipointStrategy(context.session),
-    "ilp": lambda _context: IntegerProgramStrategy(),
+    "ilp": lambda context: IntegerProgramStrategy(context.front),
 }
 """Makes each strategy for a model; one line for each."""
 

@@ -1,0 +1,135 @@
+"""What whole plans lose on the search samples, in the metric of the budget and in a smooth loss.
+
+The *smooth* loss is the divergence from the float model's output, or its mean squared error where the budget counts errors of
+outputs (``mse``, ``sqnr``). It needs few samples, and unlike a share of right classes or decibels it adds up over layers.
+
+Of the samples some can be *kept back*: scores are known for all of them, but what plans are chosen by leaves these out, so
+that they can say whether a plan keeps the budget on samples that had no part in its choice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from tvm_hquant.calibration.samples import DataSource
+from tvm_hquant.calibration.split import split_calibration
+from tvm_hquant.precision import FLOAT32, parse_precision
+from tvm_hquant.search.expected_drop import SCORES, drop_by_margins, expected_drop
+from tvm_hquant.search.problem import Assignment, LayerPrecision
+from tvm_hquant.session import QuantizationSession
+from tvm_hquant.simulator.metrics import METRICS, Floats, Metric, MetricAccumulator
+from tvm_hquant.statistics import Interval, bootstrap_interval
+
+_KEPT_BACK = 1 / 3
+_UPPER_BOUND_LEVEL = 0.8
+"""Of a two-sided interval, so that the upper bound holds with 90 %."""
+_RESAMPLES = 200
+
+
+@dataclass(frozen=True)
+class PlanScores:
+    """Scores of one plan on all search samples: of the metrics that its loss is made of, and of the smooth loss."""
+
+    own: tuple[MetricAccumulator, ...]
+    smooth: MetricAccumulator
+
+    def loss(self, samples: Sequence[int] | None = None) -> float:
+        """In the unit of the budget; for top-1 the expected drop. On all samples, or on some by position."""
+        own = self.own if samples is None else tuple(_part(scores, samples) for scores in self.own)
+        return expected_drop(*own) if own[0].metric.name == "top1" else own[0].loss
+
+    def smooth_loss(self, samples: Sequence[int] | None = None) -> float:
+        """On all samples, or on some by position."""
+        return (self.smooth if samples is None else _part(self.smooth, samples)).loss
+
+    def upper_bound(self, seed: int = 0) -> float:
+        """What :meth:`loss` is below with 90 % confidence, by the bootstrap over samples."""
+        own = self.own
+        tables = np.stack([np.array(scores.scores, np.float64) for scores in own], axis=1)
+
+        def loss(rows: Floats) -> float:
+            if own[0].metric.name != "top1":
+                return own[0].metric.loss(rows[:, 0])
+            return drop_by_margins(rows[:, 1], rows[:, 2])
+
+        if not np.isfinite(tables).all():
+            return float("inf")
+        return max(self.loss(), bootstrap_interval(tables, loss, _UPPER_BOUND_LEVEL, seed, _RESAMPLES).high)
+
+    @property
+    def interval(self) -> Interval:
+        """What was measured, with its 95 % interval."""
+        return self.own[0].loss_interval()
+
+
+class JointLosses:
+    """Scores plans on the search samples, each at most once.
+
+    Args:
+        session: the calibrated model.
+        samples: to score on.
+        metric: of the budget.
+        seed: of the choice of samples that are kept back, and of resampling.
+        keep_back: whether to keep a third of the samples back; there have to be three.
+    """
+
+    def __init__(
+        self, session: QuantizationSession, samples: DataSource, metric: Metric, seed: int = 0, keep_back: bool = False
+    ) -> None:
+        self._session, self._samples, self._seed = session, samples, seed
+        self._metrics: Sequence[Metric] = SCORES if metric.name == "top1" else (metric,)
+        self._smooth = METRICS["mse" if metric.name in ("mse", "sqnr") else "kl"]
+        self._known: dict[str, PlanScores] = {}
+        self._chosen_by: tuple[int, ...] | None = None
+        self._kept_back: tuple[int, ...] = ()
+        if keep_back:
+            parts = split_calibration(samples, _KEPT_BACK, seed)
+            self._chosen_by, self._kept_back = parts.calibration.indices, parts.evaluation.indices
+
+    @property
+    def digests(self) -> frozenset[str]:
+        """Of all programs that were asked for."""
+        return frozenset(self._known)
+
+    def scores(self, assignments: Iterable[Assignment]) -> list[PlanScores]:
+        """Scores of plans."""
+        programs = [
+            self._session.program({name: parse_precision(p) for name, p in assignment.items()})
+            for assignment in assignments
+        ]
+        new = {program.digest: program for program in programs if program.digest not in self._known}
+        if new:
+            metrics = [*self._metrics, self._smooth]
+            found = self._session.evaluate_metrics(list(new.values()), self._samples, metrics, "searching")
+            self._known.update(
+                (digest, PlanScores(tuple(own[:-1]), own[-1])) for digest, own in zip(new, found, strict=True)
+            )
+        return [self._known[program.digest] for program in programs]
+
+    def losses(self, assignments: Sequence[Assignment]) -> list[float]:
+        """In the unit of the budget, on the samples that plans are chosen by."""
+        return [scores.loss(self._chosen_by) for scores in self.scores(assignments)]
+
+    def smooth_losses(self, assignments: Sequence[Assignment]) -> list[float]:
+        """Smooth losses, on the samples that plans are chosen by."""
+        return [scores.smooth_loss(self._chosen_by) for scores in self.scores(assignments)]
+
+    def of_layers(self, pairs: Sequence[LayerPrecision]) -> dict[LayerPrecision, float]:
+        """Smooth losses of plans in which one layer has a precision and all others compute in float32."""
+        everything_float = {layer.name: FLOAT32.name for layer in self._session.graph.anchors}
+        plans = [{**everything_float, layer: precision} for layer, precision in pairs]
+        return dict(zip(pairs, self.smooth_losses(plans), strict=True))
+
+    def checked_losses(self, assignments: Sequence[Assignment]) -> list[float]:
+        """What plans lose at most: the larger of the loss on the samples kept back, and the upper bound on all samples."""
+        return [
+            max(scores.loss(self._kept_back) if self._kept_back else 0.0, scores.upper_bound(self._seed))
+            for scores in self.scores(assignments)
+        ]
+
+
+def _part(scores: MetricAccumulator, samples: Sequence[int]) -> MetricAccumulator:
+    return MetricAccumulator(scores.metric, tuple(scores.scores[position] for position in samples))
