@@ -156,7 +156,8 @@ def read_front(path: Path) -> StrategyFront:
 
 def compare(fronts: list[StrategyFront]) -> list[tuple[str, ...]]:
     """A row of the table for each front; the first one is that of ilp."""
-    ours, rows = fronts[0], []
+    ours = fronts[0]
+    rows: list[tuple[str, ...]] = []
     for front in fronts:
         of_divergence = [is_matched(plan, ours, "divergence") for plan in front.plans]
         of_top1 = [is_matched(plan, ours, "top1_lost") for plan in front.plans]
