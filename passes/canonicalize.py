@@ -30,8 +30,10 @@ What each operator looks like afterwards, in NCHW:
 - clamps: ``R.nn.relu`` or ``R.clip``, in front of a concat if layers absorb them there, none of what lies within their
   bounds already; x · sigmoid(x): ``R.nn.silu``;
 - mean over rows and columns: ``R.mean(x, axis=[2, 3], keepdims=True)``, and a reshape where the axes are dropped;
+- products of two activations: ``R.matmul(a, b)``, a number that scales either behind it, by ``R.multiply``;
 - pools: explicit padding and ``ceil_mode=False``, but for average pools that count their padding and read beyond it;
-- flatten, squeeze, expand_dims: ``R.reshape``; channel shuffle: ``R.take(x, indices, axis=1)``; split: slices;
+- flatten, squeeze, expand_dims: ``R.reshape``; channel shuffle: ``R.take(x, indices, axis=1)``; split and
+  Gather of one index: slices;
 - resizing to nearest neighbours: ``R.take`` of rows, then of columns;
 - ONNX Sum, Max, Min, Mean of several tensors: chains of ``R.add``, ``R.maximum``, ``R.minimum``;
 - local response normalization: x / (bias + alpha · m)^beta with m the mean of x · x over the channels' window, written as
@@ -68,6 +70,7 @@ RULES = (
     movement.drop_empty_pad,
     movement.spell_static_shape,
     movement.spell_nearest_resize,
+    movement.spell_single_take,
     windows.merge_pad_into_window,
     windows.resolve_ceil_mode,
     windows.drop_uncounted_padding_flag,
@@ -75,6 +78,7 @@ RULES = (
     affine.fold_batch_norm,
     affine.fold_scale_and_shift,
     affine.fold_scale_before_dense,
+    affine.move_factor_behind_matmul,
     elementwise.spell_silu,
 )
 

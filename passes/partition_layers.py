@@ -24,7 +24,8 @@ After::
         lv4 = cls.max_pool2d_0(lv3)
 
 An anchor (convolution or dense layer with constant weights) takes its bias, then one residual addition, then one clamp,
-each only where nothing else reads the value in between. An addition takes a clamp. Local response normalization and
+each only where nothing else reads the value in between. An addition takes a clamp. A product of two activations takes
+the permutations around it and a factor. Local response normalization and
 activations such as HardSwish, which come as chains of elementwise operators, are one layer each. Every other operator is
 a layer of its own. ``FuseOpsByPattern`` matches the same shapes, but merges equal functions into one; a layer must keep
 its own.
@@ -43,7 +44,17 @@ from tvm import IRModule, relax
 from tvm_hquant.errors import ModelError
 from tvm_hquant.layers import LAYER_ATTRIBUTE, OPERATOR_ATTRIBUTE, constant_array, is_constant
 from tvm_hquant.operator_codec import encode
-from tvm_hquant.operators import Add, AveragePool2D, Epilogue, LocalResponseNormalization, Opaque, Operator, Unary
+from tvm_hquant.operators import (
+    Add,
+    AveragePool2D,
+    BatchMatmul,
+    Epilogue,
+    LocalResponseNormalization,
+    Opaque,
+    Operator,
+    Unary,
+)
+from tvm_hquant.relax_ir.batch_matmuls import find_batch_matmuls
 from tvm_hquant.relax_ir.describe import (
     clip_bounds,
     describe_anchor,
@@ -55,9 +66,9 @@ from tvm_hquant.relax_ir.describe import (
     shape_of,
     tensor_arguments,
 )
-from tvm_hquant.relax_ir.local_response_normalization import FoundNormalization, find_local_response_normalizations
+from tvm_hquant.relax_ir.local_response_normalization import find_local_response_normalizations
 from tvm_hquant.relax_ir.relax_functions import function_identifier, tir_function_names, with_called_functions
-from tvm_hquant.relax_ir.unary_chains import FoundActivation, find_activations
+from tvm_hquant.relax_ir.unary_chains import find_activations
 
 _WEIGHT_SUFFIX = re.compile(r"([._/]|__)(weights?|kernel|w)((_\d+)?|:0)$", re.IGNORECASE)
 
@@ -133,12 +144,13 @@ class _Partitioner:
     def _groups(self) -> list[_Group]:
         ends: dict[int, _Group] = {}
         pairs = [(b.var, b.value) for b in self.bindings]
-        chains: list[FoundNormalization | FoundActivation] = []
-        chains += find_local_response_normalizations(pairs)
-        chains += find_activations(pairs)
-        for found in chains:
-            if self._is_closed(found.indices):
-                indices, group = self._finish(list(found.indices), (found.data,), found.operator, None)
+        chains: list[tuple[tuple[int, ...], tuple[Any, ...], Operator]] = []
+        chains += [(f.indices, f.inputs, f.operator) for f in find_batch_matmuls(pairs, self.users)]
+        chains += [(f.indices, (f.data,), f.operator) for f in find_local_response_normalizations(pairs)]
+        chains += [(f.indices, (f.data,), f.operator) for f in find_activations(pairs)]
+        for positions, inputs, operator in chains:
+            if self._is_closed(positions) and not self.grouped.intersection(positions):
+                indices, group = self._finish(list(positions), inputs, operator, None)
                 self.grouped.update(indices)
                 ends[indices[-1]] = group
         for index, binding in enumerate(self.bindings):
@@ -218,6 +230,8 @@ class _Partitioner:
         kind = operator_name(call).rsplit(".", 1)[-1] or type(operator).__name__.lower()
         if isinstance(operator, AveragePool2D) and operator.output_shape[1:3] == (1, 1):
             kind = "global_average_pool"
+        if isinstance(operator, BatchMatmul):
+            kind = "matmul"
         if isinstance(operator, LocalResponseNormalization):
             kind = "local_response_normalization"
         if isinstance(operator, Unary) and chain_length > 1:

@@ -26,7 +26,7 @@ class NetworkCase:
 
 
 _LEFT_TO_TVM = {
-    "transformer": "matmul multiply nn.layer_norm",
+    "transformer": "nn.layer_norm",
     "unet": "nn.conv2d_transpose",
     "conv1d": "add max nn.conv1d",
     "selu": "multiply",

@@ -111,6 +111,19 @@ def test_gates_stay_in_codes(case: NetworkCase) -> None:
     assert [(c.tensor, c.kind) for c in program.conversions] == [("x", "quantize")]
 
 
+def test_attention_stays_in_codes() -> None:
+    """Queries, keys and values are multiplied as they are written: only what a float operator makes is converted."""
+    (case,) = (c for c in block_cases() if c.name == "transformer")
+    session = import_model(case.model, inputs_of(case.model)).session
+    plan = uniform_plan(session, "a8w8")
+    program = session.builder.program(plan.precisions(), plan.scales)
+    products = [step for step in program.steps if step.layer is not None and step.layer.operator_kind == "batch_matmul"]
+    assert [step.format.dtype for step in products] == ["float32", "uint8"]
+    assert [(c.tensor, c.kind) for c in program.conversions] == [
+        (tensor, "quantize") for tensor in ("layer_norm_0", "softmax_0", "x", "layer_norm_1", "wo")
+    ]
+
+
 def test_spelling_of_opsets_does_not_matter() -> None:
     """One classifier in any opset has the same layers with the same names, and computes what ONNX Runtime does."""
     layers = []

@@ -14,6 +14,7 @@ from tvm_hquant.errors import PrecisionError
 from tvm_hquant.layers import Layer, LayerGraph
 from tvm_hquant.operators import (
     AveragePool2D,
+    BatchMatmul,
     Concat,
     LocalResponseNormalization,
     MaxPool2D,
@@ -22,7 +23,7 @@ from tvm_hquant.operators import (
     Softmax,
     Unary,
 )
-from tvm_hquant.precision import FLOAT32, Arithmetic, Precision
+from tvm_hquant.precision import FLOAT32, INT8, Arithmetic, Precision
 from tvm_hquant.tensor_format import FLOAT32_FORMAT, TensorFormat, float_format
 
 TensorScales = Mapping[str, Mapping[str, TensorFormat]]
@@ -46,7 +47,13 @@ def is_float_only(layer: Layer, precision: Precision) -> bool:
         return True
     if isinstance(operator, Unary) and operator.function != "clip":
         return not (precision.is_integer and precision.activation_bits <= 8)
-    return False
+    return isinstance(operator, BatchMatmul) and precision.is_integer and precision.activation_bits > 8
+
+
+def read_precision(layer: Layer, index: int, precision: Precision) -> Precision:
+    """The precision in whose codes a layer reads input ``index``: the second matrix of a product is symmetric int8."""
+    is_second_matrix = isinstance(layer.operator, BatchMatmul) and index == 1
+    return INT8 if is_second_matrix and precision.is_integer else precision
 
 
 def _width(precision: Precision) -> int:
@@ -70,15 +77,19 @@ def follow_consumers(
 ) -> dict[str, FollowedPrecision]:
     """Precisions of all layers without weights: each takes the widest that its readers take, so that casts are few.
 
+    A product of two activations is work of its own, and what reads it is often in float (a softmax): it takes the widest that
+    the layers with weights take from whose results its matrices come.
+
     ``anchors`` gives the layers with weights their precision, ``fixed`` what the user fixed for others, ``output`` the
     precision in which layers that make graph outputs are computed.
     """
-    chosen: dict[str, FollowedPrecision] = {}
+    chosen = _follow_makers(graph, anchors)
     for layer in reversed(graph.layers):
-        if layer.is_anchor:
+        if layer.is_anchor or (layer.name in chosen and layer.name not in fixed):
             continue
         readers = [
-            anchors[name] if name in anchors else chosen[name].precision for name, _ in graph.consumers[layer.name]
+            read_precision(graph.by_name[name], index, anchors[name] if name in anchors else chosen[name].precision)
+            for name, index in graph.consumers[layer.name]
         ]
         if layer.name in graph.outputs:
             readers.append(output)
@@ -98,6 +109,23 @@ def follow_consumers(
         else:
             detail = "the layers that read it are in float" if graph.consumers[layer.name] else "makes a graph output"
             chosen[layer.name] = FollowedPrecision(wanted, "cast cost", detail)
+    return chosen
+
+
+def _follow_makers(graph: LayerGraph, anchors: Mapping[str, Precision]) -> dict[str, FollowedPrecision]:
+    """Precisions of the products of two activations that are made of what layers with weights make."""
+    chosen: dict[str, FollowedPrecision] = {}
+    makers: dict[str, frozenset[str]] = dict.fromkeys(graph.inputs, frozenset())
+    for layer in graph.layers:
+        before = frozenset().union(*(makers[tensor] for tensor in layer.inputs))
+        makers[layer.name] = frozenset({layer.name}) if layer.is_anchor else before
+        if not isinstance(layer.operator, BatchMatmul) or not before:
+            continue
+        wanted = _without_weights(max((anchors[name] for name in sorted(before)), key=_width))
+        if is_float_only(layer, wanted):
+            chosen[layer.name] = FollowedPrecision(FLOAT32, "no kernel", _why_float_only(layer, wanted))
+        else:
+            chosen[layer.name] = FollowedPrecision(wanted, "as its makers", "")
     return chosen
 
 
@@ -206,7 +234,9 @@ def assign_formats(graph: LayerGraph, precisions: Mapping[str, Precision], scale
             if is_transparent(layer):
                 required[layer.name, index] = produced[layer.name]
             elif precision.is_integer:
-                required[layer.name, index] = _codes(scales, tensor, precision, layer.name)
+                required[layer.name, index] = _codes(
+                    scales, tensor, read_precision(layer, index, precision), layer.name
+                )
             else:
                 required[layer.name, index] = float_format(precision)
     return GraphFormats(produced, required, dict(precisions))

@@ -20,7 +20,7 @@ from tvm.ir.expr import GenericConst
 
 from tvm_hquant.errors import ModelError
 from tvm_hquant.operator_codec import decode
-from tvm_hquant.operators import Conv2D, Dense, Movement, Operator, Shape
+from tvm_hquant.operators import BatchMatmul, Conv2D, Dense, Movement, Operator, Shape
 
 LAYER_ATTRIBUTE = "hquant.layer"
 OPERATOR_ATTRIBUTE = "hquant.operator"
@@ -60,8 +60,8 @@ class Layer:
 
     @property
     def macs(self) -> int:
-        """Multiply-accumulates of one call; 0 without weights."""
-        return self.operator.macs if isinstance(self.operator, (Conv2D, Dense)) else 0
+        """Multiply-accumulates of one call; 0 for operators that are no products of matrices."""
+        return self.operator.macs if isinstance(self.operator, (Conv2D, Dense, BatchMatmul)) else 0
 
     @property
     def parameter_count(self) -> int:
@@ -84,6 +84,7 @@ _KINDS = {
     "Dense": "dense",
     "Add": "add",
     "Multiply": "multiply",
+    "BatchMatmul": "batch_matmul",
     "MaxPool2D": "max_pool2d",
     "AveragePool2D": "average_pool2d",
     "Resize2D": "resize2d",

@@ -137,6 +137,63 @@ class Multiply:
 
 
 @dataclass(frozen=True)
+class BatchMatmul:
+    """Products of matrices that are activations both: scale · Σₖ a[…, i, k] · b[…, k, j].
+
+    The matrices are seen through permutations, as in ``numpy.transpose``, so that attention needs no copies: input k in the
+    order ``input_axes[k]`` is […, rows, depth] or […, depth, columns], and the product […, rows, columns] in the order
+    ``output_axes`` is the output. A leading axis of size 1, or one that an input lacks, is repeated. ``scale`` is a float32
+    value.
+    """
+
+    input_shapes: tuple[Shape, Shape]
+    input_axes: tuple[Shape, Shape]
+    output_axes: Shape
+    scale: float = 1.0
+
+    @property
+    def operand_shapes(self) -> tuple[Shape, Shape]:
+        """[…, rows, depth] and […, depth, columns], of one rank."""
+        rank = max(len(shape) for shape in self.input_shapes)
+        first, second = (
+            (1,) * (rank - len(shape)) + tuple(shape[axis] for axis in axes)
+            for shape, axes in zip(self.input_shapes, self.input_axes, strict=True)
+        )
+        return first, second
+
+    @property
+    def batch_shape(self) -> Shape:
+        """The leading axes of the product."""
+        return tuple(max(sizes) for sizes in zip(*(shape[:-2] for shape in self.operand_shapes), strict=True))
+
+    @property
+    def rows(self) -> int:
+        return self.operand_shapes[0][-2]
+
+    @property
+    def depth(self) -> int:
+        """Products of a sum."""
+        return self.operand_shapes[0][-1]
+
+    @property
+    def columns(self) -> int:
+        return self.operand_shapes[1][-1]
+
+    @property
+    def product_shape(self) -> Shape:
+        return (*self.batch_shape, self.rows, self.columns)
+
+    @property
+    def output_shape(self) -> Shape:
+        return tuple(self.product_shape[axis] for axis in self.output_axes)
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of one call."""
+        return math.prod(self.product_shape) * self.depth
+
+
+@dataclass(frozen=True)
 class MaxPool2D:
     """Maximum over a window; padding takes no part."""
 
@@ -297,6 +354,6 @@ class Convert:
 
 Anchor = Conv2D | Dense
 Operator = (
-    Conv2D | Dense | Add | Multiply | MaxPool2D | AveragePool2D | Resize2D | Concat | Unary | Movement | Softmax
-    | LocalResponseNormalization | Opaque | Convert
+    Conv2D | Dense | Add | Multiply | BatchMatmul | MaxPool2D | AveragePool2D | Resize2D | Concat | Unary | Movement
+    | Softmax | LocalResponseNormalization | Opaque | Convert
 )  # fmt: skip

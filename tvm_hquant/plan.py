@@ -36,7 +36,7 @@ class LayerDecision:
     """The precision of one layer and why.
 
     ``reason`` is one of: within budget, sensitive, no kernel, the spec forbids, cast cost, chosen by the user, and for
-    layers without weights also: as its readers.
+    layers without weights also: as its readers, as its makers.
     ``detail`` says it in a sentence.
     ``stored_bits`` are those of the weights in the artifact, where they are fewer than the precision computes with.
     """

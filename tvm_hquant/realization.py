@@ -25,7 +25,19 @@ from tvm_hquant.kernels.interface import (
 )
 from tvm_hquant.kernels.saturation import centred_products, saturation_free_pairs
 from tvm_hquant.layers import Layer
-from tvm_hquant.operators import Add, AveragePool2D, Conv2D, Convert, Dense, Movement, Multiply, Resize2D, Shape, Unary
+from tvm_hquant.operators import (
+    Add,
+    AveragePool2D,
+    BatchMatmul,
+    Conv2D,
+    Convert,
+    Dense,
+    Movement,
+    Multiply,
+    Resize2D,
+    Shape,
+    Unary,
+)
 from tvm_hquant.precision import Precision
 from tvm_hquant.quantized_weights import QuantizedWeights
 from tvm_hquant.tensor_format import TensorFormat
@@ -62,6 +74,9 @@ def realize_layer(
         return request, FloatElementwiseConstants((operator.lower, operator.upper))
     if isinstance(operator, Multiply) and integer:
         return request, numerics.multiply_constants(inputs, output)
+    if isinstance(operator, BatchMatmul) and integer:
+        _check_matmul(layer.name, operator, inputs)
+        return request, numerics.matmul_constants(operator, inputs, output)
     if isinstance(operator, Resize2D) and integer:
         return request, numerics.elementwise_constants(inputs, output)
     if isinstance(operator, AveragePool2D) and integer:
@@ -135,6 +150,16 @@ def _float_anchor(
     epilogue = operator.epilogue
     request = KernelRequest(operator, tuple(f.storage for f in inputs), output.storage, storage)
     return request, FloatAnchorConstants(values, bias, epilogue.lower, epilogue.upper)
+
+
+def _check_matmul(layer: str, operator: BatchMatmul, inputs: Sequence[TensorFormat]) -> None:
+    """Kernels start sums at −zp_a · Σb, so both that and the products must fit, like in a layer with weights."""
+    if any(f.storage != "uint8" for f in inputs):
+        raise PrecisionError(f"layer {layer}: products of activations have no kernel for 16-bit codes")
+    if inputs[1].dtype != "int8":
+        raise PrecisionError(f"layer {layer}: the second matrix must be in symmetric int8 codes, not {inputs[1].dtype}")
+    if 2 * 255 * 128 * operator.depth >= 2**31:
+        raise PrecisionError(f"layer {layer}: sums of {operator.depth} products of codes could leave int32")
 
 
 def _to_float16(layer: str, values: npt.NDArray[np.float32]) -> npt.NDArray[np.float16]:

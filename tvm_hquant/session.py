@@ -18,7 +18,8 @@ from tvm_hquant.errors import DataError, PrecisionError
 from tvm_hquant.formats import TensorScales, follow_consumers
 from tvm_hquant.kernels.interface import KernelFamily
 from tvm_hquant.layers import Layer, LayerGraph
-from tvm_hquant.precision import FLOAT32, Precision, parse_precision
+from tvm_hquant.operators import BatchMatmul
+from tvm_hquant.precision import FLOAT32, INT8, Precision, parse_precision
 from tvm_hquant.progress import Progress, silent_progress
 from tvm_hquant.quantized_weights import QuantizedWeights, quantize_layer_weights
 from tvm_hquant.rounding import bias_correction
@@ -128,8 +129,11 @@ class QuantizationSession:
         return self.ranges
 
     def scales(self, precisions: Iterable[Precision]) -> TensorScales:
-        """Formats of all tensors for (at least) these precisions; nothing without calibration."""
+        """Formats of all tensors for (at least) these precisions, and in int8 where products of activations read it as their
+        second matrix; nothing without calibration."""
         wanted = frozenset(p for p in precisions if p.is_integer)
+        if wanted and any(isinstance(layer.operator, BatchMatmul) for layer in self.graph.layers):
+            wanted |= {INT8}
         if self.ranges is not None and not wanted <= self._codes:
             self._codes |= wanted
             self._scales = self.ranges.scales(sorted(self._codes))

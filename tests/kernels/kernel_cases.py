@@ -28,6 +28,7 @@ from tvm_hquant.kernels.kernel_function import input_shapes
 from tvm_hquant.operators import (
     Add,
     AveragePool2D,
+    BatchMatmul,
     Concat,
     Convert,
     LocalResponseNormalization,
@@ -141,6 +142,42 @@ def products(draw: st.DrawFn) -> Case:
         return Case(request, replace(constants, multipliers=(factors,)), seed)
     floats = draw(st.tuples(*[st.sampled_from(FLOATS)] * 2))
     return Case(KernelRequest(operator, floats, draw(st.sampled_from(FLOATS))), NoConstants(), seed)
+
+
+@st.composite
+def matmul_operators(draw: st.DrawFn) -> BatchMatmul:
+    """Every order of axes, leading axes that are repeated or missing, and sizes around those of tiles and vectors."""
+    leading = draw(st.lists(st.integers(1, 3), min_size=1, max_size=2))
+    rows, depth, columns = draw(st.integers(1, 20)), draw(st.integers(1, 41)), draw(st.integers(1, 41))
+    second = [size if draw(st.booleans()) else 1 for size in leading][draw(st.integers(0, len(leading))) :]
+    shapes, orders = [], []
+    for operand in ((*leading, rows, depth), (*second, depth, columns)):
+        order = tuple(range(len(operand)))
+        kind = draw(st.sampled_from(["as stored", "transposed", "any order"]))
+        if kind == "transposed":
+            order = (*order[:-2], order[-1], order[-2])
+        elif kind == "any order":
+            order = tuple(draw(st.permutations(order)))
+        shapes.append(tuple(operand[order.index(axis)] for axis in range(len(order))))
+        orders.append(order)
+    output = tuple(draw(st.permutations(range(len(leading) + 2)))) if draw(st.booleans()) else range(len(leading) + 2)
+    scale = draw(st.sampled_from([1.0, 0.125, float(np.float32(0.37))]))
+    return BatchMatmul((shapes[0], shapes[1]), (orders[0], orders[1]), tuple(output), scale)
+
+
+@st.composite
+def matmuls(draw: st.DrawFn, operators: st.SearchStrategy[BatchMatmul] | None = None) -> Case:
+    """Products of matrices of codes, the second ones symmetric int8, and of floats."""
+    operator, seed = draw(operators or matmul_operators()), draw(seeds)
+    rng = np.random.default_rng(seed)
+    if draw(st.booleans()):
+        request = KernelRequest(operator, ("uint8", "uint8"), draw(st.sampled_from(STORAGES)))
+        base = _elementwise(request, rng)
+        factor = np.float32(float(base.multipliers[0]) / 64 / math.sqrt(operator.depth))
+        zero_points = (base.input_zero_points[0], 128)
+        return Case(request, replace(base, multipliers=(factor,), input_zero_points=zero_points), seed)
+    storage = draw(st.sampled_from(FLOATS))
+    return Case(KernelRequest(operator, (storage, storage), draw(st.sampled_from(FLOATS))), NoConstants(), seed)
 
 
 @st.composite

@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tvm
-from test_anchor_kernels import CASES, random_case
+from test_anchor_kernels import CASES, random_activations, random_case
 
 from tests.emulated_board.board import Board, export_for_board, tvm_target
 from tvm_hquant import numerics
-from tvm_hquant.kernels.interface import KernelRequest
+from tvm_hquant.kernels.interface import IntegerElementwiseConstants, KernelRequest, NoConstants, Requantization
 from tvm_hquant.kernels.registry import families_for_target, select_kernel
-from tvm_hquant.operators import Conv2D, Epilogue, Window
+from tvm_hquant.operators import BatchMatmul, Conv2D, Epilogue, Window
 from tvm_hquant.tensor_format import STORAGE_DTYPE
 
 BOARDS = [
@@ -72,15 +72,40 @@ def narrow_weights() -> list[tuple[KernelRequest, int]]:
     return [(layer, 63), (layer, 31)]
 
 
+def products(rng: np.random.Generator) -> list[tuple]:
+    """Products of two activations, as attention has them: request, constants, inputs. Some codes are the lowest, −128."""
+    split, swapped, plain = (0, 2, 1, 3), (0, 2, 3, 1), (0, 1, 2, 3)
+    scores = BatchMatmul(((1, 11, 2, 20), (1, 11, 2, 20)), (split, swapped), plain, 0.25)
+    mixed = BatchMatmul(((1, 2, 11, 11), (1, 11, 2, 20)), (plain, split), split)
+    constants = IntegerElementwiseConstants((9, 128), (np.float32(0.003),), Requantization(-100.0, 155.0, 100))
+    found = []
+    for operator, storage in (
+        (scores, "uint8"),
+        (mixed, "uint8"),
+        (scores, "float32"),
+        (scores, "bfloat16"),
+        (mixed, "float16"),
+    ):
+        inputs = [random_activations(rng, shape, storage) for shape in operator.input_shapes]
+        if storage == "uint8":
+            inputs[0][:, :3], inputs[1][:, :, :1] = 0, 0
+        request = KernelRequest(operator, (storage, storage), storage)
+        found.append((request, constants if storage == "uint8" else NoConstants(), inputs))
+    return found
+
+
 @pytest.mark.parametrize(("families", "cpu"), BOARDS)
 def test_anchors_on_a_board_match_the_contract(
     emulated_board: Board, tmp_path: Path, families: tuple[str, ...], cpu: str
 ) -> None:
     """All forms of convolutions on a core without and one with dot products; full-range codes and weights."""
     functions, arguments, expected = {}, {}, {}
-    for index, (request, limit) in enumerate([*((r, 127) for r in requests()), *narrow_weights()]):
+    cases = [
+        random_case(np.random.default_rng(index), request, limit)
+        for index, (request, limit) in enumerate([*((r, 127) for r in requests()), *narrow_weights()])
+    ]
+    for index, (request, constants, inputs) in enumerate([*cases, *products(np.random.default_rng(99))]):
         name = f"kernel_{index}"
-        request, constants, inputs = random_case(np.random.default_rng(index), request, limit)
         kernel = select_kernel(families_for_target(families), request)
         functions[name] = kernel.function.with_attr("global_symbol", name)
         output = np.zeros(request.operator.output_shape, STORAGE_DTYPE[request.output])

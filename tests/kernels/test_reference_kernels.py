@@ -19,6 +19,7 @@ from kernel_cases import (
     STORAGES,
     Case,
     assert_matches_contract,
+    matmuls,
     seeds,
     unary_case,
     windows,
@@ -98,7 +99,7 @@ def float_anchors(draw: st.DrawFn) -> Case:
     return Case(KernelRequest(operator, inputs, kinds[3], kinds[2]), constants, seed)
 
 
-KINDS = {**ALL_KINDS, "integer anchors": integer_anchors(), "float anchors": float_anchors()}
+KINDS = {**ALL_KINDS, "integer anchors": integer_anchors(), "float anchors": float_anchors(), "matmuls": matmuls()}
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -24,6 +24,7 @@ from tvm_hquant.kernels.interface import (
 from tvm_hquant.operators import (
     Add,
     AveragePool2D,
+    BatchMatmul,
     Conv2D,
     Convert,
     Dense,
@@ -272,6 +273,29 @@ def test_multiply_equals_scalar_arithmetic(first: str, second: str, target: str,
         )
         v = exact_fma(float(np.float32(product)), float(constants.multipliers[0]), 0.0)
         assert ours[index] == np.asarray(slow_requantize(v, constants.requantization, output.storage), ours.dtype)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.sampled_from(["uint8", "int8"]), st.sampled_from(["uint8", "int8", "uint16", "float32"]), SEEDS)
+def test_batch_matmul_equals_scalar_arithmetic(first: str, target: str, seed: int) -> None:
+    """Sums of products of differences are exact, then scaled once; axes are those that the operator names."""
+    rng = np.random.default_rng(seed)
+    a_format, b_format, output = random_format(rng, first), random_format(rng, "int8"), random_format(rng, target)
+    split, swapped = (0, 2, 1, 3), (0, 2, 3, 1)
+    operator = BatchMatmul(((2, 3, 2, 5), (1, 4, 2, 5)), (split, swapped), (0, 2, 1, 3), 0.37)
+    assert operator.product_shape == (2, 2, 3, 4)
+    constants = numerics.matmul_constants(operator, (a_format, b_format), output)
+    assert constants.input_zero_points[1] == 128
+    a, b = (random_codes(rng, shape, "uint8") for shape in operator.input_shapes)
+    ours = numerics.evaluate(KernelRequest(operator, ("uint8", "uint8"), output.storage), constants, [a, b])
+    for n, row, head, column in np.ndindex(ours.shape):
+        total = sum(
+            (int(a[n, row, head, k]) - constants.input_zero_points[0]) * (int(b[0, column, head, k]) - 128)
+            for k in range(5)
+        )
+        v = exact_fma(float(total), float(constants.multipliers[0]), 0.0)
+        wanted = np.asarray(slow_requantize(v, constants.requantization, output.storage), ours.dtype)
+        assert ours[n, row, head, column] == wanted
 
 
 def test_add_takes_the_first_input_first() -> None:

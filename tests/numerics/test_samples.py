@@ -26,6 +26,7 @@ from tvm_hquant.numerics.samples import stacked_operator
 from tvm_hquant.operators import (
     Add,
     AveragePool2D,
+    BatchMatmul,
     Concat,
     Conv2D,
     Convert,
@@ -61,6 +62,7 @@ def float_constants(*shape: int) -> FloatAnchorConstants:
 MAP = (1, 5, 4, 6)
 PADDED = Window((3, 3), (2, 1), (1, 1, 0, 1))
 POOL = IntegerElementwiseConstants((7,), (RANDOM.uniform(0, 0.2, (2, 4)).astype(np.float32),), END)
+PRODUCTS = IntegerElementwiseConstants((3, 128), (np.float32(0.002),), END)
 SUM = IntegerElementwiseConstants((3, 250), (np.float32(0.7), np.float32(0.4)), END)
 CASES: list[tuple[Operator, str, LayerConstants]] = [
     (Conv2D(MAP, 4, PADDED, 1, Epilogue(True, True)), "uint8", anchor_constants(4, 6, 3, 3)),
@@ -84,10 +86,14 @@ CASES: list[tuple[Operator, str, LayerConstants]] = [
     (Movement("take", MAP, (1, 5, 4, 3), (3, 5, 0, 1)), "uint8", NoConstants()),
     (Movement("strided_slice", MAP, (1, 2, 4, 6), (1, 1, 2)), "uint8", NoConstants()),
     (Movement("pad", MAP, (1, 7, 4, 6), (0, 0, 1, 1, 0, 0, 0, 0)), "uint8", FillConstants(9)),
+    (BatchMatmul(((1, 3, 4), (1, 5, 4)), ((0, 1, 2), (0, 2, 1)), (0, 1, 2), 0.5), "float32", NoConstants()),
+    (BatchMatmul(((1, 3, 4), (1, 5, 4)), ((0, 1, 2), (0, 2, 1)), (0, 2, 1)), "uint8", PRODUCTS),
 ]  # fmt: skip
 MIXING: list[tuple[Operator, str, LayerConstants]] = [
     (Concat(((1, 3), (2, 3)), 0), "uint8", NoConstants()),
     (Softmax((4, 2), 0), "float32", NoConstants()),
+    (BatchMatmul(((3, 4), (4, 5)), ((0, 1), (0, 1)), (0, 1)), "float32", NoConstants()),
+    (BatchMatmul(((2, 3, 4), (1, 4, 5)), ((0, 1, 2), (0, 1, 2)), (0, 1, 2)), "float32", NoConstants()),
     (Movement("permute_dims", (2, 3), (3, 2), (1, 0)), "uint8", NoConstants()),
     (Movement("take", (3, 2), (2, 2), (0, 2, 0)), "uint8", NoConstants()),
     (Movement("strided_slice", (3, 2), (2, 2), (0, 1, 1)), "uint8", NoConstants()),

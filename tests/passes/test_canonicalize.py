@@ -55,6 +55,45 @@ def verify(before: IRModule, expected: IRModule) -> IRModule:
     return after
 
 
+def test_factors_move_behind_products_of_activations() -> None:
+    """A number that scales queries before they are turned, and one index that is taken: neither keeps a product in float."""
+
+    @I.ir_module
+    class Before:
+        @R.function
+        def main(x: R.Tensor((2, 3, 4), "float32"), k: R.Tensor((3, 4), "float32")) -> R.Tensor((3, 3), "float32"):
+            R.func_attr({"num_input": 2})
+            with R.dataflow():
+                q = R.take(x, R.const(1, "int64"), axis=0)
+                scaled = R.multiply(q, R.const(0.5, "float32"))
+                doubled = R.multiply(k, R.const(2.0, "float32"))
+                turned = R.permute_dims(doubled, [1, 0])
+                y = R.matmul(scaled, turned)
+                R.output(y)
+            return y
+
+    @I.ir_module
+    class Expected:
+        @R.function
+        def main(x: R.Tensor((2, 3, 4), "float32"), k: R.Tensor((3, 4), "float32")) -> R.Tensor((3, 3), "float32"):
+            R.func_attr({"num_input": 2})
+            with R.dataflow():
+                sliced = R.strided_slice(x, [0], [1], [2], [1])
+                q = R.reshape(sliced, R.shape([3, 4]))
+                turned = R.permute_dims(k, [1, 0])
+                product = R.matmul(q, turned)
+                doubled = R.multiply(product, R.const(2.0, "float32"))
+                y = R.multiply(doubled, R.const(0.5, "float32"))
+                R.output(y)
+            return y
+
+    before = with_weights(Before, ["y"])
+    after = verify(before, Expected)
+    rng = np.random.default_rng(3)
+    inputs = [rng.normal(size=shape).astype("float32") for shape in ((2, 3, 4), (3, 4))]
+    np.testing.assert_allclose(run_module(after, *inputs)[0], run_module(before, *inputs)[0], rtol=1e-6)
+
+
 @I.ir_module
 class BatchNormBefore:
     @R.function

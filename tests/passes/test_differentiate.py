@@ -122,6 +122,66 @@ def test_differentiated_module_runs_and_agrees_with_central_differences() -> Non
         np.testing.assert_allclose(at_x[position], (moved[0] - moved[1]) / 2e-5, atol=1e-6)
 
 
+@I.ir_module
+class _Attention:
+    @R.function
+    def main(
+        x: R.Tensor((1, 5, 8), "float32"),
+        query_weight: R.Tensor((8, 8), "float32"),
+        head_weight: R.Tensor((40, 3), "float32"),
+    ) -> R.Tensor((1, 3), "float32"):
+        R.func_attr({"num_input": 1})
+        with R.dataflow():
+            q = R.matmul(x, query_weight)
+            heads = R.reshape(q, (1, 5, 2, 4))
+            queries = R.permute_dims(heads, [0, 2, 1, 3])
+            x_heads = R.reshape(x, (1, 5, 2, 4))
+            keys = R.permute_dims(x_heads, [0, 2, 3, 1])
+            products = R.matmul(queries, keys)
+            scaled = R.multiply(products, R.const(0.5, "float32"))
+            attention = R.nn.softmax(scaled, axis=-1)
+            values = R.permute_dims(x_heads, [0, 2, 1, 3])
+            mixed = R.matmul(attention, values)
+            joined = R.permute_dims(mixed, [0, 2, 1, 3])
+            flat = R.reshape(joined, (1, 40))
+            logits = R.matmul(flat, head_weight)
+            R.output(logits)
+        return logits
+
+
+def _attention_loss(head: np.ndarray, q: np.ndarray, x: np.ndarray) -> float:
+    """Cross entropy against class 1, in float64, as a function of what the query layer adds up."""
+    queries, keys = (t.reshape(5, 2, 4).transpose(1, 0, 2) for t in (q, x))
+    products = queries @ keys.transpose(0, 2, 1) * 0.5
+    shares = np.exp(products)
+    mixed = (shares / shares.sum(axis=-1, keepdims=True)) @ keys
+    logits = mixed.transpose(1, 0, 2).reshape(40) @ head
+    return float(np.log(np.exp(logits).sum()) - logits[1])
+
+
+def test_attention_has_gradients_of_products_of_activations() -> None:
+    """Backward products of activations are layers with kernels, and the gradient is that of float64 differences."""
+    before = with_weights(_Attention, ["logits"], seed=3)
+    mod = partition_layers()(before)
+    derived = differentiate()(mod)
+    graph = read_layers(partition_layers()(derived))
+    kinds = [layer.operator_kind for layer in graph.layers]
+    assert kinds.count("batch_matmul") == 4, "two forward, those of the shares and of the queries backward"
+    names = [str(n) for n in derived["main"].attrs["hquant.outputs"]]
+    x = np.random.default_rng(5).normal(size=(1, 5, 8)).astype(np.float32)
+    outputs = dict(zip(names, run_module(derived, x, np.array([[0, 1, 0]], np.float32)), strict=True))
+    query, head = (w.numpy().astype(np.float64) for w in before["main"].attrs["params"])
+    sums = x[0].astype(np.float64) @ query
+    for position in ((0, 0), (2, 3), (4, 7)):
+        moved = []
+        for step in (1e-5, -1e-5):
+            changed = sums.copy()
+            changed[position] += step
+            moved.append(_attention_loss(head, changed, x[0].astype(np.float64)))
+        found = outputs["query.sum_gradient"][(0, *position)]
+        np.testing.assert_allclose(found, (moved[0] - moved[1]) / 2e-5, atol=1e-6)
+
+
 def test_operator_without_gradient_is_named() -> None:
     """A user learns which operator stands in the way."""
 

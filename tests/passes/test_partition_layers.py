@@ -10,7 +10,7 @@ from tvm.script import relax as R
 from tests.small_models import residual_module, run_module, with_weights
 from tvm_hquant.layers import read_layers
 from tvm_hquant.operator_codec import encode
-from tvm_hquant.operators import Add, Conv2D, Dense, Epilogue, Multiply, Opaque, Window
+from tvm_hquant.operators import Add, BatchMatmul, Conv2D, Dense, Epilogue, Multiply, Opaque, Window
 from tvm_hquant.passes.partition_layers import partition_layers
 
 
@@ -117,6 +117,62 @@ def test_equal_layers_stay_apart() -> None:
     graph = read_layers(partition_layers()(with_weights(Before, ["y"])))
     assert [layer.name for layer in graph.layers] == ["a", "b"]
     assert not np.array_equal(graph.layers[0].weights, graph.layers[1].weights)
+
+
+def test_attention_takes_permutations_and_scale() -> None:
+    """Products of activations read and write through the permutations around them; no copy and no factor is left."""
+
+    @I.ir_module
+    class Before:
+        @R.function
+        def main(
+            q: R.Tensor((1, 5, 2, 8), "float32"),
+            k: R.Tensor((1, 5, 2, 8), "float32"),
+            v: R.Tensor((1, 5, 2, 8), "float32"),
+        ) -> R.Tensor((1, 5, 2, 8), "float32"):
+            R.func_attr({"num_input": 3})
+            with R.dataflow():
+                queries = R.permute_dims(q, [0, 2, 1, 3])
+                keys = R.permute_dims(k, [0, 2, 3, 1])
+                products = R.matmul(queries, keys)
+                scaled = R.divide(products, R.const(4.0, "float32"))
+                attention = R.nn.softmax(scaled, axis=-1)
+                values = R.permute_dims(v, [0, 2, 1, 3])
+                mixed = R.matmul(attention, values)
+                y = R.permute_dims(mixed, [0, 2, 1, 3])
+                R.output(y)
+            return y
+
+    before = with_weights(Before, ["y"])
+    partitioned = partition_layers()(before)
+    graph = read_layers(partitioned)
+    split, swapped, plain = (0, 2, 1, 3), (0, 2, 3, 1), (0, 1, 2, 3)
+    assert [layer.name for layer in graph.layers] == ["matmul_0", "softmax_0", "matmul_1"]
+    assert graph.layers[0].operator == BatchMatmul(((1, 5, 2, 8),) * 2, (split, swapped), plain, 0.25)
+    assert graph.layers[2].operator == BatchMatmul(((1, 2, 5, 5), (1, 5, 2, 8)), (plain, split), split)
+    inputs = [np.random.default_rng(seed).normal(size=(1, 5, 2, 8)).astype("float32") for seed in range(3)]
+    np.testing.assert_allclose(run_module(before, *inputs)[0], run_module(partitioned, *inputs)[0], rtol=1e-6)
+
+
+def test_a_product_of_a_tensor_with_itself_keeps_its_permutation_apart() -> None:
+    """Both matrices come from one tensor but are read in different codes: they must not change places."""
+
+    @I.ir_module
+    class Before:
+        @R.function
+        def main(x: R.Tensor((2, 3, 4), "float32")) -> R.Tensor((2, 3, 3), "float32"):
+            R.func_attr({"num_input": 1})
+            with R.dataflow():
+                turned = R.permute_dims(x, [0, 2, 1])
+                y = R.matmul(x, turned)
+                R.output(y)
+            return y
+
+    graph = read_layers(partition_layers()(with_weights(Before, ["y"])))
+    assert [(layer.operator_kind, layer.inputs) for layer in graph.layers] == [
+        ("permute_dims", ("x",)),
+        ("batch_matmul", ("x", "permute_dims_0")),
+    ]
 
 
 def test_unknown_operators_are_opaque_and_tuples_are_taken_apart() -> None:

@@ -1,4 +1,4 @@
-"""A kernel family for convolutions and dense layers: an instruction set's dot products in the shared templates."""
+"""A kernel family for convolutions, dense layers and products of activations: dot products in the shared templates."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from tvm_hquant.errors import KernelError
+from tvm_hquant.kernels.batch_matmul import as_dense_request, batch_matmul_kernel
 from tvm_hquant.kernels.conv2d_template import conv2d_geometry, conv2d_kernel
 from tvm_hquant.kernels.depthwise_template import depthwise_kernel
 from tvm_hquant.kernels.dot_product import DotProduct
 from tvm_hquant.kernels.interface import Kernel, KernelRequest, Tile
 from tvm_hquant.kernels.interleaved_depthwise import interleaved_depthwise_kernel
 from tvm_hquant.kernels.x86_byte_vectors import ByteVectors, WordProduct
-from tvm_hquant.operators import Conv2D, Dense
+from tvm_hquant.operators import BatchMatmul, Conv2D, Dense
 
 
 @dataclass(frozen=True)
@@ -41,11 +42,15 @@ class AnchorFamily:
         return conv2d_geometry(request, dot, vectors=self._byte_vectors(request)).candidates
 
     def kernel(self, request: KernelRequest, tile: Tile | None = None) -> Kernel | None:
-        """The kernel for a convolution or dense layer; None for other operators, and where there is no dot product.
+        """The kernel for a convolution, dense layer or batch matmul; None for others, and where there is no dot product.
 
         Raises:
             KernelError: ``tile`` is not one of :meth:`tiles`.
         """
+        if isinstance(request.operator, BatchMatmul):
+            dense = as_dense_request(request)
+            dot = self.dot(dense) if dense is not None else None
+            return batch_matmul_kernel(request, dot, self.name) if dot is not None else None
         dot = self.dot(request) if isinstance(request.operator, (Conv2D, Dense)) else None
         if dot is None:
             return None

@@ -123,11 +123,12 @@ class FloatAnchorConstants:
 
 @dataclass(frozen=True, eq=False)
 class IntegerElementwiseConstants:
-    """Constants of an integer add or multiply (two inputs), average pool or requantize (one input).
+    """Constants of an integer add, multiply or batch matmul (two inputs), average pool or requantize (one input).
 
     v = c = 0; for every input i: v = fma(float32(q_i − input_zero_points[i]), multipliers[i], v); then requantization.
     For an average pool ``multipliers`` holds one float32 array [output_h, output_w], applied to the sum of (q − zp).
-    For the others each entry is a float32 scalar array; a multiply has one, for the product of the differences.
+    For the others each entry is a float32 scalar array; a multiply has one, for the product of the differences, and a batch
+    matmul one, for the sum of those products.
     """
 
     input_zero_points: tuple[int, ...]

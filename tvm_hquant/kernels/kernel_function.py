@@ -14,6 +14,7 @@ from tvm_hquant.kernels.interface import KernelRequest
 from tvm_hquant.operators import (
     Add,
     AveragePool2D,
+    BatchMatmul,
     Concat,
     Conv2D,
     Dense,
@@ -44,7 +45,7 @@ def input_shapes(operator: Operator) -> tuple[Shape, ...]:
             return (operator.input_shape, *((operator.output_shape,) if operator.epilogue.has_residual else ()))
         case Add():
             return operator.shape, operator.shape
-        case Concat() | Multiply() | Opaque():
+        case Concat() | Multiply() | BatchMatmul() | Opaque():
             return operator.input_shapes
         case MaxPool2D() | AveragePool2D() | Resize2D() | Movement():
             return (operator.input_shape,)

@@ -23,10 +23,12 @@ from tvm_hquant.kernels.multiplication import reference_multiplication
 from tvm_hquant.kernels.normalization import normalized
 from tvm_hquant.kernels.pooling import Pool, reciprocal, sum_dtype
 from tvm_hquant.kernels.primitives import Expression, Primitives, centred, convert, narrow, requantize, select, widen
+from tvm_hquant.kernels.reference_batch_matmul import reference_batch_matmul
 from tvm_hquant.kernels.reference_blocks import Axes, accumulate, block, inside, intermediate, within_map
 from tvm_hquant.kernels.resizing import reference_resize
 from tvm_hquant.operators import (
     AveragePool2D,
+    BatchMatmul,
     Concat,
     LocalResponseNormalization,
     MaxPool2D,
@@ -56,6 +58,8 @@ def reference_layer(request: KernelRequest, p: Primitives) -> Kernel | None:
             return _concat(request, operator) if same_storage else None
         case Multiply():
             return reference_multiplication(request, p)
+        case BatchMatmul():
+            return reference_batch_matmul(request, operator, p)
         case Movement():
             return _movement(request, operator, p) if same_storage else None
         case Softmax():

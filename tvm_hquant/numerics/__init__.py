@@ -22,6 +22,7 @@ from tvm_hquant.numerics.constants import (
     dequantize_constants,
     elementwise_constants,
     integer_anchor_constants,
+    matmul_constants,
     multiply_constants,
     quantize_constants,
 )
@@ -60,6 +61,7 @@ __all__ = [
     "fma",
     "integer_anchor_constants",
     "limited_scales",
+    "matmul_constants",
     "multiplier",
     "multiply_constants",
     "narrow",

@@ -16,7 +16,7 @@ from tvm_hquant.kernels.interface import (
     QuantizeConstants,
 )
 from tvm_hquant.numerics.codes import multiplier, offset, requantization, residual_multiplier
-from tvm_hquant.operators import AveragePool2D, Epilogue
+from tvm_hquant.operators import AveragePool2D, BatchMatmul, Epilogue
 from tvm_hquant.tensor_format import TensorFormat
 
 
@@ -73,6 +73,19 @@ def multiply_constants(
     return IntegerElementwiseConstants(
         input_zero_points=(a.storage_zero_point, b.storage_zero_point),
         multipliers=(multiplier(a.scale, b.scale, output_format.scale),),
+        requantization=requantization(output_format),
+    )
+
+
+def matmul_constants(
+    operator: BatchMatmul, input_formats: Sequence[TensorFormat], output_format: TensorFormat
+) -> IntegerElementwiseConstants:
+    """Constants of products of matrices of codes: m = float32(s_a · s_b · scale / s_y)."""
+    a, b = input_formats
+    factor = np.float64(a.scale) * b.scale * operator.scale / output_format.scale
+    return IntegerElementwiseConstants(
+        input_zero_points=(a.storage_zero_point, b.storage_zero_point),
+        multipliers=(np.asarray(factor, np.float32),),
         requantization=requantization(output_format),
     )
 

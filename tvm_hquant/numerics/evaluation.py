@@ -25,6 +25,7 @@ from tvm_hquant.kernels.interface import (
     TableConstants,
 )
 from tvm_hquant.numerics import float_layers, integer_layers
+from tvm_hquant.numerics.batch_matmul import float_batch_matmul, integer_batch_matmul
 from tvm_hquant.numerics.codes import dequantize
 from tvm_hquant.numerics.functions import unary_float32
 from tvm_hquant.numerics.movement import move
@@ -33,6 +34,7 @@ from tvm_hquant.numerics.storage import narrow, widen
 from tvm_hquant.operators import (
     Add,
     AveragePool2D,
+    BatchMatmul,
     Concat,
     Conv2D,
     Convert,
@@ -107,6 +109,8 @@ def _dispatch(request: KernelRequest, constants: LayerConstants, inputs: Sequenc
             return integer_layers.integer_elementwise(request, constants, inputs)
         case (Multiply(), IntegerElementwiseConstants()):
             return integer_layers.integer_multiply(request, constants, inputs)
+        case (BatchMatmul(), IntegerElementwiseConstants()):
+            return integer_batch_matmul(request, constants, inputs)
         case (Unary() | Convert(), TableConstants()):
             return np.asarray(constants.table)[inputs[0]]
         case (Concat() as operator, _):
@@ -136,6 +140,8 @@ def _float(request: KernelRequest, constants: LayerConstants, values: Sequence[F
             return float_layers.float_add(values[0], values[1], lower, upper)
         case (Multiply(), NoConstants()):
             return float_layers.float_multiply(values[0], values[1])
+        case (BatchMatmul() as operator, NoConstants()):
+            return float_batch_matmul(operator, values[0], values[1])
         case (Unary() as operator, FloatElementwiseConstants() | NoConstants()):
             return unary_float32(operator.function, _parameters(constants, operator.parameters), values[0])
         case (AveragePool2D() as operator, _):

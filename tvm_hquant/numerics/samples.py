@@ -14,6 +14,7 @@ from tvm_hquant.numerics.evaluation import evaluate
 from tvm_hquant.operators import (
     Add,
     AveragePool2D,
+    BatchMatmul,
     Concat,
     Conv2D,
     Convert,
@@ -68,6 +69,9 @@ def stacked_operator(operator: Operator, count: int) -> Operator | None:
             return replace(operator, shape=_stacked(operator.shape, count))
         case LocalResponseNormalization() if len(operator.shape) > 1:
             return replace(operator, shape=_stacked(operator.shape, count))
+        case BatchMatmul() if _keeps_samples_apart(operator):
+            first, second = (_stacked(shape, count) for shape in operator.input_shapes)
+            return replace(operator, input_shapes=(first, second))
         case Concat() if operator.axis != 0:
             return replace(operator, input_shapes=tuple(_stacked(s, count) for s in operator.input_shapes))
         case Movement() if operator.input_shape and operator.output_shape and not _moves_samples(operator):
@@ -82,6 +86,15 @@ def stacked_operator(operator: Operator, count: int) -> Operator | None:
 
 def _stacked(shape: Shape, count: int) -> Shape:
     return (shape[0] * count, *shape[1:])
+
+
+def _keeps_samples_apart(operator: BatchMatmul) -> bool:
+    """Whether the first axis of both inputs and of the output is the same axis of the batch, repeated nowhere."""
+    orders = (*operator.input_axes, operator.output_axes)
+    if len({len(order) for order in orders}) > 1 or not operator.batch_shape:
+        return False
+    sizes = {shape[0] for shape in (*operator.input_shapes, operator.product_shape)}
+    return len(sizes) == 1 and not any(order[0] for order in orders)
 
 
 def _moves_samples(operator: Movement) -> bool:

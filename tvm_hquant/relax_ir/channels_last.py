@@ -15,8 +15,7 @@ from typing import Any
 import numpy as np
 from tvm import relax
 
-from tvm_hquant.relax_ir.canonical_rules.movement import permutation
-from tvm_hquant.relax_ir.describe import operator_name, shape_of
+from tvm_hquant.relax_ir.describe import operator_name, permutation, shape_of
 from tvm_hquant.stored_tensors import CHANNELS_LAST, StoredTensor, TensorMap
 
 _EXPANDED: tuple[int, ...] = (0, 3, 4, 2, 1)

@@ -6,7 +6,7 @@ Expects channels-last calls (the form that ``convert_layout`` leaves). What is n
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from tvm import relax, tirx
@@ -15,6 +15,7 @@ from tvm_hquant.layers import constant_array, is_constant
 from tvm_hquant.operators import (
     Add,
     AveragePool2D,
+    BatchMatmul,
     Concat,
     Conv2D,
     Dense,
@@ -129,6 +130,41 @@ def describe_call(call: Any) -> Operator:
     describe = _DESCRIPTIONS.get(name)
     operator = describe(call) if describe else None
     return operator if operator is not None else _opaque(call)
+
+
+def describe_batch_matmul(call: Any) -> BatchMatmul | None:
+    """The operator of a product of two activations; None for other calls."""
+    if operator_name(call) != "relax.matmul" or not is_float32(call) or any(is_constant(a) for a in call.args):
+        return None
+    first, second = (shape_of(a) for a in call.args)
+    if min(len(first), len(second)) < 2:
+        return None
+    orders = (tuple(range(len(first))), tuple(range(len(second))))
+    return BatchMatmul((first, second), orders, tuple(range(len(shape_of(call)))))
+
+
+def permutation(call: Any) -> tuple[int, ...]:
+    """The axes of a ``R.permute_dims`` call, none negative."""
+    rank = len(shape_of(call.args[0]))
+    axes = call.attrs.axes
+    return tuple(range(rank))[::-1] if axes is None else tuple(int(a) % rank for a in axes)
+
+
+def scalar_factor(call: Any, array: Callable[[Any], Any]) -> float | None:
+    """The number that a call multiplies its first argument by; None for other calls.
+
+    ``array`` gives the values of a constant and None for what is none.
+    """
+    name = operator_name(call)
+    if name not in ("relax.multiply", "relax.divide") or not is_float32(call):
+        return None
+    values = array(call.args[1])
+    if values is None or values.size != 1 or array(call.args[0]) is not None:
+        return None
+    number = float(values.reshape(()))
+    if name == "relax.multiply":
+        return number
+    return 1.0 / number if number else None
 
 
 def tensor_arguments(call: Any) -> list[Any]:
@@ -262,9 +298,7 @@ def _reshape(call: Any) -> Operator:
 
 
 def _permute_dims(call: Any) -> Operator:
-    shape = shape_of(call.args[0])
-    axes = [int(a) for a in call.attrs.axes] if call.attrs.axes is not None else list(range(len(shape)))[::-1]
-    return Movement("permute_dims", shape, shape_of(call), tuple(a % len(shape) for a in axes))
+    return Movement("permute_dims", shape_of(call.args[0]), shape_of(call), permutation(call))
 
 
 def _strided_slice(call: Any) -> Operator | None:

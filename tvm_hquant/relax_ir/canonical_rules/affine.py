@@ -15,7 +15,7 @@ import numpy.typing as npt
 from tvm import relax
 
 from tvm_hquant.errors import ModelError
-from tvm_hquant.relax_ir.describe import is_float32, operator_name, shape_of
+from tvm_hquant.relax_ir.describe import is_float32, operator_name, permutation, scalar_factor, shape_of
 from tvm_hquant.relax_ir.graph_rewriting import Graph
 
 Array = npt.NDArray[Any]
@@ -111,6 +111,40 @@ def fold_scale_before_dense(call: Any, graph: Graph) -> Any | None:
         return None
     scaled = weights.astype(np.float64) * factor.astype(np.float64).reshape(())
     return relax.op.matmul(product.args[0], graph.weight(scaled, graph.name_of(call.args[1], "dense.weight")))
+
+
+def move_factor_behind_matmul(call: Any, graph: Graph) -> Any | None:
+    """``R.matmul(a · number, b)`` of two activations becomes ``R.matmul(a, b) · number`` (attention scales its queries).
+
+    The number may stand before reshapes and permutations of a matrix.
+    """
+    if operator_name(call) != "relax.matmul" or any(graph.array(a) is not None for a in call.args):
+        return None
+    for index, matrix in enumerate(call.args):
+        found = _without_factor(matrix, graph)
+        if found is not None:
+            moved, factor = found
+            matrices = [moved if i == index else a for i, a in enumerate(call.args)]
+            return relax.op.multiply(graph.emit(relax.op.matmul(*matrices)), relax.const(factor, "float32"))
+    return None
+
+
+def _without_factor(tensor: Any, graph: Graph) -> tuple[Any, float] | None:
+    """A tensor without the number that it was multiplied by, and that number."""
+    for name in ("relax.multiply", "relax.divide"):
+        scaled = graph.definition_of(tensor, name)
+        factor = scalar_factor(scaled, graph.array) if scaled is not None else None
+        if factor is not None and shape_of(scaled.args[0]) == shape_of(scaled):
+            return scaled.args[0], factor
+    for name in ("relax.permute_dims", "relax.reshape"):
+        moved = graph.definition_of(tensor, name)
+        inner = _without_factor(moved.args[0], graph) if moved is not None else None
+        if inner is not None:
+            bare, factor = inner
+            if name == "relax.reshape":
+                return graph.emit(relax.op.reshape(bare, shape_of(moved))), factor
+            return graph.emit(relax.op.permute_dims(bare, permutation(moved))), factor
+    return None
 
 
 def _scaled_and_shifted(

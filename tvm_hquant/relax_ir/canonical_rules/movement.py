@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from tvm import relax, tirx
 
-from tvm_hquant.relax_ir.describe import operator_name, resize_positions, shape_of
+from tvm_hquant.relax_ir.describe import operator_name, permutation, resize_positions, shape_of
 from tvm_hquant.relax_ir.graph_rewriting import Graph
 
 _ROUNDINGS: Mapping[str, Callable[[Any], Any]] = {
@@ -50,13 +50,6 @@ def merge_permutations(call: Any, graph: Graph) -> Any | None:
         return relax.op.permute_dims(inner.args[0], [before[a] for a in axes])
     long = [a for a in axes if shape[a] != 1]
     return relax.op.reshape(call.args[0], shape_of(call)) if long == sorted(long) else None
-
-
-def permutation(call: Any) -> tuple[int, ...]:
-    """The axes of a ``R.permute_dims`` call, none negative."""
-    rank = len(shape_of(call.args[0]))
-    axes = call.attrs.axes
-    return tuple(range(rank))[::-1] if axes is None else tuple(int(a) % rank for a in axes)
 
 
 def spell_channel_shuffle(call: Any, graph: Graph) -> Any | None:
@@ -129,6 +122,20 @@ def spell_split_as_slices(element: Any, graph: Graph) -> Any | None:
     lengths = [int(field.shape[axis]) for field in call.ty.fields]
     begin = sum(lengths[: element.index])
     return relax.op.strided_slice(call.args[0], [axis], [begin], [begin + lengths[element.index]], [1])
+
+
+def spell_single_take(call: Any, graph: Graph) -> Any | None:
+    """``R.take`` of one index without an axis of its own (ONNX Gather of a number) becomes a slice."""
+    if operator_name(call) != "relax.take" or call.attrs.axis is None:
+        return None
+    indices = graph.array(call.args[1])
+    if indices is None or indices.ndim:
+        return None
+    shape = shape_of(call.args[0])
+    axis = int(call.attrs.axis) % len(shape)
+    index = int(indices) % shape[axis]
+    sliced = graph.emit(relax.op.strided_slice(call.args[0], [axis], [index], [index + 1], [1]))
+    return relax.op.reshape(sliced, shape_of(call))
 
 
 def spell_nearest_resize(call: Any, graph: Graph) -> Any | None:
