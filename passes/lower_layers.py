@@ -13,6 +13,12 @@ After::
         R.func_attr({..., "hquant.kernel": "avx512_vnni.conv2d[14x2]"})
         return R.call_tir(cls.avx512_vnni_conv2d_14x2_…, (x, packed_weights, start, multiplier, …))
 
+A shuffle of the channels of a grouped convolution costs nothing where the convolution's kernel can store them shuffled::
+
+    def main(x):                          def main(x):
+        lv = cls.gconv(x)                     lv = cls.gconv(x)          # request with shuffled=True
+        lv1 = cls.take_0(lv)       →          lv1 = cls.take_0(lv)       # lv, "hquant.kernel": "in place"
+
 Operators without a kernel of ours are legalized by TVM, each in its own layer, so that they compile to the same code
 here and in the simulator.
 """
@@ -25,7 +31,9 @@ from typing import Any
 import tvm
 from tvm import IRModule
 
-from tvm_hquant.kernels.interface import KernelFamily
+from tvm_hquant.channel_shuffles import find_absorbed_shuffles
+from tvm_hquant.kernel_graph import KernelCall
+from tvm_hquant.kernels.interface import KernelFamily, KernelRequest, LayerConstants
 from tvm_hquant.layers import read_layers
 from tvm_hquant.relax_ir.kernel_calls import read_realized, with_kernels
 
@@ -40,6 +48,16 @@ def lower_layers(families: Sequence[KernelFamily]) -> Any:
     def transform(mod: IRModule, _context: Any) -> IRModule:
         graph = read_layers(mod)
         realized = {layer.name: read_realized(mod[layer.function_name]) for layer in graph.layers}
-        return with_kernels(mod, graph, realized, families)
+        calls = [KernelCall(layer.name, _request(realized[layer.name]), layer.inputs) for layer in graph.layers]
+        shuffles = find_absorbed_shuffles(calls, graph.outputs, families)
+        for shuffle in shuffles.values():
+            entry = realized[str(shuffle.tensor)]
+            assert entry is not None
+            realized[str(shuffle.tensor)] = shuffle.kernel.request, entry[1]
+        return with_kernels(mod, graph, realized, families, {str(name) for name in shuffles})
 
     return tvm.transform.module_pass(transform, opt_level=0, name="hquant.lower_layers")
+
+
+def _request(realized: tuple[KernelRequest, LayerConstants] | None) -> KernelRequest | None:
+    return realized[0] if realized is not None else None

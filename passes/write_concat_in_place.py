@@ -25,7 +25,8 @@ from typing import Any
 import tvm
 from tvm import IRModule, relax
 
-from tvm_hquant.concat_parts import IN_PLACE, ConcatPart, KernelCall, find_concat_parts, part_name
+from tvm_hquant.concat_parts import ConcatPart, find_concat_parts, part_name
+from tvm_hquant.kernel_graph import KernelCall
 from tvm_hquant.kernels.interface import Kernel, KernelFamily
 from tvm_hquant.layers import LAYER_ATTRIBUTE, OPERATOR_ATTRIBUTE, LayerGraph, read_layers
 from tvm_hquant.operator_codec import decode, encode
@@ -33,6 +34,7 @@ from tvm_hquant.relax_ir.kernel_calls import (
     KERNEL_ATTRIBUTE,
     REQUEST_ATTRIBUTE,
     call_constants,
+    in_place_function,
     kernel_symbol,
 )
 from tvm_hquant.relax_ir.relax_functions import rebuild_main
@@ -90,14 +92,7 @@ class _Rewriter:
                 name = part_name(concat, number)
                 attributes = {LAYER_ATTRIBUTE: name, OPERATOR_ATTRIBUTE: encode(part.kernel.request.operator)}
                 self._write(name, (part.tensor,), concat, part, attributes, [])
-        buffer = relax.Var("buffer", function.ret_ty)
-        builder = relax.BlockBuilder()
-        attributes = {**dict(function.attrs), KERNEL_ATTRIBUTE: IN_PLACE}
-        with builder.function("layer", [buffer], attributes, private=True):
-            with builder.dataflow():
-                result = builder.emit_output(buffer)
-            builder.emit_func_output(result)
-        self.functions[concat] = builder.finalize()["layer"]
+        self.functions[concat] = in_place_function(function)
         self.calls.append((concat, (self.buffers[concat],)))
 
     def _write(

@@ -9,25 +9,14 @@ from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from tvm_hquant.kernel_graph import KernelCall, first_kernel
 from tvm_hquant.kernels.interface import Kernel, KernelFamily, KernelRequest, Placement
 from tvm_hquant.operators import Concat
-
-IN_PLACE = "in place"
-"""What reports show as the kernel of a concatenation whose inputs are written in place."""
 
 
 def part_name(concat: str, number: int) -> str:
     """Name of the layer that copies an input of a concatenation into its buffer."""
     return f"{concat}.part{number}"
-
-
-@dataclass(frozen=True)
-class KernelCall:
-    """A kernel call of a graph: the tensor that it makes, what it computes (None where TVM does), tensors that it reads."""
-
-    tensor: Hashable
-    request: KernelRequest | None
-    inputs: tuple[Hashable, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,11 +62,11 @@ def find_concat_parts(
             maker = makers.get(tensor)
             kernel = None
             if readers[tensor] == 1 and maker is not None and maker.request is not None:
-                kernel = _kernel(families, replace(maker.request, placement=placement))
+                kernel = first_kernel(families, replace(maker.request, placement=placement))
             if kernel is not None:
                 parts.append(ConcatPart(tensor, kernel, is_copy=False))
                 continue
-            copy = _kernel(
+            copy = first_kernel(
                 families,
                 KernelRequest(Concat((shape,), operator.axis), (request.output,), request.output, placement=placement),
             )
@@ -91,7 +80,3 @@ def _with_first(parts: tuple[ConcatPart, ...], calls: Sequence[KernelCall]) -> t
     written = {part.tensor for part in parts if not part.is_copy}
     first = next(call.tensor for call in calls if call.tensor in written)
     return tuple(replace(part, makes_buffer=part.tensor == first) for part in parts)
-
-
-def _kernel(families: Sequence[KernelFamily], request: KernelRequest) -> Kernel | None:
-    return next((kernel for family in families if (kernel := family.kernel(request)) is not None), None)

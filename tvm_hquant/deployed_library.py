@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import tvm
 
-from tvm_hquant.concat_parts import ConcatPart, KernelCall, find_concat_parts, part_name
+from tvm_hquant import numerics
+from tvm_hquant.concat_parts import ConcatPart, part_name
 from tvm_hquant.errors import ArtifactError, DataError
-from tvm_hquant.kernels.interface import Kernel, LayerConstants
+from tvm_hquant.kernel_graph import KernelCall
+from tvm_hquant.kernels.interface import Kernel, LayerConstants, NoConstants
 from tvm_hquant.relax_ir.kernel_calls import is_view, kernel_symbol
 from tvm_hquant.runtime import Artifact
 from tvm_hquant.simulator.program import Program, Step
+from tvm_hquant.stored_outputs import StoredOutputs, find_stored_outputs, in_channel_order
 from tvm_hquant.target_spec import read_target_spec
 from tvm_hquant.tensor_format import STORAGE_DTYPE
 from tvm_hquant.tuning.records import families_of_manifest
@@ -76,28 +79,36 @@ class DeployedLibrary:
         result = self._main(*inputs, *self._weights.values())
         return [result.numpy()] if hasattr(result, "numpy") else [r.numpy() for r in result]
 
-    def concat_parts(self, program: Program) -> Mapping[Hashable, Sequence[ConcatPart]]:
-        """The concatenations of a program that the library's layers write into in place, by key."""
+    def stored_outputs(self, program: Program) -> StoredOutputs:
+        """How the library's layers store what they make, by the keys of a program."""
         calls = [KernelCall(step.key, step.request, step.inputs) for step in program.steps]
-        return find_concat_parts(calls, program.outputs, self.families)
+        return find_stored_outputs(calls, program.outputs, self.families)
 
     def run_layers(self, program: Program, sample: Mapping[str, Array]) -> dict[int, Array]:
         """Every tensor of one sample by its key in ``program``: each layer reads what the layers before it made.
+
+        Channels are in the operators' order, whatever the order in which the library stores them.
 
         Raises:
             ArtifactError: the library lacks a layer.
         """
         values: dict[int, Array] = dict(enumerate(sample.values()))
-        concats = self.concat_parts(program)
-        written = {part.tensor: part for parts in concats.values() for part in parts if not part.is_copy}
+        stored = self.stored_outputs(program)
+        kernels, parts = stored.kernels, stored.parts
         for step in program.steps:
             inputs = [values[key] for key in step.inputs]
             if step.request is not None and is_view(step.request):
                 values[step.key] = inputs[0].reshape(step.request.operator.output_shape)
-            elif step.key in concats:
-                values[step.key] = self._run_concat(step, concats[step.key], inputs)
-            elif step.key in written:
-                values[step.key] = self._run_part(step.name, written[step.key], inputs)
+            elif step.key in stored.concats:
+                values[step.key] = self._run_concat(step, stored.concats[step.key], inputs)
+            elif step.key in stored.shuffles:
+                # The memory is the same; only the order that its channels are said to have is another.
+                assert step.request is not None
+                values[step.key] = numerics.evaluate(step.request, NoConstants(), inputs)
+            elif step.key in parts:
+                values[step.key] = self._run_part(step.name, parts[step.key], inputs)
+            elif step.key in kernels:
+                values[step.key] = in_channel_order(kernels[step.key].request, self.run_layer(step, inputs))
             else:
                 values[step.key] = self.run_layer(step, inputs)
         return values
@@ -119,9 +130,7 @@ class DeployedLibrary:
         """What a layer makes that writes into the buffer of a concatenation."""
         request = part.kernel.request
         buffer = [] if part.makes_buffer else [np.zeros(request.output_shape, STORAGE_DTYPE[request.output])]
-        whole = self._run(name, [*inputs, *buffer])
-        first = request.output_offset
-        return whole[..., first : first + request.operator.output_shape[-1]]
+        return in_channel_order(request, self._run(name, [*inputs, *buffer]))
 
     def _run_concat(self, step: Step, parts: Sequence[ConcatPart], inputs: Sequence[Array]) -> Array:
         """The buffer behind a concatenation: what layers wrote in place, and what is copied by layers of its own."""
@@ -152,9 +161,7 @@ class DeployedLibrary:
             return None
         output = self._tensor(np.zeros(request.output_shape, STORAGE_DTYPE[request.output]))
         function(*(self._tensor(a) for a in (*inputs, *kernel.pack(constants))), output)
-        first = request.output_offset
-        result: Array = output.numpy()[..., first : first + request.operator.output_shape[-1]]
-        return result
+        return in_channel_order(request, output.numpy())
 
     def _tensor(self, array: Array) -> Any:
         return tvm.runtime.tensor(np.ascontiguousarray(array), self._device)

@@ -19,8 +19,8 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from tvm_hquant.concat_parts import KernelCall, find_concat_parts
 from tvm_hquant.errors import PrecisionError
+from tvm_hquant.kernel_graph import KernelCall
 from tvm_hquant.kernels.interface import KernelFamily
 from tvm_hquant.kernels.kernel_function import input_shapes
 from tvm_hquant.kernels.registry import select_kernel
@@ -28,6 +28,7 @@ from tvm_hquant.operators import Conv2D, Dense
 from tvm_hquant.relax_ir.kernel_calls import is_view, kernel_symbol
 from tvm_hquant.runtime import Artifact
 from tvm_hquant.simulator.program import Program, Step
+from tvm_hquant.stored_outputs import find_stored_outputs
 from tvm_hquant.target_spec import TargetSpec, read_target_spec
 from tvm_hquant.tensor_format import STORAGE_DTYPE
 from tvm_hquant.tuning.records import families_of_manifest
@@ -182,19 +183,20 @@ def _timed_calls(artifact: Artifact, sample: Mapping[str, Array], repeat: int) -
 def _steps_by_symbol(program: Program, families: Sequence[KernelFamily]) -> dict[str, deque[tuple[Step, str]]]:
     """Steps in order, with the names of their kernels, by the compiled function: equal requests share one.
 
-    A concatenation whose inputs are written in place has a step for each input that is copied.
+    A concatenation whose inputs are written in place has a step for each input that is copied, a shuffle of what is stored
+    shuffled has none.
     """
     calls = [KernelCall(step.key, step.request, step.inputs) for step in program.steps]
-    concats = find_concat_parts(calls, program.outputs, families)
-    written = {part.tensor: part.kernel for parts in concats.values() for part in parts if not part.is_copy}
+    stored = find_stored_outputs(calls, program.outputs, families)
+    placed = stored.kernels
     found: dict[str, deque[tuple[Step, str]]] = defaultdict(deque)
     for step in program.steps:
-        if step.request is None or is_view(step.request):
+        if step.request is None or is_view(step.request) or step.key in stored.shuffles:
             continue
-        if step.key in concats:
-            kernels = [part.kernel for part in concats[step.key] if part.is_copy]
+        if step.key in stored.concats:
+            kernels = [part.kernel for part in stored.concats[step.key] if part.is_copy]
         else:
-            kernels = [written[step.key] if step.key in written else select_kernel(families, step.request)]
+            kernels = [placed[step.key] if step.key in placed else select_kernel(families, step.request)]
         for kernel in kernels:
             found[kernel_symbol(kernel)].append((replace(step, request=kernel.request), kernel.name))
     return found

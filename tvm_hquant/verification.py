@@ -19,9 +19,9 @@ import numpy as np
 import numpy.typing as npt
 
 from tvm_hquant import numerics
-from tvm_hquant.concat_parts import IN_PLACE
 from tvm_hquant.deployed_library import DeployedLibrary
 from tvm_hquant.errors import ArtifactError, DataError
+from tvm_hquant.kernel_graph import IN_PLACE
 from tvm_hquant.kernels.interface import Kernel
 from tvm_hquant.kernels.registry import select_kernel
 from tvm_hquant.layer_record import graph_from_record
@@ -102,10 +102,11 @@ def verify_artifact(
     """
     plan, program = artifact_program(artifact)
     library = DeployedLibrary(artifact, rpc)
-    concats = library.concat_parts(program)
-    kernels = {part.tensor: part.kernel for parts in concats.values() for part in parts if not part.is_copy}
+    stored = library.stored_outputs(program)
+    kernels = dict(stored.kernels)
+    in_place = {*stored.concats, *stored.shuffles}
     for step in program.steps:
-        if step.request is not None and not is_view(step.request) and step.key not in (*kernels, *concats):
+        if step.request is not None and not is_view(step.request) and step.key not in (*kernels, *in_place):
             kernels[step.key] = select_kernel(library.families, step.request)
     given = list(inputs) if inputs is not None else random_inputs(artifact.manifest, plan)
     samples = [_checked_sample(artifact, sample) for sample in given]

@@ -12,6 +12,7 @@ from tvm_hquant.kernels.depthwise_template import depthwise_kernel
 from tvm_hquant.kernels.dot_product import DotProduct
 from tvm_hquant.kernels.interface import Kernel, KernelRequest, Tile
 from tvm_hquant.kernels.interleaved_depthwise import interleaved_depthwise_kernel
+from tvm_hquant.kernels.interleaved_groups import can_interleave_groups
 from tvm_hquant.kernels.x86_byte_vectors import ByteVectors, WordProduct
 from tvm_hquant.operators import BatchMatmul, Conv2D, Dense
 
@@ -36,7 +37,7 @@ class AnchorFamily:
 
     def tiles(self, request: KernelRequest) -> tuple[Tile, ...]:
         """The tiles that a kernel for this request may have, the best first; none for depthwise and other operators."""
-        dot = self.dot(request) if isinstance(request.operator, (Conv2D, Dense)) else None
+        dot = self._dot(request)
         if dot is None or _is_depthwise(request):
             return ()
         return conv2d_geometry(request, dot, vectors=self._byte_vectors(request)).candidates
@@ -51,7 +52,7 @@ class AnchorFamily:
             dense = as_dense_request(request)
             dot = self.dot(dense) if dense is not None else None
             return batch_matmul_kernel(request, dot, self.name) if dot is not None else None
-        dot = self.dot(request) if isinstance(request.operator, (Conv2D, Dense)) else None
+        dot = self._dot(request)
         if dot is None:
             return None
         if request.placement is not None and len(request.inputs) > 1:
@@ -62,6 +63,14 @@ class AnchorFamily:
                 raise KernelError(f"depthwise layers have no choice of tiles: leave {tile} out")
             return self._interleaved(request) or depthwise_kernel(request, dot, self.name)
         return conv2d_kernel(request, dot, self.name, tile, self._byte_vectors(request))
+
+    def _dot(self, request: KernelRequest) -> DotProduct | None:
+        operator = request.operator
+        dot = self.dot(request) if isinstance(operator, (Conv2D, Dense)) else None
+        if dot is None or not request.shuffled:
+            return dot
+        assert isinstance(operator, Conv2D)
+        return dot.for_groups(operator.groups) if can_interleave_groups(request, dot) else None
 
     def _byte_vectors(self, request: KernelRequest) -> ByteVectors | None:
         return ByteVectors(4 * self.lanes, self.word_product(request)) if self.word_product is not None else None

@@ -70,8 +70,14 @@ class AnchorGeometry:
         return self.conv.in_channels // self.conv.groups
 
     @property
+    def groups(self) -> int:
+        """Groups of channels that are computed one after the other; those that share vectors count as one."""
+        return self.conv.groups // self.dot.groups
+
+    @property
     def group_outputs(self) -> int:
-        return self.conv.out_channels // self.conv.groups
+        """Output channels of such a group, in the order of memory."""
+        return self.conv.out_channels // self.groups
 
     @cached_property
     def chain(self) -> int:
@@ -95,6 +101,8 @@ class AnchorGeometry:
     def padded_inputs(self) -> int:
         """Channels of a group in memory, filled up to whole steps where steps cannot do without."""
         products = self.dot.products
+        if self.dot.groups > 1:
+            return -(-self.group_inputs // products) * products
         run = self.group_inputs * (self.conv.window.kernel[1] if self.is_merged else 1)
         left = self.group_inputs % products
         ends_within = run == self.group_inputs and left in self.dot.last_channels
@@ -221,6 +229,7 @@ class AnchorGeometry:
         """Whether activations have to be copied before the steps can read them."""
         return (
             self.is_padded
+            or self.dot.groups > 1
             or self.planes > 1
             or self.padded_inputs != self.group_inputs
             or stored_dtype != self.dot.operand_dtype
@@ -252,12 +261,17 @@ class AnchorGeometry:
         order = np.arange(self.block)
         if self.packs_codes:
             order = channel_order(self.tile.vectors, self.dot.lanes).reshape(-1)
-        for group in range(self.conv.groups):
+        for group in range(self.groups):
             for block in range(self.blocks):
                 start = min(block * self.block, max(self.group_outputs - self.block, 0))
                 within = start + order
-                rows.append(np.where(within < self.group_outputs, group * self.group_outputs + within, -1))
+                channels = group * self.group_outputs + self._channel(within)
+                rows.append(np.where(within < self.group_outputs, channels, -1))
         return np.concatenate(rows)
+
+    def _channel(self, place: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """The channel of a group, as the operator counts them, at a place in memory."""
+        return place % self.dot.groups * (self.group_outputs // self.dot.groups) + place // self.dot.groups
 
     def pack_channels(self, values: Array, fill: float = 0) -> Array:
         """An array [..., out_channels] in the order of the tiles: [..., groups · blocks · block]."""

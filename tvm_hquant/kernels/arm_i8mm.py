@@ -46,10 +46,14 @@ class UsmmlaDot:
     pixels: int = 2
     splits_pixels: bool = False
     last_channels: tuple[int, ...] = ()
+    groups: int = 1
     reverses_products: bool = False
     llvm_functions: str = ""
     accumulator_registers: int = 2
     row_vectors: int = 8
+
+    def for_groups(self, groups: int) -> DotProduct | None:
+        return None
 
     def spare_registers(self, groups: int, vectors: int, chain: int) -> int:
         return self.operand_steps * groups + 2 * vectors

@@ -19,6 +19,7 @@ from tvm_hquant.kernels.anchor_geometry import AnchorGeometry, as_conv2d
 from tvm_hquant.kernels.dot_product import DotProduct, ShortSums
 from tvm_hquant.kernels.epilogue import Epilogue, scale_accumulator
 from tvm_hquant.kernels.interface import Array, Kernel, KernelRequest, LayerConstants, Tile
+from tvm_hquant.kernels.interleaved_groups import InterleavedGroups
 from tvm_hquant.kernels.kernel_function import Buffer, imported_functions, kernel_function
 from tvm_hquant.kernels.packed_epilogue import PackedEpilogue, vector_groups
 from tvm_hquant.kernels.primitives import STACK, Expression, vector_type
@@ -47,7 +48,7 @@ def conv2d_geometry(
         and dot.lanes == vectors.words
         and request.output == "uint8"
         and request.inputs[1:] in ((), ("uint8",))
-        and conv.out_channels // conv.groups >= dot.lanes
+        and conv.out_channels // conv.groups * dot.groups >= dot.lanes
     )
     return AnchorGeometry(conv, dot, planes, request.weight_points, tile, packs_codes)
 
@@ -85,7 +86,8 @@ def conv2d_kernel(
         with imported_functions(dot.llvm_functions):
             _Emitter(request, geometry, inputs, arrays, output, is_integer, vectors).emit()
 
-    name = f"{family}.conv2d[{dot.name} {geometry.tile}{f' chain {geometry.chain}' if geometry.chain > 1 else ''}]"
+    chain = f" chain {geometry.chain}" if geometry.chain > 1 else ""
+    name = f"{family}.conv2d[{dot.name} {geometry.tile}{chain}{' shuffled' if request.shuffled else ''}]"
     return Kernel(request, name, kernel_function(request, types, emit), pack)
 
 
@@ -134,18 +136,13 @@ class _Emitter:
         if geometry.needs_copy(STORAGE_DTYPE[self.request.inputs[0]]):
             size = geometry.plane_elements * geometry.planes
             self.source = T.alloc_buffer((size,), self.dot.operand_dtype)
-            ActivationCopy(
-                geometry.conv,
-                geometry.padded_inputs,
-                self.dot.operand_dtype,
-                self.request.inputs[0],
-                self.inputs[0],
-                self.source,
-                tuple(self._fill(plane) for plane in range(geometry.planes)),
-            ).emit()
+            if self.dot.groups > 1:
+                InterleavedGroups(geometry.conv, self.dot, self.inputs[0], self.source).emit()
+            else:
+                self._copy_activations()
         rows, channel_blocks = (
             geometry.conv.input_shape[0] * geometry.output_size[0],
-            geometry.conv.groups * geometry.blocks,
+            geometry.groups * geometry.blocks,
         )
         most = max(1, min(_TILES_PER_ITEM, geometry.tiles * rows * channel_blocks // _FEWEST_ITEMS))
         chunks = -(-geometry.tiles // most)
@@ -164,6 +161,18 @@ class _Emitter:
             else:
                 with T.serial(per_item) as number:
                     self._tile(row, T.min(chunk * per_item + number, geometry.tiles - 1), channel_block)
+
+    def _copy_activations(self) -> None:
+        geometry = self.geometry
+        ActivationCopy(
+            geometry.conv,
+            geometry.padded_inputs,
+            self.dot.operand_dtype,
+            self.request.inputs[0],
+            self.inputs[0],
+            self.source,
+            tuple(self._fill(plane) for plane in range(geometry.planes)),
+        ).emit()
 
     def _fill(self, plane: int) -> Expression:
         if self.zero_points is None:
@@ -264,7 +273,7 @@ class _Emitter:
         image, y = row // height, row % height
         corner = T.bind(
             ((image * padded_height + y * sh) * padded_width + x * sw) * pixel
-            + group * geometry.padded_inputs
+            + group * (dot.groups * geometry.padded_inputs)
             + plane * geometry.plane_elements
         )
         vector_weights = dot.lanes * dot.products
@@ -282,7 +291,10 @@ class _Emitter:
             def part(first: Expression, count: int) -> None:
                 """``count`` steps from step ``first``."""
                 self._steps(
-                    accumulators, at + first * dot.products, weight_at + first * vectors * vector_weights, count
+                    accumulators,
+                    at + first * (dot.products * dot.groups),
+                    weight_at + first * vectors * vector_weights,
+                    count,
                 )
 
             if full > 1:
@@ -317,7 +329,7 @@ class _Emitter:
         short_sums = dot.short_sums(chain)
         for first in range(0, steps, chain):
             if short_sums is not None:
-                starts = [activation + i * pixel + first * dot.products for i in range(pixels)]
+                starts = [activation + i * pixel + first * dot.products * dot.groups for i in range(pixels)]
                 first_weight = weight + first * vectors * vector_weights
                 self._add_chain(short_sums, accumulators, starts, first_weight, min(chain, steps - first))
                 continue
@@ -352,7 +364,7 @@ class _Emitter:
             at = weight + step * vectors * count
             of_vectors = [T.bind(self.weights.vload([at + j * count], weight_type)) for j in range(vectors)]
             for i, activation in enumerate(activations):
-                (operand,) = dot.operands(self.source, [activation + step * dot.products], 1)
+                (operand,) = dot.operands(self.source, [activation + step * dot.products * dot.groups], 1)
                 operand = T.bind(operand)
                 for j in range(vectors):
                     total = load(sums[i, j], 0, short_sums.lanes) if step else None

@@ -10,7 +10,7 @@ from typing import Protocol
 from tvm.tirx.script import builder as T
 
 from tvm_hquant.kernels.kernel_function import Buffer
-from tvm_hquant.kernels.primitives import Expression, LlvmPrimitives, convert, vector_type, widen
+from tvm_hquant.kernels.primitives import Expression, LlvmPrimitives, convert, int_like, vector_type, widen
 
 
 class ShortSums(Protocol):
@@ -48,6 +48,8 @@ class DotProduct(Protocol):
         accumulator_dtype: int32, float32 or float64.
         operand_cost: what loading and repeating an operand costs beside the multiply-adds, in multiply-adds of a vector.
         operand_steps: steps whose operands come from memory at once, a power of two (a chain takes its own steps at least).
+        groups: groups of channels that the lanes take turns among. The ``products`` channels of every group that a step takes
+            then lie side by side in memory, group after group.
         pixels: neighbouring pixels that share an accumulator; it has ``lanes · pixels`` elements.
         accumulator_registers: vector registers of an accumulator.
         row_vectors: vectors of channels that a tile of one pixel may have: sums enough to hide the latency of wide cores.
@@ -83,6 +85,8 @@ class DotProduct(Protocol):
     @property
     def operand_steps(self) -> int: ...
     @property
+    def groups(self) -> int: ...
+    @property
     def pixels(self) -> int: ...
     @property
     def accumulator_registers(self) -> int: ...
@@ -96,6 +100,9 @@ class DotProduct(Protocol):
     def reverses_products(self) -> bool: ...
     @property
     def llvm_functions(self) -> str: ...
+
+    def for_groups(self, groups: int) -> DotProduct | None:
+        """The same for lanes that take turns among as many groups of channels; None if there is no such thing."""
 
     def spare_registers(self, groups: int, vectors: int, chain: int) -> int:
         """Registers that a step needs beside the accumulators of a tile of ``groups`` times ``pixels`` pixels."""
@@ -125,6 +132,7 @@ class OnePixel:
     row_vectors: int = 8
     splits_pixels: bool = False
     last_channels: tuple[int, ...] = ()
+    groups: int = 1
     reverses_products: bool = False
     llvm_functions: str = ""
 
@@ -133,6 +141,9 @@ class OnePixel:
         return 1
 
     def short_sums(self, chain: int) -> ShortSums | None:
+        return None
+
+    def for_groups(self, groups: int) -> DotProduct | None:
         return None
 
     def start(self, values: Expression) -> Expression:
@@ -151,7 +162,7 @@ class RepeatedOperand(OnePixel, ABC):
 
     @abstractmethod
     def operand(self, buffer: Buffer, index: Expression) -> Expression:
-        """``products`` neighbouring activations, repeated for every lane."""
+        """``products`` neighbouring activations of every group, repeated until all lanes have some."""
 
     @property
     def operand_steps(self) -> int:
@@ -168,7 +179,7 @@ class RepeatedOperand(OnePixel, ABC):
         return vectors + (2 if self.chain > 1 or self.products > 1 else 1)
 
     def operands(self, buffer: Buffer, indices: Sequence[Expression], steps: int) -> Sequence[Expression]:
-        return [self.operand(buffer, indices[0] + step * self.products) for step in range(steps)]
+        return [self.operand(buffer, indices[0] + step * self.products * self.groups) for step in range(steps)]
 
 
 @dataclass(frozen=True)
@@ -251,12 +262,20 @@ class WideningDot(RepeatedOperand):
         return accumulator + operands[0] * convert(weights[0], "int32")
 
 
-def repeated_word(buffer: Buffer, index: Expression, dtype: str, lanes: int, flip: int = 0) -> Expression:
-    """The four bytes at ``index`` in each of ``lanes`` 32-bit words, as a vector of ``dtype``; bits in ``flip`` inverted."""
+def repeated_words(
+    buffer: Buffer, index: Expression, dtype: str, lanes: int, words: int = 1, flip: int = 0
+) -> Expression:
+    """Words of four bytes at ``index``, taking turns in ``lanes`` 32-bit lanes, as a vector of ``dtype``; bits in ``flip``
+    inverted in each."""
     bits = int(dtype.removeprefix("uint").removeprefix("int"))
     count = 32 // bits
     element = str(buffer.dtype)
-    word = T.reinterpret("int32", buffer.vload([index], vector_type(element, count)))
+    loaded = buffer.vload([index], vector_type(element, count * words))
+    value = T.reinterpret(vector_type("int32", words), loaded)
     if flip:
-        word = word ^ T.int32(flip)
-    return T.reinterpret(vector_type(dtype, count * lanes), T.broadcast(word, lanes))
+        value = value ^ int_like(flip, value)
+    # TVM wants no more lanes to come out of a shuffle than go into it.
+    all_lanes = (
+        T.broadcast(value, lanes) if words == 1 else T.Shuffle([T.bind(value)] * (lanes // words), list(range(lanes)))
+    )
+    return T.reinterpret(vector_type(dtype, count * lanes), all_lanes)

@@ -48,6 +48,8 @@ class KernelRequest:
         centred_products: likewise, how many products of codes less 128 (s8·s8) surely fit int16: 2, 4 or 8.
         placement: where the output goes in a wider buffer, which the kernel then gets in place of its own output and leaves
             unchanged elsewhere; None for an output of its own.
+        shuffled: whether the output's channels are stored as a channel shuffle orders them: channel j of group g of a
+            convolution's n groups at j·n + g.
     """
 
     operator: Operator
@@ -58,6 +60,7 @@ class KernelRequest:
     saturation_free_pairs: int = 0
     centred_products: int = 2
     placement: Placement | None = None
+    shuffled: bool = False
 
     @property
     def output_shape(self) -> Shape:

@@ -9,12 +9,12 @@ wait on the stack: so each weight and each activation is loaded once for the who
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tvm.tirx.script import builder as T
 
 from tvm_hquant.kernels.anchor_family import AnchorFamily
-from tvm_hquant.kernels.dot_product import DotProduct, FloatDot, RepeatedOperand, ShortSums, WideDot, repeated_word
+from tvm_hquant.kernels.dot_product import DotProduct, FloatDot, RepeatedOperand, ShortSums, WideDot, repeated_words
 from tvm_hquant.kernels.interface import KernelRequest
 from tvm_hquant.kernels.kernel_function import Buffer
 from tvm_hquant.kernels.primitives import Expression
@@ -41,9 +41,13 @@ class WordDot(RepeatedOperand):
     name: str = "vpmaddwd"
     splits_pixels: bool = True
     operand_cost: float = 0.5
+    groups: int = 1
+
+    def for_groups(self, groups: int) -> DotProduct:
+        return replace(self, groups=groups)
 
     def operand(self, buffer: Buffer, index: Expression) -> Expression:
-        return repeated_word(buffer, index, "int16", self.lanes)
+        return repeated_words(buffer, index, "int16", self.lanes, self.groups)
 
     def accumulate(
         self, accumulator: Expression, operands: Sequence[Expression], weights: Sequence[Expression]
@@ -91,6 +95,7 @@ class ByteDot(RepeatedOperand):
     accumulator_dtype: str = "int32"
     name: str = "vpmaddubsw"
     operand_cost: float = 0.5
+    groups: int = 1
     # Two channels are a pair that the weights were asked about; of three, the first would meet another neighbour.
     last_channels: tuple[int, ...] = (1, 2)
 
@@ -101,8 +106,11 @@ class ByteDot(RepeatedOperand):
         # With more than these beside weights, sums of a tile go to the stack at the end of a chain, and are waited for.
         return vectors + 4 if chain >= _LONG_CHAIN else super().spare_registers(groups, vectors, chain)
 
+    def for_groups(self, groups: int) -> DotProduct:
+        return replace(self, groups=groups)
+
     def operand(self, buffer: Buffer, index: Expression) -> Expression:
-        return repeated_word(buffer, index, "int8", self.lanes)
+        return repeated_words(buffer, index, "int8", self.lanes, self.groups)
 
     def accumulate(
         self, accumulator: Expression, operands: Sequence[Expression], weights: Sequence[Expression]

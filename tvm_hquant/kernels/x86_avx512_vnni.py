@@ -6,12 +6,12 @@ Source: Intel 64 and IA-32 Architectures Software Developer's Manual, VPDPBUSD. 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tvm.tirx.script import builder as T
 
 from tvm_hquant.kernels.anchor_family import AnchorFamily
-from tvm_hquant.kernels.dot_product import DotProduct, FloatDot, RepeatedOperand, WideDot, repeated_word
+from tvm_hquant.kernels.dot_product import DotProduct, FloatDot, RepeatedOperand, WideDot, repeated_words
 from tvm_hquant.kernels.interface import KernelRequest
 from tvm_hquant.kernels.kernel_function import Buffer
 from tvm_hquant.kernels.primitives import Expression
@@ -35,9 +35,13 @@ class VnniDot(RepeatedOperand):
     name: str = "vpdpbusd"
     splits_pixels: bool = True
     operand_cost: float = 0.5
+    groups: int = 1
+
+    def for_groups(self, groups: int) -> DotProduct:
+        return replace(self, groups=groups)
 
     def operand(self, buffer: Buffer, index: Expression) -> Expression:
-        return repeated_word(buffer, index, "int8", self.lanes)
+        return repeated_words(buffer, index, "int8", self.lanes, self.groups)
 
     def accumulate(
         self, accumulator: Expression, operands: Sequence[Expression], weights: Sequence[Expression]

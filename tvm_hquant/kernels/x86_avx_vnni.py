@@ -8,12 +8,12 @@ the EVEX form of AVX512-VL; which one is emitted follows from the target's featu
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tvm.tirx.script import builder as T
 
 from tvm_hquant.kernels.anchor_family import AnchorFamily
-from tvm_hquant.kernels.dot_product import DotProduct, RepeatedOperand, repeated_word
+from tvm_hquant.kernels.dot_product import DotProduct, RepeatedOperand, repeated_words
 from tvm_hquant.kernels.interface import KernelRequest
 from tvm_hquant.kernels.kernel_function import Buffer
 from tvm_hquant.kernels.primitives import Expression
@@ -37,9 +37,13 @@ class VnniDot(RepeatedOperand):
     name: str = "vpdpbusd"
     splits_pixels: bool = True
     operand_cost: float = 0.5
+    groups: int = 1
+
+    def for_groups(self, groups: int) -> DotProduct:
+        return replace(self, groups=groups)
 
     def operand(self, buffer: Buffer, index: Expression) -> Expression:
-        return repeated_word(buffer, index, "int8", self.lanes)
+        return repeated_words(buffer, index, "int8", self.lanes, self.groups)
 
     def accumulate(
         self, accumulator: Expression, operands: Sequence[Expression], weights: Sequence[Expression]

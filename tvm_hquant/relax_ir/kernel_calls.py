@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from tvm import IRModule, relax
 from tvm.runtime import tensor as runtime_tensor
 
+from tvm_hquant.kernel_graph import IN_PLACE
 from tvm_hquant.kernels.constant_arrays import from_arrays
 from tvm_hquant.kernels.interface import (
     Array,
@@ -75,6 +76,18 @@ def kernel_layer_function(
     return builder.finalize()["layer"]
 
 
+def in_place_function(function: Any) -> Any:
+    """A private function that gives back its only argument, of the type that ``function`` returns: the output of a layer that
+    other layers have stored where it belongs."""
+    buffer = relax.Var("buffer", function.ret_ty)
+    builder = relax.BlockBuilder()
+    with builder.function("layer", [buffer], {**dict(function.attrs), KERNEL_ATTRIBUTE: IN_PLACE}, private=True):
+        with builder.dataflow():
+            result = builder.emit_output(buffer)
+        builder.emit_func_output(result)
+    return builder.finalize()["layer"]
+
+
 def read_realized(function: Any) -> tuple[KernelRequest, LayerConstants] | None:
     """Request and constants of a realized layer function; None of one that stays as it is (opaque, float)."""
     if REQUEST_ATTRIBUTE not in function.attrs:
@@ -103,10 +116,11 @@ def with_kernels(
     graph: LayerGraph,
     realized: Mapping[str, tuple[KernelRequest, LayerConstants] | None],
     families: Sequence[KernelFamily],
+    in_place: Collection[str] = (),
 ) -> IRModule:
     """The module with every layer in ``realized`` turned into a call of the kernel that ``families`` have for it.
 
-    Layers whose entry is None keep their body.
+    Layers whose entry is None keep their body; those ``in_place`` give back what they get.
 
     Raises:
         KernelError: no family has a kernel for a request.
@@ -117,6 +131,9 @@ def with_kernels(
     for layer in graph.layers:
         function = mod[layer.function_name]
         entry = realized[layer.name]
+        if layer.name in in_place:
+            functions[layer.name] = in_place_function(function)
+            continue
         if entry is None:
             # Public, so that it stays a function of its own: verification calls it by name.
             functions[layer.name] = function.with_attr("global_symbol", function_identifier(layer.name))

@@ -18,8 +18,10 @@ import numpy.typing as npt
 import tvm
 
 from tvm_hquant.artifact import check_linker
+from tvm_hquant.channel_shuffles import find_absorbed_shuffles
 from tvm_hquant.cpu_features import cpu_identity
 from tvm_hquant.errors import DataError, TuningError
+from tvm_hquant.kernel_graph import KernelCall
 from tvm_hquant.kernels.interface import Kernel, KernelFamily, KernelRequest, LayerConstants, Tile
 from tvm_hquant.kernels.kernel_function import argument_types
 from tvm_hquant.kernels.registry import families_for_target
@@ -74,11 +76,14 @@ def tune_artifact(
         raise TuningError(f"cannot tune for {spec.name} here: {'; '.join(problems)}; name a board with --rpc HOST:PORT")
     check_linker(spec)
     _, program = artifact_program(artifact)
+    families = families_for_target(spec.instruction_sets)
+    calls = [KernelCall(step.key, step.request, step.inputs) for step in program.steps]
+    shuffles = find_absorbed_shuffles(calls, program.outputs, families).values()
+    shuffled = {shuffle.tensor: shuffle.kernel.request for shuffle in shuffles}
     constants: dict[KernelRequest, LayerConstants] = {}
     for step in program.steps:
         if step.request is not None and step.constants is not None:
-            constants.setdefault(step.request, step.constants)
-    families = families_for_target(spec.instruction_sets)
+            constants.setdefault(shuffled.get(step.key, step.request), step.constants)
     found = (_task(families, request, values, candidates) for request, values in constants.items())
     tasks = [task for task in found if task is not None]
     bench = _Bench(spec, rpc)

@@ -1,0 +1,25 @@
+"""A graph of kernel calls, as far as the choice of kernels needs it: what each computes, and what it reads."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+from tvm_hquant.kernels.interface import Kernel, KernelFamily, KernelRequest
+
+IN_PLACE = "in place"
+"""What reports show as the kernel of a layer whose inputs are written where its output is."""
+
+
+@dataclass(frozen=True)
+class KernelCall:
+    """A kernel call of a graph: the tensor that it makes, what it computes (None where TVM does), tensors that it reads."""
+
+    tensor: Hashable
+    request: KernelRequest | None
+    inputs: tuple[Hashable, ...]
+
+
+def first_kernel(families: Sequence[KernelFamily], request: KernelRequest) -> Kernel | None:
+    """The kernel of the first family that has one; None if none has."""
+    return next((kernel for family in families if (kernel := family.kernel(request)) is not None), None)
