@@ -13,7 +13,7 @@ from tvm_hquant.errors import KernelError
 from tvm_hquant.layers import Layer, LayerGraph
 from tvm_hquant.numerics.functions import unary_float64
 from tvm_hquant.numerics.movement import move
-from tvm_hquant.numerics.windows import pad_spatial, positions
+from tvm_hquant.numerics.windows import columns, grouped_weights, pad_spatial, positions
 from tvm_hquant.operators import (
     Add,
     AveragePool2D,
@@ -82,17 +82,19 @@ def _layer(layer: Layer, read: list[Floats], weights: Floats | None) -> Floats:
         case Conv2D() | Dense():
             assert weights is not None
             assert layer.bias is not None
-            sums = linear(operator, x, weights) + layer.bias
-            epilogue = operator.epilogue
-            return np.clip(sums + read[1] if epilogue.has_residual else sums, epilogue.lower, epilogue.upper)
+            sums = linear(operator, x, weights)
+            sums += layer.bias
+            if operator.epilogue.has_residual:
+                sums += read[1]
+            return np.clip(sums, operator.epilogue.lower, operator.epilogue.upper, out=sums)
         case Add():
             return np.clip(x + read[1], operator.lower, operator.upper)
         case MaxPool2D():
             return np.asarray(np.max(np.stack(_windows(operator.window, x, -np.inf)), axis=0))
         case AveragePool2D():
-            rows, columns = (np.array(d) for d in operator.divisors)
+            down, across = (np.array(d) for d in operator.divisors)
             total = np.sum(np.stack(_windows(operator.window, x, 0.0)), axis=0)
-            return np.asarray(total / (rows[:, None] * columns)[None, :, :, None])
+            return np.asarray(total / (down[:, None] * across)[None, :, :, None])
         case Concat():
             return np.concatenate(read, axis=operator.axis)
         case Unary():
@@ -125,18 +127,18 @@ def _windows(window: Window, x: Floats, fill: float) -> list[Floats]:
 
 
 def _convolution(operator: Conv2D, x: Floats, weights: Floats) -> Floats:
-    groups, per_group = operator.groups, operator.in_channels // operator.groups
-    shape = (len(x), *operator.output_shape[1:3])
-    kernel = weights.reshape(operator.out_channels, per_group, -1)
-    result = np.zeros((*shape, operator.out_channels))
-    for index, part in enumerate(_windows(operator.window, x, 0.0)):
-        if operator.is_depthwise:
-            result += part * kernel[:, 0, index]
-        elif groups == 1:
-            result += (part.reshape(-1, per_group) @ kernel[:, :, index].T).reshape(result.shape)
-        else:
-            outs = operator.out_channels // groups
-            for g in range(groups):
-                block = slice(g * outs, (g + 1) * outs)
-                result[..., block] += part[..., g * per_group : (g + 1) * per_group] @ kernel[block, :, index].T
+    if operator.is_depthwise:
+        kernel = weights.reshape(operator.out_channels, -1)
+        parts = enumerate(_windows(operator.window, x, 0.0))
+        return np.asarray(sum(part * kernel[:, index] for index, part in parts))
+    grouped = grouped_weights(weights, operator)
+    taps, groups, per_group, outs = grouped.shape
+    kernels = [np.ascontiguousarray(grouped[:, g]).reshape(taps * per_group, outs) for g in range(groups)]
+    result = np.empty((len(x), *operator.output_shape[1:]))
+    # Sample by sample, the columns of one stay in the cache until BLAS has read them.
+    for number in range(len(x)):
+        under = columns(pad_spatial(x[number : number + 1], operator.window, 0.0), operator)
+        sums = result[number].reshape(-1, operator.out_channels)
+        for g, kernel in enumerate(kernels):
+            np.matmul(under[:, :, g].reshape(-1, taps * per_group), kernel, out=sums[:, g * outs : (g + 1) * outs])
     return result
