@@ -10,6 +10,7 @@ from typing import Any
 
 from tvm import IRModule
 
+from tvm_hquant.blas_threads import one_blas_thread
 from tvm_hquant.calibration.input_moments import InputMomentsCollector
 from tvm_hquant.calibration.observers import MinMaxObserver, make_observer
 from tvm_hquant.calibration.ranges import CalibratedRanges, same_scale_groups
@@ -101,6 +102,7 @@ class QuantizationSession:
             self._weights[identity] = bias_correction.corrected(layer, codes, moments.means)
         return self._weights[identity]
 
+    @one_blas_thread()
     def calibrate(self, source: DataSource, limit: int | None = None) -> CalibratedRanges:
         """Observes all tensors of the float model in one pass over the samples (at most ``limit``).
 

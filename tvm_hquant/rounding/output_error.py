@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from tvm_hquant.blas_threads import one_blas_thread
 from tvm_hquant.calibration.input_moments import InputMoments
 
 Array = npt.NDArray[Any]
@@ -56,10 +57,11 @@ def least_error_codes(weights: npt.ArrayLike, scales: npt.ArrayLike, limit: int,
     targets = steps.reshape(groups, len(values) // groups, -1)
     codes = np.empty_like(targets)
     start = 0
-    for covariance in moments.covariances:
-        block = slice(start, start + covariance.shape[1])
-        codes[:, :, block] = closest_codes(targets[:, :, block], regularized(covariance, moments.count), limit)
-        start = block.stop
+    with one_blas_thread():
+        for covariance in moments.covariances:
+            block = slice(start, start + covariance.shape[1])
+            codes[:, :, block] = closest_codes(targets[:, :, block], regularized(covariance, moments.count), limit)
+            start = block.stop
     return codes.reshape(values.shape).astype(np.int16)
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from tvm import IRModule
 
+from tvm_hquant.blas_threads import one_blas_thread
 from tvm_hquant.calibration.samples import Sample
 from tvm_hquant.errors import DataError
 from tvm_hquant.kernels.interface import KernelFamily
@@ -101,6 +102,7 @@ class GradientEvaluator:
         target[label] = 1.0
         return target
 
+    @one_blas_thread()
     def mean(
         self, samples: Iterable[Sample], targets: Targets, weights: Weights | None = None, of_weights: bool = False
     ) -> MeanGradients:
