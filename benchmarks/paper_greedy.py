@@ -5,10 +5,13 @@ W6A6 on MobileNetV2, W4A8 and W4A4 on residual networks. All layers start in 8 b
 channel for weights (equation 5), of least squared error per layer for activations (equation 6). Accuracy is top-1 as the paper
 has it, on the search samples while searching; the curves are measured on other samples. Size is that of the weights.
 
-For each curve the table shows the largest size reduction at no more than the paper's loss of accuracy, beside the paper's
-figures, which are of other networks and other data; and where the lazy picks part from the greedy ones.
+For each curve the table shows the largest size reduction at no more than the paper's loss of accuracy, with the loss measured
+there and its 95 % interval (paired with the float model), beside the paper's figures, which are of other networks and other
+data; the mean loss over the whole curve, with its interval over the samples; and where the lazy picks part from the greedy
+ones.
 
-    python -m benchmarks.paper_greedy [--samples 400] [--experiments mobilenetv2:a6w6,resnet56:a8w4] [--plot curves.png]
+    python -m benchmarks.paper_greedy [--search 200] [--held-out 400] [--experiments mobilenetv2:a6w6,resnet56:a8w4]
+        [--journal FILE] [--json FILE] [--plot curves.png]
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from benchmarks.machine import describe_machine
 from benchmarks.zoo import ZooModel, zoo_folder, zoo_models
 from tvm_hquant import api
 from tvm_hquant.cli.tables import print_table
@@ -32,8 +36,9 @@ from tvm_hquant.quantized_weights import QuantizedWeights, quantize_layer_weight
 from tvm_hquant.rounding.weight_rounding import WeightRounding
 from tvm_hquant.search.greedy import Descent, DescentStage, greedy_descent, lazy_descent, one_shot_descent
 from tvm_hquant.search.problem import Assignment
-from tvm_hquant.simulator.metrics import METRICS
+from tvm_hquant.simulator.metrics import METRICS, MetricAccumulator
 from tvm_hquant.simulator.program import Program
+from tvm_hquant.statistics import Interval, bootstrap_interval
 
 BASE = "a8w8"
 POWER_OF_TWO = WeightRounding("power-of-two")
@@ -57,7 +62,10 @@ EXPERIMENTS = "mobilenetv2:a6w6,cifar10_resnet50:a8w4,cifar10_resnet50:a4w4,resn
 
 @dataclass(frozen=True)
 class Curve:
-    """One method on one network; ``reductions`` and ``drops`` (top-1 lost, held-out samples) after every layer."""
+    """One method on one network; ``reductions`` and ``drops`` (top-1 lost, held-out samples) after every layer.
+
+    ``mean`` is the drop averaged over the curve, which tells methods apart where single points do not.
+    """
 
     network: str
     precision: str
@@ -66,37 +74,44 @@ class Curve:
     evaluations: int
     order: tuple[str, ...]
     reductions: tuple[float, ...]
-    drops: tuple[float, ...]
+    drops: tuple[Interval, ...]
+    mean: Interval
 
 
 def main() -> None:
     """Prints the table, and draws the curves."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--experiments", default=EXPERIMENTS)
-    parser.add_argument("--samples", type=int, default=400, help="half of them to search with, half to measure with")
+    parser.add_argument("--search", type=int, default=200, help="samples to search with")
+    parser.add_argument("--held-out", type=int, default=400, help="samples to measure with")
+    parser.add_argument("--journal", type=Path, help="keeps evaluations there, so that a run that was stopped goes on")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     arguments = parser.parse_args()
     if not zoo_models():
         raise SystemExit(f"no networks in {zoo_folder()}: set HQUANT_ZOO to a folder that has some")
     curves: list[Curve] = []
-    for experiment in arguments.experiments.split(","):
-        part, _, low = experiment.partition(":")
-        model = next(name for name in zoo_models() if part in name)
-        curves += run(ZooModel(model), low, arguments.samples)
-        _print(curves)
-        if arguments.json:
-            arguments.json.write_text(json.dumps([asdict(curve) for curve in curves], indent=1))
+    with tempfile.TemporaryDirectory() as folder:
+        journal = arguments.journal or Path(folder) / "journal.sqlite"
+        for experiment in arguments.experiments.split(","):
+            part, _, low = experiment.partition(":")
+            model = next(name for name in zoo_models() if part in name)
+            curves += run(ZooModel(model), low, arguments.search, arguments.held_out, journal)
+            _print(curves)
+            if arguments.json:
+                found = {"machine": describe_machine(), "curves": [asdict(curve) for curve in curves]}
+                arguments.json.write_text(json.dumps(found))
     if arguments.plot:
         _draw(curves, arguments.plot)
 
 
-def run(model: ZooModel, low: str, samples: int) -> list[Curve]:
+def run(model: ZooModel, low: str, searched: int, measured: int, journal: Path) -> list[Curve]:
     """The four methods on one network."""
     evaluation = model.evaluation()
-    order = np.random.default_rng(0).permutation(evaluation.count)[:samples]
-    search, held_out = (evaluation.subset(sorted(order[i::2])) for i in (0, 1))
+    order = np.random.default_rng(0).permutation(evaluation.count)[: searched + measured]
+    search, held_out = (evaluation.subset(sorted(part)) for part in (order[:searched], order[searched:]))
     session = api.open_session(str(model.path), "host", observer="power-of-two")
+    session.use_journal(journal)
     session.calibrate(model.calibration())
     known: dict[tuple[str, int], QuantizedWeights] = {}
 
@@ -123,24 +138,37 @@ def run(model: ZooModel, low: str, samples: int) -> list[Curve]:
     base, lower = dict.fromkeys(layers, BASE), dict.fromkeys(layers, low)
     accuracy = session.evaluate([session.float_program], search, top1, "float32")[0].value
     curves = []
-    with tempfile.TemporaryDirectory() as folder:
-        session.use_journal(Path(folder) / "journal.sqlite")
-        for method in ("one-shot", "greedy, β = 0", "greedy, tuned β", "lazy greedy, β = 0"):
-            asked = 0
-            stage = DescentStage(base, lower, losses, accuracy, {n: l.parameter_count for n, l in layers.items()})
-            descent = _descend(method, stage)
-            plans = [stage.plan(frozenset(descent.order[: k + 1])) for k in range(len(descent.order))]
-            scores = session.evaluate([program(plan) for plan in plans], held_out, top1, "measuring")
-            total = 32 * sum(layer.parameter_count for layer in layers.values())
-            sizes = [
-                sum(layers[n].parameter_count * parse_precision(p).weight_bits for n, p in plan.items())
-                for plan in plans
-            ]
-            label = model.name.removesuffix(".onnx")
-            reductions = tuple(1.0 - size / total for size in sizes)
-            drops = tuple(score.loss for score in scores)
-            curves.append(Curve(label, low, method, descent.beta, asked, descent.order, reductions, drops))
+    total = 32 * sum(layer.parameter_count for layer in layers.values())
+    for method in ("one-shot", "greedy, β = 0", "greedy, tuned β", "lazy greedy, β = 0"):
+        asked = 0
+        stage = DescentStage(base, lower, losses, accuracy, {n: l.parameter_count for n, l in layers.items()})
+        descent = _descend(method, stage)
+        plans = [stage.plan(frozenset(descent.order[: k + 1])) for k in range(len(descent.order))]
+        scores = session.evaluate([program(plan) for plan in plans], held_out, top1, "measuring")
+        sizes = [
+            sum(layers[n].parameter_count * parse_precision(p).weight_bits for n, p in plan.items()) for plan in plans
+        ]
+        curves.append(
+            Curve(
+                model.title,
+                low,
+                method,
+                descent.beta,
+                asked,
+                descent.order,
+                tuple(1.0 - size / total for size in sizes),
+                tuple(score.loss_interval() for score in scores),
+                _mean_drop(scores),
+            )
+        )
+        print(f"{model.title}, {low}: {method}, {asked} evaluations", flush=True)
     return curves
+
+
+def _mean_drop(scores: Sequence[MetricAccumulator]) -> Interval:
+    """Top-1 lost, averaged over plans that were scored on the same samples."""
+    drops = np.array([[score.reference - score.value for score in own.scores] for own in scores])
+    return bootstrap_interval(drops.mean(axis=0), lambda rows: float(rows.mean()))
 
 
 def _descend(method: str, stage: DescentStage) -> Descent:
@@ -151,9 +179,9 @@ def _descend(method: str, stage: DescentStage) -> Descent:
     return greedy_descent(stage, None if "tuned" in method else 0.0)
 
 
-def reduction_within(curve: Curve, drop: float) -> float | None:
-    """The largest size reduction on a curve at no more than a loss of accuracy."""
-    within = [r for r, d in zip(curve.reductions, curve.drops, strict=True) if d <= drop]
+def smallest_within(curve: Curve, drop: float) -> tuple[float, Interval] | None:
+    """The largest size reduction on a curve at no more than a loss of accuracy, and the loss there."""
+    within = [(r, d) for r, d in zip(curve.reductions, curve.drops, strict=True) if d.estimate <= drop]
     return max(within, default=None)
 
 
@@ -174,7 +202,7 @@ def _print(curves: Sequence[Curve]) -> None:
     rows = []
     for curve in curves:
         paper = PAPER[curve.precision]
-        ours = reduction_within(curve, -paper.accuracy_change)
+        ours = smallest_within(curve, -paper.accuracy_change)
         rows.append(
             (
                 curve.network,
@@ -182,15 +210,21 @@ def _print(curves: Sequence[Curve]) -> None:
                 curve.method,
                 f"{curve.beta:.4f}",
                 str(curve.evaluations),
-                "none" if ours is None else f"{ours:.1%}",
+                "none" if ours is None else f"{ours[0]:.1%} at {_change(ours[1])}",
                 f"{paper.reduction:.1%} at {paper.accuracy_change:+.2%} ({paper.network})",
-                f"{-curve.drops[-1]:+.2%} at {curve.reductions[-1]:.1%}",
+                f"{_change(curve.drops[-1])} at {curve.reductions[-1]:.1%}",
+                _change(curve.mean),
                 _parting(curves, curve),
             )
         )
     columns = ("network", "smaller", "method", "β", "evaluations", "size reduction at the paper's loss", "paper",
-               "all layers", "")  # fmt: skip
+               "all layers", "mean over the curve", "")  # fmt: skip
     print_table(columns, rows)
+
+
+def _change(drop: Interval) -> str:
+    """A drop as a change of accuracy."""
+    return f"{-drop.estimate:+.2%} ({-drop.high:+.2%} … {-drop.low:+.2%})"
 
 
 def _draw(curves: Sequence[Curve], path: Path) -> None:
@@ -205,7 +239,7 @@ def _draw(curves: Sequence[Curve], path: Path) -> None:
         for curve in curves:
             if (curve.network, curve.precision) == (network, precision):
                 reductions = [100 * r for r in curve.reductions]
-                axes.plot(reductions, [-100 * d for d in curve.drops], marker=".", label=curve.method)
+                axes.plot(reductions, [-100 * drop.estimate for drop in curve.drops], marker=".", label=curve.method)
         axes.set_xlabel("size reduction, %")
         axes.set_ylabel("change of top-1, points")
         axes.set_title(f"{network}, {precision}")
