@@ -128,7 +128,7 @@ def random_layer(operator: Operator, precision: str, seed: int) -> tuple[KernelR
         return request, IntegerAnchorConstants(codes, 128, multiplier, zeros, ends, 0.5, 128)
     weights = rng.normal(size=shape).astype(np.float32)
     values = weights if storage == "float32" else _stored(weights, storage)
-    request = KernelRequest(operator, stored, storage, storage)
+    request = KernelRequest(operator, stored, storage, storage, finite_weights=True)
     return request, FloatAnchorConstants(values, np.zeros(shape[0], np.float32), -np.inf, np.inf)
 
 

@@ -148,7 +148,13 @@ def _float_anchor(
     elif precision.name == "bfloat16":
         values, storage = values.astype(ml_dtypes.bfloat16).view(np.uint16), "bfloat16"
     epilogue = operator.epilogue
-    request = KernelRequest(operator, tuple(f.storage for f in inputs), output.storage, storage)
+    request = KernelRequest(
+        operator,
+        tuple(f.storage for f in inputs),
+        output.storage,
+        storage,
+        finite_weights=bool(np.isfinite(numerics.widen(values, storage)).all()),
+    )
     return request, FloatAnchorConstants(values, bias, epilogue.lower, epilogue.upper)
 
 

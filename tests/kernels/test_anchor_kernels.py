@@ -113,7 +113,8 @@ def random_case(rng: np.random.Generator, request: KernelRequest, weight_limit: 
         return request, constants, inputs
     weights = numerics.narrow(rng.normal(size=conv.weight_shape).astype(np.float32), request.weights)
     bias = rng.normal(size=conv.out_channels).astype(np.float32) * np.float32(operator.epilogue.has_bias)
-    return request, FloatAnchorConstants(weights, bias, -2.0, 3.5), inputs
+    lower = max(-2.0, operator.epilogue.lower)
+    return replace(request, finite_weights=True), FloatAnchorConstants(weights, bias, lower, 3.5), inputs
 
 
 def check(family: str, request: KernelRequest, seed: int = 0, weight_limit: int = 127) -> Kernel:
@@ -184,6 +185,48 @@ def test_sixteen_bit_floats_are_exact(family: str, case: str, storage: str) -> N
     """16-bit storage with float32 sums, rounded once; a fused residual is widened and added."""
     operator = replace(CASES[case], epilogue=Epilogue(True, True))
     check(family, KernelRequest(operator, (storage, "float32"), storage, storage))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("storage", ["float32", "bfloat16"])
+@pytest.mark.parametrize("lower", [0.0, -2.0])
+def test_padding_that_is_left_out_changes_no_bit(family, storage, lower) -> None:
+    """Behind a clamp at 0 finite weights make padding neutral; elsewhere it turns sums of −0 into +0, and kernels have it.
+
+    Sums of −0 come from products too small for float32. Infinite and NaN activations stay where they are.
+    """
+    window = Window((3, 3), padding=(1, 1, 1, 1))
+    operator = Conv2D((1, 9, 15, 4), 32, window, epilogue=Epilogue(has_bias=True, lower=lower))
+    request = KernelRequest(operator, (storage,), "float32", storage)
+    rng = np.random.default_rng(0)
+    request, constants, inputs = random_case(rng, request)
+    x = numerics.widen(inputs[0], storage)
+    x[rng.random(x.shape) < 0.9] *= np.float32(1e-30)
+    x[0, 4, 0, 0], x[0, 0, 7, 1] = np.nan, np.inf
+    weights = numerics.widen(constants.weights, storage) * np.float32(1e-25)
+    constants = FloatAnchorConstants(numerics.narrow(weights, storage), constants.bias * 0, lower, 3.5)
+    inputs = [numerics.narrow(x, storage)]
+    kernel = select_kernel(families_for_target((family,)), request)
+    actual = run_kernel(kernel, constants, inputs, TARGETS[family])
+    expected = numerics.evaluate(request, constants, inputs)
+    np.testing.assert_array_equal(actual.view(np.uint32), expected.view(np.uint32), err_msg=kernel.name)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_infinite_weights_meet_padding(family: str) -> None:
+    """∞ · 0 is NaN: padding takes part unless the weights prove to be finite."""
+    operator = replace(CASES["3x3 padded"], epilogue=Epilogue(lower=0.0))
+    request, constants, inputs = random_case(
+        np.random.default_rng(0), KernelRequest(operator, ("float32",), "float32", "float32")
+    )
+    constants.weights[5, 3, 0, 0] = np.inf
+    request = replace(request, finite_weights=False)
+    expected = numerics.evaluate(request, constants, inputs)
+    kernel = select_kernel(families_for_target((family,)), request)
+    actual = run_kernel(kernel, constants, inputs, TARGETS[family])
+    np.testing.assert_array_equal(actual, expected)
+    # NaNs, which the clamp turned into its lower bound.
+    assert not expected[0, 0, :, 5].any()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -294,11 +337,13 @@ windows = st.builds(
     channels=st.tuples(st.integers(1, 11), st.integers(1, 37)),
     window=windows,
     storage=st.sampled_from(["uint8", "uint16", "float32"]),
+    lower=st.sampled_from([0.0, -math.inf]),
     seed=st.integers(0, 2**31),
 )
-def test_random_shapes_are_exact(family, size, groups, channels, window, storage, seed) -> None:
-    """Any window, any number of channels per group."""
-    operator = Conv2D((1, *size, channels[0] * groups), channels[1] * groups, window, groups)
+def test_random_shapes_are_exact(family, size, groups, channels, window, storage, lower, seed) -> None:
+    """Any window, any number of channels per group; with and without a clamp at 0."""
+    epilogue = Epilogue(lower=lower)
+    operator = Conv2D((1, *size, channels[0] * groups), channels[1] * groups, window, groups, epilogue)
     is_float = storage == "float32"
     request = KernelRequest(operator, (storage,), storage, "float32" if is_float else "int8")
     check(family, request, seed)

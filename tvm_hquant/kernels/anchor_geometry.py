@@ -13,11 +13,13 @@ from tvm_hquant.errors import KernelError
 from tvm_hquant.kernels.dot_product import DotProduct
 from tvm_hquant.kernels.interface import Tile
 from tvm_hquant.kernels.packed_epilogue import channel_order, vector_groups
+from tvm_hquant.kernels.row_tiles import TileRun, cut_row, split_at_borders
+from tvm_hquant.kernels.window_axis import WindowAxis, window_axes
 from tvm_hquant.operators import Conv2D, Dense, Window
 
 Array = npt.NDArray[Any]
 
-_LATENCY = 10
+_LATENCY = 12
 """Accumulators that hide the latency of a multiply-add on the processors at hand."""
 _SHORT_OPERAND = 0.2
 """Cost of an operand where sums are short: products do not wait for each other, and the loads run beside the additions."""
@@ -29,6 +31,11 @@ _TILE = 20
 """Instructions around a tile."""
 _UNROLLED = 300
 """Instructions of a loop body, times its iterations, up to which LLVM unrolls a loop (``LoopUnrollPass.cpp``)."""
+_CACHE_SETS, _CACHE_LINE = 64, 64
+"""Sets of a first-level data cache, and bytes of their lines, on the processors at hand."""
+_LINES_OF_A_SET = 4
+"""Pixels of a tile that may share a set with no loss; every further one costs ``_CROWDED`` of a step."""
+_CROWDED = 0.04
 _WEIGHTS_IN_CACHE = 512 * 1024
 """Weights larger than this are walked through once, in the outer loop."""
 
@@ -53,7 +60,8 @@ class AnchorGeometry:
     """A convolution, the dot product that computes it, and how many byte planes its activations have.
 
     ``chosen_tile`` takes the place of the tile that the model below picks. With ``packs_codes`` vectors of sums are finished
-    by a :class:`tvm_hquant.kernels.packed_epilogue.PackedEpilogue`, which wants channels in an order of its own.
+    by a :class:`tvm_hquant.kernels.packed_epilogue.PackedEpilogue`, which wants channels in an order of its own. Where
+    ``skips_padding``, kernel positions in the padding are left out: the sums would be the same.
     """
 
     conv: Conv2D
@@ -62,6 +70,7 @@ class AnchorGeometry:
     points: int
     chosen_tile: Tile | None = None
     packs_codes: bool = False
+    skips_padding: bool = False
 
     # Channels.
 
@@ -160,16 +169,11 @@ class AnchorGeometry:
     def candidates(self) -> tuple[Tile, ...]:
         """The tiles that fit the registers, the cheapest by a count of instructions first.
 
-        A step of a tile of p pixels and v vectors takes p·v multiply-adds (at least as many as hide their latency), and
-        loads p operands and v weights that run beside them. Every tile pays for its epilogue, so tiles that overlap cost
-        twice.
+        A step of a tile of p pixels and v vectors takes p·v multiply-adds (longer where they are too few to hide their
+        latency), and loads p operands and v weights that run beside them. Every tile pays for its epilogue, so tiles that
+        overlap cost twice.
         """
         _, width = self.output_size
-        kernel_height, kernel_width = self.conv.window.kernel
-        steps = kernel_height * self.runs * self.steps
-        least, operand_cost = max(_LATENCY, self.dot.row_vectors), self.dot.operand_cost
-        if self.dot.short_sums(self.chain) is not None:
-            least, operand_cost = 1, _SHORT_OPERAND
         most_vectors = 1 if self.is_narrow else self.group_outputs // self.dot.lanes
         found = []
         for pixels in range(1, min(width, 16) + 1):
@@ -177,20 +181,59 @@ class AnchorGeometry:
                 groups = -(-pixels // self.dot.pixels)
                 sums = groups * vectors * self.dot.accumulator_registers
                 # LLVM unrolls short loops over kernel columns and keeps operands that later columns read again.
-                is_unrolled = kernel_width > 1 and self.runs * self.steps * (sums + pixels + vectors) < _UNROLLED
+                is_unrolled = (
+                    self.conv.window.kernel[1] > 1
+                    and not self.skips_padding
+                    and self.runs * self.steps * (sums + pixels + vectors) < _UNROLLED
+                )
                 shared = self.dot.registers * 3 // 8 if is_unrolled else 0
                 if sums + max(self.dot.spare_registers(groups, vectors, self.chain), shared) > self.dot.registers:
                     continue
-                tiles = -(-width // pixels) * -(-self.group_outputs // (vectors * self.dot.lanes))
-                step = max(sums, least) + operand_cost * pixels + vectors
-                estimate = tiles * (steps * step + self._epilogue(pixels, vectors, sums) + _TILE)
-                found.append((estimate, Tile(pixels, vectors)))
+                blocks = -(-self.group_outputs // (vectors * self.dot.lanes))
+                found.append((blocks * self._row_cost(Tile(pixels, vectors)), Tile(pixels, vectors)))
         return tuple(tile for _, tile in sorted(found))
 
-    def _epilogue(self, pixels: int, vectors: int, sums: int) -> int:
+    def tile_runs(self, tile: Tile) -> tuple[TileRun, ...]:
+        """The tiles of a row of output pixels."""
+        _, width = self.output_size
+        runs = cut_row(width, tile.pixels, lambda pixels: self._run_cost(TileRun(0, 1, 0, pixels), tile.vectors))
+        return split_at_borders(runs, self.axes[1]) if self.skips_padding else runs
+
+    def _row_cost(self, tile: Tile) -> float:
+        return sum(run.count * self._run_cost(run, tile.vectors) for run in self.tile_runs(tile))
+
+    def _run_cost(self, run: TileRun, vectors: int) -> float:
+        """Instructions of a tile of a run."""
+        kernel_height, kernel_width = self.conv.window.kernel
+        steps = kernel_height * self.runs * self.steps
+        if run.columns is None:
+            of_steps = steps * self._step_cost(run.pixels, vectors)
+        else:
+            reached = (end - begin for begin, end in run.columns)
+            of_steps = sum(steps / kernel_width * self._step_cost(pixels, vectors) for pixels in reached if pixels)
+        return of_steps + self._epilogue(run.pixels, vectors) + _TILE
+
+    def _step_cost(self, pixels: int, vectors: int) -> float:
+        sums = -(-pixels // self.dot.pixels) * vectors * self.dot.accumulator_registers
+        if self.dot.short_sums(self.chain) is not None:
+            multiplications, operand_cost = float(sums), _SHORT_OPERAND
+        else:
+            multiplications = max(sums, (sums + _LATENCY) / 2, self.dot.row_vectors)
+            operand_cost = self.dot.operand_cost
+        crowded = 1 + _CROWDED * max(0, self._pixels_of_a_set(pixels) - _LINES_OF_A_SET)
+        return crowded * (multiplications + operand_cost * pixels + vectors)
+
+    def _pixels_of_a_set(self, pixels: int) -> int:
+        """How many neighbouring pixels lie in the same set of the first-level cache, at most."""
+        size = self.conv.window.strides[1] * self.conv.groups * self.padded_inputs
+        size *= np.dtype(self.dot.operand_dtype).itemsize
+        sets = [i * size // _CACHE_LINE % _CACHE_SETS for i in range(pixels)]
+        return max(sets.count(number) for number in set(sets)) if size >= _CACHE_LINE else 1
+
+    def _epilogue(self, pixels: int, vectors: int) -> int:
         """Instructions that finish a tile."""
         if not self.packs_codes:
-            return _EPILOGUE * sums
+            return _EPILOGUE * -(-pixels // self.dot.pixels) * vectors * self.dot.accumulator_registers
         return pixels * sum(size * _PACKED_EPILOGUE[size] for _, size in vector_groups(vectors))
 
     @property
@@ -208,27 +251,38 @@ class AnchorGeometry:
         return self.conv.window.output_size(*self.conv.input_shape[1:3])
 
     @property
+    def axes(self) -> tuple[WindowAxis, WindowAxis]:
+        """The window along rows and columns of the map."""
+        return window_axes(self.conv.input_shape, self.conv.window)
+
+    @cached_property
+    def row_tiles(self) -> tuple[TileRun, ...]:
+        """The tiles of a row of output pixels."""
+        return self.tile_runs(self.tile)
+
+    @property
     def tiles(self) -> int:
-        """Tiles over a row of output pixels; the last one overlaps the one before it."""
-        return -(-self.output_size[1] // self.tile.pixels)
+        """How many these are."""
+        return self.row_tiles[-1].first + self.row_tiles[-1].count
 
     # Memory.
 
     @property
-    def is_padded(self) -> bool:
-        return any(self.conv.window.padding)
+    def copied_padding(self) -> tuple[int, int, int, int]:
+        """Padding that the activations have in memory."""
+        return (0, 0, 0, 0) if self.skips_padding else self.conv.window.padding
 
     @property
     def padded_size(self) -> tuple[int, int]:
-        """Rows and columns of the activations with their padding."""
+        """Rows and columns of the activations with that padding."""
         _, h, w, _ = self.conv.input_shape
-        top, left, bottom, right = self.conv.window.padding
+        top, left, bottom, right = self.copied_padding
         return h + top + bottom, w + left + right
 
     def needs_copy(self, stored_dtype: str) -> bool:
         """Whether activations have to be copied before the steps can read them."""
         return (
-            self.is_padded
+            any(self.copied_padding)
             or self.dot.groups > 1
             or self.planes > 1
             or self.padded_inputs != self.group_inputs

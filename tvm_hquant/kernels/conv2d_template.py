@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 
 from tvm.tirx.script import builder as T
 
@@ -23,6 +24,7 @@ from tvm_hquant.kernels.interleaved_groups import InterleavedGroups
 from tvm_hquant.kernels.kernel_function import Buffer, imported_functions, kernel_function
 from tvm_hquant.kernels.packed_epilogue import PackedEpilogue, vector_groups
 from tvm_hquant.kernels.primitives import STACK, Expression, vector_type
+from tvm_hquant.kernels.row_tiles import TileRun
 from tvm_hquant.kernels.vector_loops import flat, load, store
 from tvm_hquant.kernels.x86_byte_vectors import GROUPS, ByteVectors
 from tvm_hquant.operators import Conv2D, Dense
@@ -50,7 +52,16 @@ def conv2d_geometry(
         and request.inputs[1:] in ((), ("uint8",))
         and conv.out_channels // conv.groups * dot.groups >= dot.lanes
     )
-    return AnchorGeometry(conv, dot, planes, request.weight_points, tile, packs_codes)
+    # Products with padding are zeros. They may still turn a sum of −0 into +0, which this clamp makes the same.
+    skips_padding = (
+        request.finite_weights
+        and conv.epilogue.lower >= 0
+        and any(conv.window.padding)
+        and dot.accumulator_dtype == "float32"
+        and dot.pixels == 1
+        and dot.groups == 1
+    )
+    return AnchorGeometry(conv, dot, planes, request.weight_points, tile, packs_codes, skips_padding)
 
 
 def conv2d_kernel(
@@ -157,15 +168,18 @@ class _Emitter:
                 place, channel_block = T.bind(item // channel_blocks), T.bind(item % channel_blocks)
                 row, chunk = T.bind(place // chunks), T.bind(place % chunks)
             if per_item == 1:
-                self._tile(row, chunk, channel_block)
+                self._tile_of_row(row, chunk, channel_block, geometry.row_tiles)
             else:
-                with T.serial(per_item) as number:
-                    self._tile(row, T.min(chunk * per_item + number, geometry.tiles - 1), channel_block)
+                first = T.bind(chunk * per_item)
+                last = first + per_item if geometry.tiles % per_item == 0 else T.min(first + per_item, geometry.tiles)
+                with T.serial(first, last) as tile:
+                    self._tile_of_row(row, tile, channel_block, geometry.row_tiles)
 
     def _copy_activations(self) -> None:
         geometry = self.geometry
+        window = replace(geometry.conv.window, padding=geometry.copied_padding)
         ActivationCopy(
-            geometry.conv,
+            replace(geometry.conv, window=window),
             geometry.padded_inputs,
             self.dot.operand_dtype,
             self.request.inputs[0],
@@ -179,12 +193,27 @@ class _Emitter:
             return T.Cast(self.dot.operand_dtype, T.int32(0))
         return T.Cast(self.dot.operand_dtype, self.zero_points[2 + plane])
 
-    def _tile(self, row: Expression, tile: Expression, channel_block: Expression) -> None:
+    def _tile_of_row(
+        self, row: Expression, tile: Expression, channel_block: Expression, runs: Sequence[TileRun]
+    ) -> None:
+        """The tile of that number, which belongs to one of ``runs``."""
+        run, *others = runs
+        if not others:
+            self._tile(row, tile, channel_block, run)
+            return
+        with T.If(tile < run.first + run.count):
+            with T.Then():
+                self._tile(row, tile, channel_block, run)
+            with T.Else():
+                self._tile_of_row(row, tile, channel_block, others)
+
+    def _tile(self, row: Expression, tile: Expression, channel_block: Expression, run: TileRun) -> None:
         """One tile: all passes and the epilogue."""
         geometry, dot = self.geometry, self.dot
-        pixels, vectors = geometry.tile.pixels, geometry.tile.vectors
+        pixels, vectors = run.pixels, geometry.tile.vectors
         _, width = geometry.output_size
-        x = T.bind(tile * pixels if width % pixels == 0 else T.min(tile * pixels, width - pixels))
+        x = (tile - run.first) * pixels + run.start if run.count > 1 else T.int32(run.start)
+        x = T.bind(x if run.start + run.count * pixels <= width else T.min(x, width - pixels))
         group = T.bind(channel_block // geometry.blocks)
         start = channel_block % geometry.blocks * geometry.block
         if not geometry.is_narrow and geometry.group_outputs % geometry.block:
@@ -204,7 +233,7 @@ class _Emitter:
             return pixel * self.request.output_shape[-1] + self.request.output_offset + channel + j * dot.lanes
 
         if geometry.passes == 1:
-            self._accumulate(accumulators, row, x, group, channel_block, None)
+            self._accumulate(accumulators, run, row, x, group, channel_block, None)
 
             def scaled(i: int, j: int) -> Expression:
                 value = sums(i, j)
@@ -214,34 +243,39 @@ class _Emitter:
                 multiplier, offset = load(self.multipliers, at, dot.lanes), load(self.offsets, at, dot.lanes)
                 return scale_accumulator(value, multiplier, offset)
 
-            self._finish(scaled, output_index)
+            self._finish(pixels, scaled, output_index)
             return
         values = {(i, j): self._register("float32", dot.lanes) for i in range(pixels) for j in range(vectors)}
         for i, j in values:
             store(values[i, j], 0, load(self.offsets, constants + j * dot.lanes, dot.lanes), dot.lanes)
         with T.serial(geometry.passes) as number:
-            self._accumulate(accumulators, row, x, group, channel_block, number)
+            self._accumulate(accumulators, run, row, x, group, channel_block, number)
             base = number * len(geometry.channel_rows) + constants
             for j in range(vectors):
                 multiplier = load(self.multipliers, base + j * dot.lanes, dot.lanes)
                 for i in range(pixels):
                     value = load(values[i, j], 0, dot.lanes)
                     store(values[i, j], 0, scale_accumulator(sums(i, j), multiplier, value), dot.lanes)
-        self._finish(lambda i, j: load(values[i, j], 0, dot.lanes), output_index)
+        self._finish(pixels, lambda i, j: load(values[i, j], 0, dot.lanes), output_index)
 
-    def _finish(self, value: Callable[[int, int], Expression], output_index: Callable[[int, int], Expression]) -> None:
+    def _finish(
+        self,
+        pixels: int,
+        value: Callable[[int, int], Expression],
+        output_index: Callable[[int, int], Expression],
+    ) -> None:
         """The epilogue of all vectors of a tile, given the float32 value and the place of each."""
-        tile = self.geometry.tile
+        vectors = self.geometry.tile.vectors
         if self.packed_epilogue is None:
-            for i in range(tile.pixels):
-                for j in range(tile.vectors):
+            for i in range(pixels):
+                for j in range(vectors):
                     self.epilogue.finish(value(i, j), output_index(i, j))
             return
-        for first, size in vector_groups(tile.vectors):
-            for start in range(0, tile.pixels, GROUPS // size):
-                pixels = range(start, min(start + GROUPS // size, tile.pixels))
-                values = [[value(i, first + j) for j in range(size)] for i in pixels]
-                self.packed_epilogue.finish(values, [output_index(i, first) for i in pixels])
+        for first, size in vector_groups(vectors):
+            for start in range(0, pixels, GROUPS // size):
+                packed = range(start, min(start + GROUPS // size, pixels))
+                values = [[value(i, first + j) for j in range(size)] for i in packed]
+                self.packed_epilogue.finish(values, [output_index(i, first) for i in packed])
 
     def _register(self, dtype: str, lanes: int) -> Buffer:
         """A vector of the tile. Each is a buffer of its own: TVM puts nothing on the stack that has 1024 bytes or more."""
@@ -250,6 +284,7 @@ class _Emitter:
     def _accumulate(
         self,
         accumulators: Mapping[tuple[int, int], Buffer],
+        run: TileRun,
         row: Expression,
         x: Expression,
         group: Expression,
@@ -271,47 +306,68 @@ class _Emitter:
             start = dot.start(load(self.starts, start_base + j * dot.lanes, dot.lanes))
             store(accumulator, 0, start, dot.lanes * dot.pixels)
         image, y = row // height, row % height
+        top, left = (a - b for a, b in zip(window.padding[:2], geometry.copied_padding[:2], strict=True))
         corner = T.bind(
-            ((image * padded_height + y * sh) * padded_width + x * sw) * pixel
+            ((image * padded_height + (y * sh - top)) * padded_width + (x * sw - left)) * pixel
             + group * (dot.groups * geometry.padded_inputs)
             + plane * geometry.plane_elements
         )
-        vector_weights = dot.lanes * dot.products
-        steps = geometry.steps
-        block_weights = kh * geometry.runs * steps * vectors * vector_weights
-        weight_base = T.bind(channel_block * block_weights + point * geometry.weight_elements)
-        full, rest = geometry.parts(geometry.full_steps)
-        full_steps = max(dot.operand_steps, geometry.chain)
+        step_weights = vectors * dot.lanes * dot.products
+        row_weights = geometry.runs * geometry.steps * step_weights
+        weight_base = T.bind(channel_block * (kh * row_weights) + point * geometry.weight_elements)
         with ExitStack() as loops:
-            ky = loops.enter_context(T.serial(kh)) if kh > 1 else 0
-            kx = loops.enter_context(T.serial(geometry.runs)) if geometry.runs > 1 else 0
-            at = T.bind(corner + (ky * dh * padded_width + kx * dw) * pixel)
-            weight_at = T.bind(weight_base + (ky * geometry.runs + kx) * steps * (vectors * vector_weights))
+            first_row, end_row = geometry.axes[0].steps(y) if geometry.skips_padding else (0, kh)
+            ky = loops.enter_context(T.serial(first_row, end_row)) if kh > 1 or geometry.skips_padding else 0
+            row_at, weight_row = corner + ky * (dh * padded_width * pixel), weight_base + ky * row_weights
+            if run.columns is None:
+                kx = loops.enter_context(T.serial(geometry.runs)) if geometry.runs > 1 else 0
+                at, weight_at = row_at + kx * (dw * pixel), weight_row + kx * (geometry.steps * step_weights)
+                self._run(run.pixels, accumulators, T.bind(at), T.bind(weight_at), geometry.steps)
+                return
+            row_at, weight_row = T.bind(row_at), T.bind(weight_row)
+            steps = geometry.padded_inputs // dot.products
+            for column, (begin, end) in enumerate(run.columns):
+                reached = {(i, j): sums for (i, j), sums in accumulators.items() if begin <= i < end}
+                if reached:
+                    weight_at = weight_row + column * (steps * step_weights)
+                    self._run(run.pixels, reached, row_at + column * (dw * pixel), weight_at, steps)
 
-            def part(first: Expression, count: int) -> None:
-                """``count`` steps from step ``first``."""
-                self._steps(
-                    accumulators,
-                    at + first * (dot.products * dot.groups),
-                    weight_at + first * vectors * vector_weights,
-                    count,
-                )
+    def _run(
+        self,
+        pixels: int,
+        accumulators: Mapping[tuple[int, int], Buffer],
+        activation: Expression,
+        weight: Expression,
+        steps: int,
+    ) -> None:
+        """A run of steps of a tile of so many pixels, for the accumulators that take part."""
+        geometry, dot = self.geometry, self.dot
+        step_weights = geometry.tile.vectors * dot.lanes * dot.products
+        full_steps = max(dot.operand_steps, geometry.chain)
+        overlapping = steps == geometry.steps and geometry.full_steps < steps
+        full, rest = geometry.parts(steps - overlapping)
 
-            if full > 1:
-                with T.serial(full) as number_of_load:
-                    part(number_of_load * full_steps, full_steps)
-            elif full:
-                part(0, full_steps)
-            done = full * full_steps
-            for size in rest:
-                part(done, size)
-                done += size
-            if done < steps:
-                last = at + (geometry.run_inputs - dot.products)
-                self._steps(accumulators, last, weight_at + done * vectors * vector_weights, 1)
+        def part(first: Expression, count: int) -> None:
+            """``count`` steps from step ``first``."""
+            at = activation + first * (dot.products * dot.groups)
+            self._steps(pixels, accumulators, at, weight + first * step_weights, count)
+
+        if full > 1:
+            with T.serial(full) as number:
+                part(number * full_steps, full_steps)
+        elif full:
+            part(0, full_steps)
+        done = full * full_steps
+        for size in rest:
+            part(done, size)
+            done += size
+        if overlapping:
+            last = activation + (geometry.run_inputs - dot.products)
+            self._steps(pixels, accumulators, last, weight + done * step_weights, 1)
 
     def _steps(
         self,
+        pixels: int,
         accumulators: Mapping[tuple[int, int], Buffer],
         activation: Expression,
         weight: Expression,
@@ -319,7 +375,7 @@ class _Emitter:
     ) -> None:
         """Some steps, whose operands are loaded at once, for all accumulators."""
         geometry, dot, conv = self.geometry, self.dot, self.geometry.conv
-        pixels, vectors = geometry.tile.pixels, geometry.tile.vectors
+        vectors = geometry.tile.vectors
         pixel = conv.window.strides[1] * conv.groups * geometry.padded_inputs
         vector_weights, chain = dot.lanes * dot.products, geometry.chain
         activation, weight = T.bind(activation), T.bind(weight)

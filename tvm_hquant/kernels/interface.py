@@ -46,6 +46,7 @@ class KernelRequest:
         saturation_free_pairs: what the weights prove: how many chained sums of two products u8·s8 surely fit int16.
             0: not even one pair. Kernels may use it to be faster, never to compute other values.
         centred_products: likewise, how many products of codes less 128 (s8·s8) surely fit int16: 2, 4 or 8.
+        finite_weights: what the weights prove: none of a float layer is infinite or NaN, so products with zeros are zeros.
         placement: where the output goes in a wider buffer, which the kernel then gets in place of its own output and leaves
             unchanged elsewhere; None for an output of its own.
         shuffled: whether the output's channels are stored as a channel shuffle orders them: channel j of group g of a
@@ -59,6 +60,7 @@ class KernelRequest:
     weight_points: int = 1
     saturation_free_pairs: int = 0
     centred_products: int = 2
+    finite_weights: bool = False
     placement: Placement | None = None
     shuffled: bool = False
 

@@ -6,7 +6,6 @@ Padding takes no part because the loops over a window begin and end at the borde
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from tvm.tirx.script import builder as T
@@ -30,6 +29,7 @@ from tvm_hquant.kernels.primitives import (
     widen,
 )
 from tvm_hquant.kernels.vector_loops import elements, fitting_lanes, flat, load, row_loop, store, vector_loop
+from tvm_hquant.kernels.window_axis import window_axes
 from tvm_hquant.operators import AveragePool2D, MaxPool2D
 from tvm_hquant.tensor_format import STORAGE_DTYPE
 
@@ -42,59 +42,13 @@ Finish = Callable[[Expression, Expression, Expression], Expression]
 """The stored output from an accumulator at a row and column."""
 
 
-@dataclass(frozen=True)
-class WindowAxis:
-    """A window along one axis of a map."""
-
-    size: int
-    kernel: int
-    stride: int
-    before: int
-    after: int
-    dilation: int
-    output_size: int
-
-    def base(self, position: Expression) -> Expression:
-        """The input index under the first element of the window; negative in the padding."""
-        return position * self.stride - self.before
-
-    def steps(self, position: Expression, margin: tuple[int, int] = (0, 0)) -> tuple[Expression, Expression]:
-        """Which elements of the window lie on the map, widened by ``margin``: begin and end."""
-        base, (before, after) = self.base(position), margin
-        last = (self.output_size - 1) * self.stride - self.before + (self.kernel - 1) * self.dilation
-        begin: Expression = T.int32(0)
-        end: Expression = T.int32(self.kernel)
-        if self.before > before:
-            begin = T.max(begin, T.floordiv(self.dilation - 1 - before - base, self.dilation))
-        if last >= self.size + after:
-            end = T.min(end, T.floordiv(self.size + after - 1 - base, self.dilation) + 1)
-        return begin, end
-
-
-def window_axes(operator: Pool) -> tuple[WindowAxis, WindowAxis]:
-    """The window along rows and along columns."""
-    window, (_, out_h, out_w, _) = operator.window, operator.output_shape
-    return tuple(  # type: ignore[return-value]
-        WindowAxis(
-            operator.input_shape[axis + 1],
-            window.kernel[axis],
-            window.strides[axis],
-            window.padding[axis],
-            window.padding[axis + 2],
-            window.dilation[axis],
-            (out_h, out_w)[axis],
-        )
-        for axis in (0, 1)
-    )
-
-
 def reciprocal(p: Primitives, operator: AveragePool2D, row: Expression, column: Expression) -> Expression:
     """float32(1 / n) at an output position. Dividing in float32 gives it, as 1 and n are exact there."""
     rows, columns = operator.divisors
     if len(set(rows)) == 1 and len(set(columns)) == 1:
         return T.float32(float(np.float32(1 / (rows[0] * columns[0]))))
-    counts = []
-    for axis, position, padding in zip(window_axes(operator), (row, column), (0, 1), strict=True):
+    counts, axes = [], window_axes(operator.input_shape, operator.window)
+    for axis, position, padding in zip(axes, (row, column), (0, 1), strict=True):
         margin = operator.counted_padding[padding], operator.counted_padding[padding + 2]
         begin, end = axis.steps(position, margin)
         counts.append(T.max(T.int32(1), end - begin))
@@ -150,7 +104,7 @@ class _PoolLoops:
         """accumulator = start; accumulator = step(accumulator, x) for the window; output = finish(accumulator, row, column)."""
         _, height, width, channels = self.operator.input_shape
         batch, out_h, out_w, _ = self.operator.output_shape
-        rows, columns = window_axes(self.operator)
+        rows, columns = window_axes(self.operator.input_shape, self.operator.window)
         work = elements(self.operator.output_shape) * rows.kernel * columns.kernel
         with row_loop(batch * out_h, work) as line:
             image, row = T.floordiv(line, out_h), T.floormod(line, out_h)
