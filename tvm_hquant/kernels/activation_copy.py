@@ -28,6 +28,7 @@ class ActivationCopy:
         storage: of the source; two planes, low bytes first, are made of uint16 where there are two fills.
         source, target: flat buffers.
         fills: the value of padding for every plane, in ``operand_dtype``.
+        offset: −128 where codes are made signed on the way, else 0. The fills have it already.
     """
 
     conv: Conv2D
@@ -37,6 +38,7 @@ class ActivationCopy:
     source: Buffer
     target: Buffer
     fills: tuple[Expression, ...]
+    offset: int = 0
 
     @property
     def _pixel(self) -> int:
@@ -133,6 +135,10 @@ class ActivationCopy:
                 store(self.target, place, broadcast(value, lanes), lanes)
 
     def _converted(self, value: Expression, plane: int) -> Expression:
+        converted = self._of_plane(value, plane)
+        return converted ^ broadcast(T.int8(self.offset), lanes_of(converted)) if self.offset else converted
+
+    def _of_plane(self, value: Expression, plane: int) -> Expression:
         if self.storage in ("float16", "bfloat16") and self.operand_dtype == "float32":
             return widen(value, self.storage)
         if len(self.fills) > 1:

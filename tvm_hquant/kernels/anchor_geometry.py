@@ -290,6 +290,11 @@ class AnchorGeometry:
         )
 
     @property
+    def copy_offset(self) -> int:
+        """What the copy adds to codes: the dot product's offset, if it reads signed bytes."""
+        return self.dot.operand_offset if self.dot.operand_dtype == "int8" else 0
+
+    @property
     def plane_elements(self) -> int:
         """Elements of one plane of the copied activations."""
         height, width = self.padded_size

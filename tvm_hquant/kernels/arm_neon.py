@@ -20,7 +20,6 @@ from tvm_hquant.kernels.arm_operands import (
     ElementOperands,
     element_in_all_lanes,
     halves,
-    load_words,
     word_operands,
 )
 from tvm_hquant.kernels.dot_product import DotProduct, RepeatedOperand, WideDot
@@ -38,7 +37,7 @@ class PairDot(ElementOperands):
     lanes: int = 2 * LANES
     registers: int = REGISTERS
     products: int = 2
-    operand_dtype: str = "uint8"
+    operand_dtype: str = "int8"
     operand_offset: int = -128
     weight_dtype: str = "int8"
     accumulator_dtype: str = "int32"
@@ -55,12 +54,10 @@ class PairDot(ElementOperands):
         return 5 * groups // 2 + (min(chain, 4) + 1) * vectors
 
     def operands(self, buffer: Buffer, indices: Sequence[Expression], steps: int) -> Sequence[Expression]:
+        loaded = buffer.vload([indices[0]], vector_type("int8", 2 * steps))
+        pairs = T.bind(T.reinterpret(vector_type("int16", steps), loaded))
         if steps == 1:
-            loaded = T.reinterpret("int16", buffer.vload([indices[0]], vector_type(str(buffer.dtype), 2)))
-            pair = T.bind(loaded ^ T.int16(TOP_BITS >> 16))
-            return [T.reinterpret("int8x16", T.broadcast(pair, 8))]
-        words = load_words(buffer, indices[0], steps // 2, TOP_BITS)
-        pairs = T.bind(T.reinterpret(f"int16x{steps}", words))
+            return [T.reinterpret("int8x16", T.broadcast(pairs, 8))]
         return [T.reinterpret("int8x16", element_in_all_lanes(pairs, step, 8)) for step in range(steps)]
 
     def accumulate(

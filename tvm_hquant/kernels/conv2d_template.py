@@ -186,12 +186,13 @@ class _Emitter:
             self.inputs[0],
             self.source,
             tuple(self._fill(plane) for plane in range(geometry.planes)),
+            geometry.copy_offset,
         ).emit()
 
     def _fill(self, plane: int) -> Expression:
         if self.zero_points is None:
             return T.Cast(self.dot.operand_dtype, T.int32(0))
-        return T.Cast(self.dot.operand_dtype, self.zero_points[2 + plane])
+        return T.Cast(self.dot.operand_dtype, self.zero_points[2 + plane] + self.geometry.copy_offset)
 
     def _tile_of_row(
         self, row: Expression, tile: Expression, channel_block: Expression, runs: Sequence[TileRun]

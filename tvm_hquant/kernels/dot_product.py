@@ -43,7 +43,7 @@ class DotProduct(Protocol):
         products: consecutive input channels that a step takes.
         chain: steps that are summed before they reach the accumulator.
         operand_dtype: of activations in memory when the step reads them.
-        operand_offset: what the step adds to stored codes on the way.
+        operand_offset: what is added to stored codes on the way: by the step, or by the copy where ``operand_dtype`` is int8.
         weight_dtype: of packed weights.
         accumulator_dtype: int32, float32 or float64.
         operand_cost: what loading and repeating an operand costs beside the multiply-adds, in multiply-adds of a vector.
