@@ -500,6 +500,10 @@ class TestTvmTarget:
                 r"target\.host\.mcpu: LLVM knows no CPU 'x'",
             ),
             ({"target": {"kind": "cuda", "arch": "sm_87"}}, r"instruction_sets: arm_neon, portable does not fit"),
+            (
+                {"target": {"kind": "cuda", "arch": "sm_75"}, "instruction_sets": ["cuda_mma", "cuda"]},
+                r"the kernels of cuda_mma need a GPU of sm_80 or later, the target is sm_75",
+            ),
             ({"instruction_sets": ["cuda"]}, r"instruction_sets: cuda does not fit a target of kind llvm"),
             ({"instruction_sets": ["arm_dotprod"]}, r"instruction_sets: the kernels of arm_dotprod need asimddp"),
             ({"instruction_sets": ["avx2"]}, r"instruction_sets: the kernels of avx2 need avx2, fma"),

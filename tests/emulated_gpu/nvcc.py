@@ -3,7 +3,8 @@
     nvcc.py [options of nvcc] -o BINARY SOURCE
 
 The library, ``SOURCE``'s hash in its name, goes to the folder ``$EMULATED_GPU_LIBRARIES``. For every kernel it has a
-function ``emulate_<kernel>(dimensions, arguments)`` that runs all threads of a grid one after the other.
+function ``emulate_<kernel>(dimensions, arguments)`` that runs all threads of a grid one after the other. Instructions of PTX
+become calls of functions of ``include/threads.h``; at one that a warp executes together, its threads wait for each other.
 """
 
 from __future__ import annotations
@@ -17,15 +18,14 @@ from pathlib import Path
 
 KERNEL = re.compile(r'extern "C" __global__ void __launch_bounds__\(\d+\) (\w+)\(([^)]*)\) \{')
 BETWEEN_THREADS = re.compile(r"__shared__|__sync\w+|__shfl\w*|atomic\w+|\bwarpSize\b")
+ASSEMBLY = re.compile(r"\basm volatile\((.*?)\);", re.DOTALL)
+OPERAND = re.compile(r'"\+?r"\(([^()]*)\)')
 LOOPS = """
 extern "C" void emulate_{name}(const unsigned *n, void **a) {{
   for (blockIdx.z = 0; blockIdx.z < n[2]; ++blockIdx.z)
   for (blockIdx.y = 0; blockIdx.y < n[1]; ++blockIdx.y)
   for (blockIdx.x = 0; blockIdx.x < n[0]; ++blockIdx.x)
-  for (threadIdx.z = 0; threadIdx.z < n[5]; ++threadIdx.z)
-  for (threadIdx.y = 0; threadIdx.y < n[4]; ++threadIdx.y)
-  for (threadIdx.x = 0; threadIdx.x < n[3]; ++threadIdx.x)
-    {name}({arguments});
+    emulate_block(n + 3, [&] {{ {name}({arguments}); }});
 }}
 """
 
@@ -37,6 +37,24 @@ def loops(name: str, parameters: str) -> str:
     return LOOPS.format(name=name, arguments=arguments)
 
 
+def without_assembly(source: str) -> str:
+    """The source with every instruction of PTX as a call of the function of its name, dots replaced.
+
+    Raises:
+        SystemExit: several instructions in one statement, or operands that are not 32-bit registers.
+    """
+
+    def call(statement: re.Match[str]) -> str:
+        text, _, operands = statement[1].partition(":")
+        instruction = re.match(r'\s*"([\w.]+) ', text)
+        names = OPERAND.findall(operands)
+        if instruction is None or text.count(";") != 1 or len(names) != operands.count('"') // 2:
+            raise SystemExit(f"error: the emulated GPU does not know this assembly: {statement[0]}")
+        return f"emulate_{instruction[1].replace('.', '_')}({', '.join(names)});"
+
+    return ASSEMBLY.sub(call, source)
+
+
 def main() -> None:
     """Exits with 1 where kernels cannot run thread after thread, or g++ refuses them."""
     binary, code = Path(sys.argv[-2]), Path(sys.argv[-1])
@@ -46,6 +64,7 @@ def main() -> None:
     kernels = KERNEL.findall(source)
     if len(kernels) != len(re.findall(r"__global__ void.*\{", source)):
         raise SystemExit("error: a kernel is written in an unknown form")
+    source = '#include "threads.h"\n' + without_assembly(source)
     source += "".join(loops(name, parameters) for name, parameters in kernels)
     folder = Path(os.environ["EMULATED_GPU_LIBRARIES"])
     library = folder / f"{hashlib.sha256(source.encode()).hexdigest()[:16]}.so"

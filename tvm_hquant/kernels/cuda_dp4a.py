@@ -12,9 +12,8 @@ bit makes them signed, smaller by 128.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,14 +21,13 @@ from tvm.tirx.script import builder as T
 
 from tvm_hquant.kernels.anchor_constants import integer_array_types, pack_integer
 from tvm_hquant.kernels.anchor_geometry import as_conv2d
+from tvm_hquant.kernels.cuda_convolution import PRIMITIVES, WORD, ActivationWords, SumFinish, is_served, load_word
 from tvm_hquant.kernels.interface import Array, Kernel, KernelRequest, LayerConstants
 from tvm_hquant.kernels.kernel_function import Buffer, kernel_function
-from tvm_hquant.kernels.primitives import CudaPrimitives, Expression, centred, clamp, convert, narrow, requantize
+from tvm_hquant.kernels.primitives import Expression
 from tvm_hquant.kernels.vector_loops import flat
 from tvm_hquant.operators import Conv2D, Dense
 
-WORD = 4
-"""Products of an instruction."""
 _OFFSET = -128
 _TOP_BITS = 0x80808080 - 2**32
 _THREADS = 128
@@ -37,7 +35,6 @@ _THREADS = 128
 _PIXELS = 4
 _CHANNELS = 8
 """The largest tile: 32 sums, 4 words of activations, 8 of weights."""
-_EVERY_BYTE = 0x01010101
 
 
 @dataclass(frozen=True)
@@ -126,10 +123,9 @@ class Dp4aGeometry:
 def dp4a_kernel(request: KernelRequest) -> Kernel | None:
     """The kernel for codes with int8 weights; None for others, and for depthwise layers, where no word serves two sums."""
     operator = request.operator
-    if not isinstance(operator, (Conv2D, Dense)) or request.weights != "int8":
+    if not is_served(request):
         return None
-    if isinstance(operator, Conv2D) and operator.is_depthwise:
-        return None
+    assert isinstance(operator, (Conv2D, Dense))
     planes = 2 if request.inputs[0] == "uint16" else 1
     geometry = Dp4aGeometry(as_conv2d(operator), request.weight_points, planes)
     lanes, passes = len(geometry.channel_rows), geometry.points * planes
@@ -154,7 +150,6 @@ class _Thread:
     inputs: Sequence[Buffer]
     arrays: Sequence[Buffer]
     output: Buffer
-    primitives: CudaPrimitives = field(default_factory=lambda: CudaPrimitives(in_blocks=False))
 
     def emit(self) -> None:
         geometry = self.geometry
@@ -192,13 +187,14 @@ class _Thread:
             self._accumulate(sums, positions, tile, *divmod(number_of_pass, geometry.planes))
             for place, total in sums.items():
                 multiplier = multipliers[base + place[1]]
-                scaled = self.primitives.fma(T.Cast("float32", total[0]), multiplier, values[place][0])
+                scaled = PRIMITIVES.fma(T.Cast("float32", total[0]), multiplier, values[place][0])
                 T.buffer_store(values[place], scaled, [0])
         block = tile % geometry.blocks * geometry.channels
         within = T.min(block, geometry.group_outputs - geometry.channels)
         channel = T.bind(tile // geometry.blocks * geometry.group_outputs + within)
+        end = SumFinish(self.request, self.arrays, self.inputs[-1], self.output)
         for i, j in places:
-            self._finish(values[i, j][0], positions[i] * conv.out_channels + channel + j)
+            end.finish(values[i, j][0], positions[i], channel + j)
 
     def _accumulate(
         self,
@@ -209,77 +205,24 @@ class _Thread:
         plane: int,
     ) -> None:
         """Adds the products of one point with one byte plane to the sums."""
-        geometry, window = self.geometry, self.geometry.conv.window
-        height, width = geometry.output_size
-        (kh, kw), (sh, sw), (dh, dw) = window.kernel, window.strides, window.dilation
-        top, left, _, _ = window.padding
-        fill = T.bind((self.arrays[5][2 + plane] * T.int32(_EVERY_BYTE)) ^ T.int32(_TOP_BITS))
+        geometry = self.geometry
+        kh, kw = geometry.conv.window.kernel
+        words = ActivationWords(geometry.conv, geometry.planes, self.inputs[0], self.arrays[5], _TOP_BITS)
+        padding = T.bind(words.padding(plane))
         tile_bytes = kh * kw * geometry.words * geometry.channels * WORD
         base = T.bind(tile * tile_bytes + point * geometry.weight_elements)
         activations = [T.alloc_buffer((1,), "int32", scope="local") for _ in positions]
         with T.serial(kh) as ky, T.serial(kw) as kx, T.serial(geometry.words) as word:
             for position, activation in zip(positions, activations, strict=True):
-                row = position // width % height * sh + ky * dh - top
-                column = position % width * sw + kx * dw - left
-                value = self._word(position // (height * width), row, column, tile // geometry.blocks, word, plane)
-                T.buffer_store(activation, self._padded(value, row, column, fill), [0])
+                value = words.read(position, (ky, kx), (tile // geometry.blocks, word), plane, padding)
+                T.buffer_store(activation, value, [0])
             at = base + ((ky * kw + kx) * geometry.words + word) * (geometry.channels * WORD)
             for j in range(geometry.channels):
                 weight = T.alloc_buffer((1,), "int32", scope="local")
-                T.buffer_store(weight, _load_word(self.arrays[0], at + j * WORD), [0])
+                T.buffer_store(weight, load_word(self.arrays[0], at + j * WORD), [0])
                 for i, activation in enumerate(activations):
                     total = T.call_pure_extern("int32", "__dp4a", activation[0], weight[0], sums[i, j][0])
                     T.buffer_store(sums[i, j], total, [0])
-
-    def _word(
-        self,
-        image: Expression,
-        row: Expression,
-        column: Expression,
-        group: Expression,
-        word: Expression,
-        plane: int,
-    ) -> Expression:
-        """Four signed activations of neighbouring channels."""
-        geometry = self.geometry
-        _, height, width, channels = geometry.conv.input_shape
-        at = ((image * height + row) * width + column) * channels + group * geometry.group_inputs + word * WORD
-        if geometry.group_inputs % WORD == 0 and geometry.planes == 1:
-            return _load_word(self.inputs[0], at) ^ T.int32(_TOP_BITS)
-        # Bytes behind the last channel have weight 0; those behind the last element do not exist.
-        last = geometry.group_inputs - 1 - word * WORD
-        parts = [T.Cast("int32", self.inputs[0][at + T.min(byte, last)]) for byte in range(WORD)]
-        if geometry.planes == 2:
-            parts = [part >> T.int32(8) if plane else part & T.int32(255) for part in parts]
-        value = parts[0]
-        for byte, part in enumerate(parts[1:], 1):
-            value = value | (part << T.int32(8 * byte))
-        return value ^ T.int32(_TOP_BITS)
-
-    def _padded(self, value: Expression, row: Expression, column: Expression, fill: Expression) -> Expression:
-        _, height, width, _ = self.geometry.conv.input_shape
-        if not any(self.geometry.conv.window.padding):
-            return value
-        exists = T.And(T.And(row >= 0, row < height), T.And(column >= 0, column < width))
-        return T.if_then_else(exists, value, fill)
-
-    def _finish(self, value: Expression, index: Expression) -> None:
-        """Residual, clamp, rounding, store."""
-        p, request = self.primitives, self.request
-        limits, zero_points = self.arrays[4], self.arrays[5]
-        if self.geometry.conv.epilogue.has_residual:
-            residual = convert(centred(self.inputs[1][index], zero_points[1]), "float32")
-            value = p.fma(residual, limits[2], value)
-        if request.output in ("uint8", "uint16"):
-            result = requantize(p, value, limits[0], limits[1], zero_points[0], request.output)
-        else:
-            result = narrow(p, clamp(p, value, limits[0], limits[1]), request.output)
-        T.buffer_store(self.output, result, [index])
-
-
-def _load_word(buffer: Buffer, index: Any) -> Expression:
-    """Four bytes from an index that is a multiple of four, as int32."""
-    return T.reinterpret("int32", buffer.vload([index], f"{buffer.dtype}x{WORD}"))
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,10 @@ _OTHER_ARCHITECTURE_NAMES = re.compile(r"amd64|x86|i[456]86|arm64|armv\w+|thumbv
 """Spellings that LLVM's triple parser takes beside the names of its targets."""
 
 
-_KIND_OF_FAMILY = {"cuda": "cuda", "c": "c"}
+_KIND_OF_FAMILY = {"cuda": "cuda", "cuda_mma": "cuda", "c": "c"}
 """Kernel families whose code is for another kind of target than LLVM."""
+_FIRST_GPU = {"cuda_mma": 80}
+"""The compute capability, times ten, from which GPUs have what a kernel family needs."""
 
 
 def build_target(name: str, options: Mapping[str, Any], instruction_sets: Sequence[str]) -> Any:
@@ -49,6 +51,8 @@ def build_target(name: str, options: Mapping[str, Any], instruction_sets: Sequen
         )
     if kind == "llvm":
         _check_families(name, target, instruction_sets)
+    elif kind == "cuda":
+        _check_gpu(name, str(target.attrs["arch"]), instruction_sets)
     return target
 
 
@@ -124,6 +128,16 @@ def _check_families(name: str, target: Any, instruction_sets: Sequence[str]) -> 
                 f"target spec {name}, instruction_sets: the kernels of {family} need {', '.join(lacking)}, which the "
                 "target does not switch on; name a CPU that has it in target.mcpu, add it to target.mattr (as LLVM "
                 f"spells it), or drop {family}"
+            )
+
+
+def _check_gpu(name: str, arch: str, instruction_sets: Sequence[str]) -> None:
+    number = int(re.sub(r"\D", "", arch))
+    for family in instruction_sets:
+        if number < (first := _FIRST_GPU.get(family, 0)):
+            raise TargetSpecError(
+                f"target spec {name}, instruction_sets: the kernels of {family} need a GPU of sm_{first} or later, the "
+                f"target is {arch}; drop {family}"
             )
 
 

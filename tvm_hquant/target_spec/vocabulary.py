@@ -31,6 +31,7 @@ INSTRUCTION_SETS: Mapping[str, frozenset[str]] = MappingProxyType(
         "arm_neon": frozenset({"asimd"}),
         "portable": frozenset(),
         "reference": frozenset(),
+        "cuda_mma": frozenset(),
         "cuda": frozenset(),
         "c": frozenset(),
     }

@@ -10,11 +10,7 @@
 #define __forceinline__ inline
 #define __align__(bytes) alignas(bytes)
 #define __launch_bounds__(...)
-
-struct Index {
-    unsigned x, y, z;
-};
-static Index threadIdx, blockIdx;
+#include "threads.h"
 
 using std::max;
 using std::min;
