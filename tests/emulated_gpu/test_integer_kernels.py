@@ -28,6 +28,7 @@ from tvm_hquant.kernels.cuda_dp4a import dp4a_kernel
 from tvm_hquant.kernels.cuda_mma import mma_kernel
 from tvm_hquant.kernels.interface import Kernel, KernelRequest, Placement
 from tvm_hquant.operators import Conv2D, Dense, Epilogue, Window
+from tvm_hquant.stored_outputs import in_channel_order
 from tvm_hquant.tensor_format import STORAGE_DTYPE
 
 TARGET = {"kind": "cuda", "arch": "sm_75", "host": {"kind": "llvm"}}
@@ -44,11 +45,13 @@ WIDE = {
 PLACEMENT = Placement(3, 60)
 
 
-def requests(names: tuple[str, ...], repeated: tuple[str, ...]) -> list[KernelRequest]:
-    """Layers from and to codes; some ``repeated`` with two points and planes, a residual, other outputs, in a wider buffer."""
+def requests(names: tuple[str, ...], repeated: tuple[str, ...], grouped: str) -> list[KernelRequest]:
+    """Layers from and to codes, one in a wider buffer, the ``grouped`` one also shuffled; some ``repeated`` with two points and
+    planes, a residual, other outputs."""
     operators = {**CASES, **WIDE}
     found = [KernelRequest(operators[name], ("uint8",), "uint8", "int8") for name in names]
     found.append(replace(found[0], placement=PLACEMENT))
+    found.append(replace(found[names.index(grouped)], shuffled=True))
     for name, output in zip(repeated, ("uint16", "float32", "float16"), strict=True):
         operator = replace(operators[name], epilogue=Epilogue(True, True))
         found.append(KernelRequest(operator, ("uint8", "uint8"), output, "int8", 2))
@@ -58,10 +61,10 @@ def requests(names: tuple[str, ...], repeated: tuple[str, ...]) -> list[KernelRe
 
 NOT_DEPTHWISE = tuple(n for n, op in CASES.items() if not (isinstance(op, Conv2D) and op.is_depthwise))
 FAMILIES: dict[str, tuple[Callable[[KernelRequest], Kernel | None], list[KernelRequest], str]] = {
-    "dp4a": (dp4a_kernel, requests(NOT_DEPTHWISE, ("3x3 padded", "grouped", "dense, rows")), "__dp4a("),
+    "dp4a": (dp4a_kernel, requests(NOT_DEPTHWISE, ("3x3 padded", "grouped", "dense, rows"), "grouped"), "__dp4a("),
     "mma": (
         mma_kernel,
-        requests((*WIDE, "grouped"), ("wide, padded", "wide, grouped", "wide, dense, rows")),
+        requests((*WIDE, "grouped"), ("wide, padded", "wide, grouped", "wide, dense, rows"), "wide, grouped"),
         "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32",
     ),
 }
@@ -112,10 +115,11 @@ def test_kernels_match_the_contract(tmp_path: Path, family: str) -> None:
         arguments = (ctypes.c_void_p * len(order))(*(ctypes.addressof(p) for p in pointers))
         dimensions = (ctypes.c_uint * 6)(*launch_dimensions(kernels[name]))
         getattr(library, f"emulate_{name}_kernel")(dimensions, arguments)
-        values = numerics.evaluate(replace(request, placement=None), constants, inputs)
-        expected = np.full_like(output, 77)
-        expected[..., request.output_offset : request.output_offset + values.shape[-1]] = values
-        np.testing.assert_array_equal(arrays[-1], expected, err_msg=f"{kernels[name].name} {request}")
+        expected = numerics.evaluate(replace(request, placement=None, shuffled=False), constants, inputs)
+        message = f"{kernels[name].name} {request}"
+        np.testing.assert_array_equal(in_channel_order(request, arrays[-1]), expected, err_msg=message)
+        beside = np.delete(arrays[-1], request.output_offset + np.arange(expected.shape[-1]), -1)
+        assert (beside == 77).all(), message
 
 
 def test_what_tensor_cores_do_not_serve() -> None:

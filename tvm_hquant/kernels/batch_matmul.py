@@ -37,6 +37,7 @@ from tvm_hquant.kernels.primitives import (
     broadcast,
     convert,
     float_like,
+    lanes_of,
     narrow,
     requantize,
     vector_type,
@@ -179,13 +180,15 @@ class _Emitter:
         if not self.is_integer:
             is_widened = self.dot.operand_dtype == "float32"
             return widen(value, self.request.inputs[0]) if is_widened else value
-        return convert(value, self.dot.operand_dtype) if self.dot.operand_dtype != "uint8" else value
+        code = convert(value, self.dot.operand_dtype) if self.dot.operand_dtype != "uint8" else value
+        offset = self.geometry.copy_offset
+        return code ^ broadcast(T.int8(offset), lanes_of(code)) if offset else code
 
     def _row_of_zero_points(self) -> Buffer:
         count, dtype = self.geometry.padded_inputs, self.dot.operand_dtype
         row = T.alloc_buffer((count,), dtype)
         with T.serial(count) as element:
-            T.buffer_store(row, T.Cast(dtype, self.constants[2][0]), [element])
+            T.buffer_store(row, T.Cast(dtype, self.constants[2][0] + self.geometry.copy_offset), [element])
         return row
 
     def _start(self, zero_points: Buffer, packed: Buffer, place: Expression, starts: Buffer, at: Expression) -> None:

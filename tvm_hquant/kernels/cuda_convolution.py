@@ -103,17 +103,21 @@ class ActivationWords:
 class SumFinish:
     """The end of a sum: residual, clamp, rounding, store.
 
-    ``arrays`` are those of ``anchor_constants.integer_array_types``; ``residual`` is read if the operator has one.
+    ``conv`` is what the kernel computes; ``arrays`` are those of ``anchor_constants.integer_array_types``; ``residual`` is read
+    if the operator has one.
     """
 
     request: KernelRequest
+    conv: Conv2D
     arrays: Sequence[Buffer]
     residual: Buffer
     output: Buffer
 
-    def finish(self, value: Expression, position: Expression, channel: Expression) -> None:
-        """Finishes the float32 value of an output pixel, counted over all images, and a channel."""
+    def finish(self, value: Expression, position: Expression, group: Expression, within: Expression) -> None:
+        """Finishes the float32 value of an output pixel, counted over all images, and a channel of a group."""
         p, request, limits, zero_points = PRIMITIVES, self.request, self.arrays[4], self.arrays[5]
+        groups, outputs = self.conv.groups, self.conv.out_channels // self.conv.groups
+        channel = within * groups + group if request.shuffled else group * outputs + within
         index = position * request.output_shape[-1] + request.output_offset + channel
         if len(request.inputs) > 1:
             difference = convert(centred(self.residual[index], zero_points[1]), "float32")
@@ -131,5 +135,5 @@ def is_served(request: KernelRequest) -> bool:
     if not isinstance(operator, (Conv2D, Dense)) or request.weights != "int8":
         return False
     # A residual is read at the place where the result is written.
-    is_apart = request.placement is not None and len(request.inputs) > 1
+    is_apart = (request.placement is not None or request.shuffled) and len(request.inputs) > 1
     return not is_apart and not (isinstance(operator, Conv2D) and operator.is_depthwise)

@@ -190,11 +190,11 @@ class _Thread:
                 scaled = PRIMITIVES.fma(T.Cast("float32", total[0]), multiplier, values[place][0])
                 T.buffer_store(values[place], scaled, [0])
         block = tile % geometry.blocks * geometry.channels
-        within = T.min(block, geometry.group_outputs - geometry.channels)
-        channel = T.bind(tile // geometry.blocks * geometry.group_outputs + within)
-        end = SumFinish(self.request, self.arrays, self.inputs[-1], self.output)
+        start = T.bind(T.min(block, geometry.group_outputs - geometry.channels))
+        group = T.bind(tile // geometry.blocks)
+        end = SumFinish(self.request, conv, self.arrays, self.inputs[-1], self.output)
         for i, j in places:
-            end.finish(values[i, j][0], positions[i], channel + j)
+            end.finish(values[i, j][0], positions[i], group, start + j)
 
     def _accumulate(
         self,

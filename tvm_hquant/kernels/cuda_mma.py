@@ -238,12 +238,11 @@ class _Warp:
                 scaled = PRIMITIVES.fma(T.Cast("float32", sums[key][element]), multiplier, values[key][element])
                 T.buffer_store(values[key], scaled, [element])
         block = tile % geometry.blocks * geometry.channels
-        within = T.min(block, geometry.group_outputs - geometry.channels)
-        start = T.bind(place.group * geometry.group_outputs + within)
-        end = SumFinish(self.request, self.arrays, self.inputs[-1], self.output)
+        start = T.bind(T.min(block, geometry.group_outputs - geometry.channels))
+        end = SumFinish(self.request, geometry.conv, self.arrays, self.inputs[-1], self.output)
         for (row, column), element in elements:
             position = positions[2 * row + element // 2]
-            end.finish(values[row, column][element], position, start + channel(column, element))
+            end.finish(values[row, column][element], position, place.group, start + channel(column, element))
 
     def _accumulate(
         self,
