@@ -111,6 +111,13 @@ def network_layers(network: str) -> Counter[Operator]:
     )
 
 
+def random_codes(rng: np.random.Generator, limit: int, shape: tuple[int, ...]) -> Array:
+    """Normally distributed weights, of which the largest of every output channel becomes ``limit``: int8 [points, out, …]."""
+    values = rng.normal(size=shape)
+    largest = np.abs(values).reshape(*shape[:2], -1).max(axis=2).reshape(*shape[:2], *[1] * (len(shape) - 2))
+    return np.asarray(np.rint(values * (limit / largest)), np.int8)
+
+
 def random_layer(operator: Operator, precision: str, seed: int) -> tuple[KernelRequest, LayerConstants]:
     """A request and random constants of a layer in a precision."""
     rng = np.random.default_rng(seed)
@@ -120,7 +127,7 @@ def random_layer(operator: Operator, precision: str, seed: int) -> tuple[KernelR
     stored: tuple[Storage, ...] = (storage, storage) if operator.epilogue.has_residual else (storage,)
     if wanted.is_integer:
         limit = 2 ** (wanted.weight_bits - 1) - 1
-        codes = rng.integers(-limit, limit, (1, *shape), np.int8, endpoint=True)
+        codes = random_codes(rng, limit, (1, *shape))
         multiplier = np.full((1, shape[0]), 3e-2 / limit / np.sqrt(np.prod(shape[1:])), np.float32)
         zeros = np.zeros(shape[0], np.float32)
         ends = Requantization(-128.0, 127.0, 128)

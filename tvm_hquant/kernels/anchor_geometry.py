@@ -14,6 +14,7 @@ from tvm_hquant.kernels.dot_product import DotProduct
 from tvm_hquant.kernels.interface import Tile
 from tvm_hquant.kernels.packed_epilogue import channel_order, vector_groups
 from tvm_hquant.kernels.row_tiles import TileRun, cut_row, split_at_borders
+from tvm_hquant.kernels.step_pairs import pair_steps
 from tvm_hquant.kernels.window_axis import WindowAxis, window_axes
 from tvm_hquant.operators import Conv2D, Dense, Window
 
@@ -99,6 +100,16 @@ class AnchorGeometry:
         while chain > steps or (steps % chain and not takes_one_pixel):
             chain //= 2
         return chain
+
+    @property
+    def pairs_steps(self) -> bool:
+        """Whether the steps of a tile come in an order that the weights decide, two of them together where they can."""
+        return self.dot.pairs_steps and self.chain == 1 and self.passes == 1 and self.dot.groups == 1
+
+    @property
+    def all_steps(self) -> int:
+        """Steps of a tile."""
+        return self.conv.window.kernel[0] * self.runs * self.steps
 
     def parts(self, steps: int) -> tuple[int, tuple[int, ...]]:
         """How ``steps`` steps are cut: so many full loads of operands, and the steps of the shorter loads after them."""
@@ -217,6 +228,8 @@ class AnchorGeometry:
         sums = -(-pixels // self.dot.pixels) * vectors * self.dot.accumulator_registers
         if self.dot.short_sums(self.chain) is not None:
             multiplications, operand_cost = float(sums), _SHORT_OPERAND
+        elif self.pairs_steps:
+            multiplications, operand_cost = float(sums), self.dot.operand_cost
         else:
             multiplications = max(sums, (sums + _LATENCY) / 2, self.dot.row_vectors)
             operand_cost = self.dot.operand_cost
@@ -339,6 +352,34 @@ class AnchorGeometry:
 
     def pack_weights(self, weights: Array) -> Array:
         """Weights [points, out, in / groups, kh, kw] in the order in which the steps read them, flat."""
+        return np.ascontiguousarray(self._steps_of_tiles(weights).reshape(-1))
+
+    def pair_steps(self, packed: Array) -> tuple[Array, Array]:
+        """Packed weights with their steps in an order of pairs, where ``pairs_steps``, and what the kernel knows of it.
+
+        That is int32 [tiles over channels · (1 + steps)]: the number of pairs, and for each step in its new place how many
+        elements after the start of a pixel's window its activations begin.
+        """
+        starts = self._step_starts()
+        ordered, rows = [], []
+        for tile in packed.reshape(-1, self.all_steps, self.block, self.dot.products):
+            order, pairs = pair_steps(tile)
+            ordered.append(tile[order])
+            rows.append([pairs, *starts[order]])
+        return np.stack(ordered).reshape(-1), np.array(rows, np.int32).reshape(-1)
+
+    def _step_starts(self) -> Array:
+        """int64 [steps], in the order of the window."""
+        kernel_height = self.conv.window.kernel[0]
+        row_step, column_step = self.conv.window.dilation
+        pixel = self.conv.groups * self.padded_inputs
+        within = np.minimum(np.arange(self.steps) * self.dot.products, self.run_inputs - self.dot.products)
+        columns = np.arange(self.runs) * column_step * pixel
+        rows = np.arange(kernel_height) * row_step * self.padded_size[1] * pixel
+        return (rows[:, None, None] + columns[:, None] + within).reshape(-1)
+
+    def _steps_of_tiles(self, weights: Array) -> Array:
+        """Weights [points · tiles over channels, steps, vector, lane, product], in the order of the window."""
         points, inputs, height = weights.shape[0], *weights.shape[2:4]
         pads = ((0, 0), (0, 1), (0, self.padded_inputs - inputs), (0, 0), (0, 0))
         rows = np.moveaxis(np.pad(weights, pads)[:, self.channel_rows], 2, -1)
@@ -355,7 +396,7 @@ class AnchorGeometry:
             split = split[..., ::-1]
         # tile, kernel row, run, step, vector, lane, product
         ordered = split.transpose(0, 1, 4, 5, 6, 2, 3, 7)
-        return np.ascontiguousarray(ordered.reshape(-1).astype(self.dot.weight_dtype))
+        return ordered.reshape(-1, self.all_steps, self.tile.vectors, lanes, products).astype(self.dot.weight_dtype)
 
     @property
     def weight_elements(self) -> int:

@@ -85,19 +85,25 @@ def conv2d_kernel(
         types = integer_array_types(
             count, dot.weight_dtype, lanes, geometry.passes, geometry.planes, dot.accumulator_dtype
         )
+        if geometry.pairs_steps:
+            types.append(((geometry.groups * geometry.blocks * (1 + geometry.all_steps),), "int32"))
     else:
         types = float_array_types(count, dot.weight_dtype, lanes)
 
     def pack(constants: LayerConstants) -> tuple[Array, ...]:
         if is_integer:
-            return pack_integer(constants, geometry, dot.operand_offset, dot.accumulator_dtype)
+            arrays = pack_integer(constants, geometry, dot.operand_offset, dot.accumulator_dtype)
+            if not geometry.pairs_steps:
+                return arrays
+            weights, steps = geometry.pair_steps(arrays[0])
+            return (weights, *arrays[1:], steps)
         return pack_float(constants, geometry)
 
     def emit(inputs: Sequence[Buffer], arrays: Sequence[Buffer], output: Buffer) -> None:
         with imported_functions(dot.llvm_functions):
             _Emitter(request, geometry, inputs, arrays, output, is_integer, vectors).emit()
 
-    chain = f" chain {geometry.chain}" if geometry.chain > 1 else ""
+    chain = " pairs" if geometry.pairs_steps else f" chain {geometry.chain}" if geometry.chain > 1 else ""
     name = f"{family}.conv2d[{dot.name} {geometry.tile}{chain}{' shuffled' if request.shuffled else ''}]"
     return Kernel(request, name, kernel_function(request, types, emit), pack)
 
@@ -120,10 +126,11 @@ class _Emitter:
         self.inputs = [flat(b) for b in inputs]
         self.weights = arrays[0]
         if is_integer:
-            _, self.starts, self.multipliers, self.offsets, limits, self.zero_points = arrays
+            _, self.starts, self.multipliers, self.offsets, limits, self.zero_points, *tables = arrays
+            self.step_table = tables[0] if tables else None
         else:
             _, self.starts, limits = arrays
-            self.zero_points = None
+            self.zero_points = self.step_table = None
         has_residual = geometry.conv.epilogue.has_residual
         self.epilogue = Epilogue(
             request,
@@ -316,6 +323,9 @@ class _Emitter:
         step_weights = vectors * dot.lanes * dot.products
         row_weights = geometry.runs * geometry.steps * step_weights
         weight_base = T.bind(channel_block * (kh * row_weights) + point * geometry.weight_elements)
+        if self.step_table is not None:
+            self._paired_steps(self.step_table, accumulators, corner, weight_base, channel_block)
+            return
         with ExitStack() as loops:
             first_row, end_row = geometry.axes[0].steps(y) if geometry.skips_padding else (0, kh)
             ky = loops.enter_context(T.serial(first_row, end_row)) if kh > 1 or geometry.skips_padding else 0
@@ -365,6 +375,42 @@ class _Emitter:
         if overlapping:
             last = activation + (geometry.run_inputs - dot.products)
             self._steps(pixels, accumulators, last, weight + done * step_weights, 1)
+
+    def _paired_steps(
+        self,
+        table: Buffer,
+        accumulators: Mapping[tuple[int, int], Buffer],
+        corner: Expression,
+        weight: Expression,
+        channel_block: Expression,
+    ) -> None:
+        """All steps of a tile in the order of the packed weights: the pairs, then the steps without a partner."""
+        geometry = self.geometry
+        size = geometry.tile.vectors * self.dot.lanes * self.dot.products
+        row = T.bind(channel_block * (1 + geometry.all_steps))
+        pairs = T.bind(table[row])
+        for chain, first, count in ((2, 0, pairs), (1, 2 * pairs, geometry.all_steps - 2 * pairs)):
+            with T.serial(count) as number:
+                step = T.bind(first + number * chain)
+                starts = [T.bind(corner + table[row + 1 + step + c]) for c in range(chain)]
+                self._sum_steps(accumulators, starts, weight + step * size)
+
+    def _sum_steps(
+        self, accumulators: Mapping[tuple[int, int], Buffer], activations: Sequence[Expression], weight: Expression
+    ) -> None:
+        """A chain of steps, whose activations start at several places, for one accumulator after the other."""
+        dot, conv, vectors = self.dot, self.geometry.conv, self.geometry.tile.vectors
+        pixel = conv.window.strides[1] * conv.groups * self.geometry.padded_inputs
+        count = dot.lanes * dot.products
+        weight = T.bind(weight)
+        of_vectors = [
+            [T.bind(load(self.weights, weight + (c * vectors + j) * count, count)) for c in range(len(activations))]
+            for j in range(vectors)
+        ]
+        for (i, j), accumulator in accumulators.items():
+            operands = [dot.operands(self.source, [start + i * pixel], 1)[0] for start in activations]
+            value = dot.accumulate(load(accumulator, 0, dot.lanes), operands, of_vectors[j])
+            store(accumulator, 0, value, dot.lanes)
 
     def _steps(
         self,

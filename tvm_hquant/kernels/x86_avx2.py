@@ -1,9 +1,10 @@
 """Plain AVX2: ``vpmaddwd`` for any int8 weights, ``vpmaddubsw`` where the weights prove that int16 sums suffice.
 
 ``vpmaddwd`` adds two products of int16 values in int32. ``vpmaddubsw`` adds two products of u8 and s8 codes in int16; with
-weights of 7 bits one such sum cannot saturate, with 6 bits two, with 4 bits eight or, mostly, 16, and then half as many
-instructions or fewer do the same work, bit for bit. Sums of long chains stay in the registers of a tile, and its int32 sums
-wait on the stack: so each weight and each activation is loaded once for the whole tile.
+weights of 7 bits one such sum cannot saturate, nor can mostly two in an order of steps that the weights decide; with 6 bits
+two, with 4 bits eight or, mostly, 16, and then half as many instructions or fewer do the same work, bit for bit. Sums of long
+chains stay in the registers of a tile, and its int32 sums wait on the stack: so each weight and each activation is loaded
+once for the whole tile.
 """
 
 from __future__ import annotations
@@ -98,13 +99,18 @@ class ByteDot(RepeatedOperand):
     groups: int = 1
     # Two channels are a pair that the weights were asked about; of three, the first would meet another neighbour.
     last_channels: tuple[int, ...] = (1, 2)
+    pairs_steps: bool = True
 
     def short_sums(self, chain: int) -> ShortSums | None:
         return _WordSums(2 * self.lanes) if chain >= _LONG_CHAIN else None
 
     def spare_registers(self, groups: int, vectors: int, chain: int) -> int:
-        # With more than these beside weights, sums of a tile go to the stack at the end of a chain, and are waited for.
-        return vectors + 4 if chain >= _LONG_CHAIN else super().spare_registers(groups, vectors, chain)
+        # Measured: what a step needs, and some more, or sums go to the stack and are waited for.
+        if chain == 1:
+            return 6 if vectors == 1 else 8
+        if chain >= _LONG_CHAIN:
+            return 8 if vectors == 1 else vectors + 4
+        return super().spare_registers(groups, vectors, chain)
 
     def for_groups(self, groups: int) -> DotProduct:
         return replace(self, groups=groups)
