@@ -17,6 +17,13 @@ def test_by_hand() -> None:
     assert codes.tolist() == [[-4, 8, 0, 2]]
 
 
+def test_small_ranges_far_from_zero() -> None:
+    """A range of 1/64 alone would have steps of 2⁻¹³, in which 1/32 is 256: two doublings bring it to 64."""
+    codes, steps = power_of_two_codes([[1 / 64, 1 / 32]], 8)
+    assert steps.tolist() == [2.0**-11]
+    assert codes.tolist() == [[32, 64]]
+
+
 @given(hnp.arrays(np.int16, (3, 6), elements=st.integers(-6400, 6400)), st.integers(2, 8), st.booleans())
 @settings(max_examples=100, deadline=None)
 def test_steps_and_codes_are_within_their_bounds(numerators: np.ndarray, bits: int, tied: bool) -> None:

@@ -5,7 +5,7 @@ and 7: with b bits the step is 2^e, e = ⌈log₂((max − min) / (2^b − 1))�
 and rounded to the nearest multiple of the step, ties to even.
 
 The zero point is 0, so codes are not centred, and where they would leave −127 … 127, as those of 8 bits in a channel whose
-weights all have one sign, the step is doubled.
+weights all have one sign, the step is doubled until they do not.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ def power_of_two_codes(weights: npt.ArrayLike, bits: int, tied: bool = False) ->
     spread = np.where(high > low, high - low, 1.0)
     step = 2.0 ** np.ceil(np.log2(spread / levels))
     largest = np.maximum(np.abs(low), np.abs(high))
-    step = np.where(np.rint(largest / step) > largest_code, 2 * step, step)
+    while (too_small := np.rint(largest / step) > largest_code).any():
+        step = np.where(too_small, 2 * step, step)
     # A channel of one value has no range; its step is that of its size.
     of_size = 2.0 ** np.ceil(np.log2(np.where(largest > 0, largest / largest_code, 1.0)))
     step = np.where(high > low, step, of_size)

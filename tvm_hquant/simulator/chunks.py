@@ -63,9 +63,8 @@ class ProgramSet:
             reference, results = (
                 (sample.reference, results) if sample.reference is not None else (results[0], results[1:])
             )
-            for program, outputs in enumerate(results):
-                for m, metric in enumerate(self._metrics):
-                    scores[program, m, number] = metric.score(reference, outputs, sample.label)
+            for m, metric in enumerate(self._metrics):
+                scores[:, m, number] = metric.score_all(reference, results, sample.label)
             references.append(reference)
         return ChunkScores(scores, tuple(references))
 

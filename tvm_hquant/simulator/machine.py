@@ -51,10 +51,10 @@ class BoundKernel:
 
 @dataclass(frozen=True, eq=False)
 class _Part:
-    """The calls of one program that earlier ones have not made, and where its outputs lie after them."""
+    """The calls of one program that earlier ones have not made, and views of where its outputs lie after them."""
 
     calls: tuple[tuple[Any, tuple[Any, ...]], ...]
-    outputs: tuple[Any, ...]
+    outputs: tuple[Array, ...]
 
 
 class Schedule:
@@ -78,7 +78,7 @@ class Schedule:
         for part in self._parts:
             for function, arguments in part.calls:
                 function(*arguments)
-            results.append(tuple(output.numpy()[kept] for output in part.outputs))
+            results.append(tuple(output[kept].copy() for output in part.outputs))
         return results
 
 
@@ -138,7 +138,7 @@ class KernelMachine:
                     made.append(self._prepared(bound, (*arguments, *constants), output))
                 self._release(free, values, last_use[position] if not keep_all else (), root)
                 position += 1
-            parts.append(_Part(tuple(made), tuple(values[key] for key in program.outputs)))
+            parts.append(_Part(tuple(made), tuple(np.from_dlpack(values[key]) for key in program.outputs)))
             self._release(free, values, last_use[position] if not keep_all else (), root)
             position += 1
         views = [np.from_dlpack(tensor) for tensor in self._inputs]

@@ -6,6 +6,7 @@ See :mod:`tvm_hquant.search.expected_drop`.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -55,6 +56,9 @@ class Preference(Metric):
         return Score(
             float(np.exp(expected[first]) - np.exp(expected[second])), float(label == first) - float(label == second)
         )
+
+    def score_all(self, float_outputs: Outputs, outputs: Sequence[Outputs], label: int | None = None) -> list[Score]:
+        return [self.score(float_outputs, float_outputs, label)] * len(outputs)
 
     def value(self, scores: Floats) -> float:
         return float(np.mean(scores[:, 1]))

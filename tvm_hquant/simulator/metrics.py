@@ -70,6 +70,10 @@ class Metric(ABC):
             ValueError: the outputs differ in shape.
         """
 
+    def score_all(self, float_outputs: Outputs, outputs: Sequence[Outputs], label: int | None = None) -> list[Score]:
+        """The scores of one sample under several quantized models; see :meth:`score`."""
+        return [self.score(float_outputs, own, label) for own in outputs]
+
     @abstractmethod
     def value(self, scores: Floats) -> float:
         """What is reported; ``scores`` is float64 [samples, 2], columns as in :class:`Score`."""
