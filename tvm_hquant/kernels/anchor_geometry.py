@@ -15,6 +15,7 @@ from tvm_hquant.kernels.interface import Tile
 from tvm_hquant.kernels.packed_epilogue import channel_order, vector_groups
 from tvm_hquant.kernels.row_tiles import TileRun, cut_row, split_at_borders
 from tvm_hquant.kernels.step_pairs import pair_steps
+from tvm_hquant.kernels.vector_loops import CACHE_LINE
 from tvm_hquant.kernels.window_axis import WindowAxis, window_axes
 from tvm_hquant.operators import Conv2D, Dense, Window
 
@@ -32,8 +33,8 @@ _TILE = 20
 """Instructions around a tile."""
 _UNROLLED = 300
 """Instructions of a loop body, times its iterations, up to which LLVM unrolls a loop (``LoopUnrollPass.cpp``)."""
-_CACHE_SETS, _CACHE_LINE = 64, 64
-"""Sets of a first-level data cache, and bytes of their lines, on the processors at hand."""
+_CACHE_SETS = 64
+"""Sets of a first-level data cache on the processors at hand."""
 _LINES_OF_A_SET = 4
 """Pixels of a tile that may share a set with no loss; every further one costs ``_CROWDED`` of a step."""
 _CROWDED = 0.04
@@ -240,8 +241,8 @@ class AnchorGeometry:
         """How many neighbouring pixels lie in the same set of the first-level cache, at most."""
         size = self.conv.window.strides[1] * self.conv.groups * self.padded_inputs
         size *= np.dtype(self.dot.operand_dtype).itemsize
-        sets = [i * size // _CACHE_LINE % _CACHE_SETS for i in range(pixels)]
-        return max(sets.count(number) for number in set(sets)) if size >= _CACHE_LINE else 1
+        sets = [i * size // CACHE_LINE % _CACHE_SETS for i in range(pixels)]
+        return max(sets.count(number) for number in set(sets)) if size >= CACHE_LINE else 1
 
     def _epilogue(self, pixels: int, vectors: int) -> int:
         """Instructions that finish a tile."""

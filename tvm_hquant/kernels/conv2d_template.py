@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 
+import numpy as np
 from tvm.tirx.script import builder as T
 
 from tvm_hquant.kernels.activation_copy import ActivationCopy
@@ -25,7 +26,7 @@ from tvm_hquant.kernels.kernel_function import Buffer, imported_functions, kerne
 from tvm_hquant.kernels.packed_epilogue import PackedEpilogue, vector_groups
 from tvm_hquant.kernels.primitives import STACK, Expression, vector_type
 from tvm_hquant.kernels.row_tiles import TileRun
-from tvm_hquant.kernels.vector_loops import flat, load, store
+from tvm_hquant.kernels.vector_loops import CACHE_LINE, flat, load, prefetch, store
 from tvm_hquant.kernels.x86_byte_vectors import GROUPS, ByteVectors
 from tvm_hquant.operators import Conv2D, Dense
 from tvm_hquant.tensor_format import STORAGE_DTYPE
@@ -240,6 +241,7 @@ class _Emitter:
             pixel = row * width + x + i
             return pixel * self.request.output_shape[-1] + self.request.output_offset + channel + j * dot.lanes
 
+        self._prefetch([output_index(i, 0) for i in range(pixels)])
         if geometry.passes == 1:
             self._accumulate(accumulators, run, row, x, group, channel_block, None)
 
@@ -265,6 +267,14 @@ class _Emitter:
                     value = load(values[i, j], 0, dot.lanes)
                     store(values[i, j], 0, scale_accumulator(sums(i, j), multiplier, value), dot.lanes)
         self._finish(pixels, lambda i, j: load(values[i, j], 0, dot.lanes), output_index)
+
+    def _prefetch(self, places: Sequence[Expression]) -> None:
+        """What the epilogue reads and writes for each pixel; it comes to the cache while the sums are computed."""
+        for buffer in self.epilogue.memory:
+            step = CACHE_LINE // np.dtype(str(buffer.dtype)).itemsize
+            for place in places:
+                for offset in range(0, self.geometry.block, step):
+                    prefetch(buffer, place + offset)
 
     def _finish(
         self,

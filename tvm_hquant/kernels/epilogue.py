@@ -47,6 +47,11 @@ class Epilogue:
     def is_integer(self) -> bool:
         return self.zero_points is not None
 
+    @property
+    def memory(self) -> Sequence[Buffer]:
+        """What :meth:`finish` reads and writes at the index."""
+        return (self.output,) if self.residual is None else (self.residual, self.output)
+
     def finish(self, value: Expression, index: Expression) -> None:
         """Adds the residual to float32 ``value``, clamps, rounds and stores at the flat ``index`` of the output."""
         p = LlvmPrimitives()

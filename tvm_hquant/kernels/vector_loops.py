@@ -20,6 +20,9 @@ from tvm_hquant.operators import Shape
 PARALLEL_ELEMENTS = 16384
 """Loops over fewer elements stay on one thread: starting a second one costs more than it saves."""
 
+CACHE_LINE = 64
+"""Bytes of a line of a cache."""
+
 _CHUNKS = 16
 """Pieces that a flat loop is cut into for the threads."""
 
@@ -57,6 +60,14 @@ def load(buffer: Buffer, start: Expression, lanes: int) -> Expression:
 def store(buffer: Buffer, start: Expression, value: Expression, lanes: int) -> None:
     """Stores ``value`` into ``lanes`` neighbours of a flat buffer."""
     T.buffer_store(buffer, value, [start if lanes == 1 else T.ramp(start, 1, lanes)])
+
+
+def prefetch(buffer: Buffer, index: Expression) -> None:
+    """Asks for the cache line of an element of a flat buffer, which is read or written later."""
+    intrinsic = T.call_llvm_intrin(
+        "void", "llvm.prefetch", T.address_of(buffer[index]), T.int32(0), T.int32(3), T.int32(1)
+    )
+    T.evaluate(intrinsic)
 
 
 def vectors(length: int, lanes: int) -> int:

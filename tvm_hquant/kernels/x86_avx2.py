@@ -137,7 +137,8 @@ def _dot(request: KernelRequest) -> DotProduct:
         return ByteDot(request.saturation_free_pairs) if request.saturation_free_pairs else WordDot()
     if request.weights == "int16":
         return WideDot(4, _REGISTERS)
-    return FloatDot(_LANES, _REGISTERS, request.weights)
+    # Two operands are loaded in the time of two multiply-adds: tiles of many pixels and one vector wait for them.
+    return FloatDot(_LANES, _REGISTERS, request.weights, operand_cost=0.75)
 
 
 def _word_product(request: KernelRequest) -> WordProduct:
