@@ -378,6 +378,7 @@ class TestShipped:
             "x86-64-avx-vnni",
             "x86-64-avx512-vnni",
             "x86-64-avx512-bf16",
+            "x86-64-amx",
             "cortex-a53",
             "cortex-a72",
             "neoverse-v1",

@@ -24,6 +24,7 @@ from tvm_hquant.kernels.cuda_dp4a import Dp4aFamily
 from tvm_hquant.kernels.cuda_mma import MmaFamily
 from tvm_hquant.kernels.interface import Kernel, KernelFamily, KernelRequest
 from tvm_hquant.kernels.reference import ReferenceFamily
+from tvm_hquant.kernels.x86_amx import AmxFamily
 from tvm_hquant.target_spec.vocabulary import INSTRUCTION_SETS
 
 ANCHOR_FAMILIES = {
@@ -51,6 +52,8 @@ def families_for_target(instruction_sets: tuple[str, ...]) -> tuple[KernelFamily
             families += [family, CommonFamily(family.lanes)]
         elif name == "reference":
             families.append(ReferenceFamily())
+        elif name == "amx":
+            families.append(AmxFamily())
         elif name == "cuda_mma":
             families.append(MmaFamily())
         elif name == "cuda":
@@ -58,7 +61,7 @@ def families_for_target(instruction_sets: tuple[str, ...]) -> tuple[KernelFamily
         elif name == "c":
             families.append(ReferenceFamily("c"))
         else:
-            known = ", ".join([*ANCHOR_FAMILIES, "reference", "cuda_mma", "cuda", "c"])
+            known = ", ".join([*ANCHOR_FAMILIES, "amx", "reference", "cuda_mma", "cuda", "c"])
             raise KernelError(f"unknown kernel family {name!r}: use one of {known}")
     return tuple(families)
 

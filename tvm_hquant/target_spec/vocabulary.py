@@ -20,6 +20,7 @@ STORED_FORMATS: tuple[str, ...] = ("uint8", "int8", "uint16", "float16", "bfloat
 
 INSTRUCTION_SETS: Mapping[str, frozenset[str]] = MappingProxyType(
     {
+        "amx": frozenset({"avx512f", "avx512bw", "avx512vl", "amx_tile", "amx_int8"}),
         "avx512_bf16": frozenset({"avx512f", "avx512bw", "avx512vl", "avx512_bf16"}),
         "avx512_vnni": frozenset({"avx512f", "avx512bw", "avx512vl", "avx512_vnni"}),
         "avx_vnni": frozenset({"avx2", "fma", "avx_vnni"}),
