@@ -1,4 +1,4 @@
-"""Accuracy of uniform and hierarchical quantization on real networks: the table that the README quotes.
+"""Accuracy of uniform and mixed quantization on real networks: the table that the README quotes.
 
 Every figure is measured on samples that neither calibration nor search has used: the evaluation samples are cut in two
 halves, the search sees one and the other is scored, then the other way round, and both are pooled. Differences to float are
@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--models", help="parts of names, with commas between; all by default")
     parser.add_argument("--samples", type=int, default=1000, help="evaluation samples at most")
     parser.add_argument("--uniform", default="a8w8,int8,float16,bfloat16", help="uniform precisions beside the search")
-    parser.add_argument("--max-drop", type=float, default=0.01, help="budget of the hierarchical search, top-1")
+    parser.add_argument("--max-drop", type=float, default=0.01, help="budget of the search, top-1")
     parser.add_argument("--observer", default="mean-squared-error")
     parser.add_argument("--target", default="host")
     parser.add_argument("--json", type=Path)
@@ -75,7 +75,7 @@ def measure(model: ZooModel, arguments: argparse.Namespace) -> list[dict[str, An
         promoted.append(sum(1 for d in found.decisions.values() if d.reason == "sensitive"))
         uniform = map(parse_precision, arguments.uniform.split(","))
         programs = {f"uniform {p.name}": session.program(session.uniform(p)) for p in uniform}
-        programs["hierarchical"] = session.builder.program(plan.precisions(), plan.scales)
+        programs["searched"] = session.builder.program(plan.precisions(), plan.scales)
         metrics = [METRICS["top1"], METRICS["agreement"], METRICS["sqnr"]]
         scores = session.evaluate_metrics(list(programs.values()), held_out, metrics, "scoring")
         for (name, program), own in zip(programs.items(), scores, strict=True):
@@ -99,7 +99,7 @@ def measure(model: ZooModel, arguments: argparse.Namespace) -> list[dict[str, An
                 "agreement": agreement.value,
                 "sqnr": sqnr.value,
                 "low_bit_macs": min(shares[name]),
-                "promoted": promoted if name == "hierarchical" else [],
+                "promoted": promoted if name == "searched" else [],
                 "layers": len(session.graph.anchors),
                 "seconds": seconds,
             }

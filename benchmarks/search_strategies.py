@@ -1,9 +1,10 @@
 """All search strategies on the same networks: whose Pareto front is better on samples that no search has seen?
 
 Every strategy gets the same candidates, calibration samples, search samples and cost model, and all plans that it evaluates
-count. Its front is measured on the held-out samples and written to FOLDER/<network>/<strategy>.json, so that one strategy can
-be run again without the others. Journals are shared, so equal plans are run once; evaluations are what each strategy has asked
-for.
+count. Its points are those that none of its other plans dominates in cost and expected drop, or in cost and divergence, on the
+search samples. They are measured on the held-out samples and written to FOLDER/<network>/<strategy>.json, so that one strategy
+can be run again without the others. Journals are shared, so equal plans are run once; evaluations are what each strategy has
+asked for.
 
 Fronts are compared at each point of every other strategy: among the plans of ilp of at most that cost the one that loses
 least, and how much less or more it loses than the point, paired sample by sample, with the 95 % interval. A point is *matched*
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
@@ -29,6 +31,7 @@ from tvm_hquant import api
 from tvm_hquant.cli.tables import print_table
 from tvm_hquant.precision import parse_precision
 from tvm_hquant.quantizer import DataRoles, Options, Quantizer
+from tvm_hquant.search.archive import EvaluatedPlan
 from tvm_hquant.search.registry import STRATEGIES
 from tvm_hquant.simulator.metrics import METRICS
 from tvm_hquant.statistics import bootstrap_interval
@@ -125,9 +128,10 @@ def searched(model: ZooModel, name: str, quantizer: Quantizer) -> StrategyFront:
     session = quantizer.session
     chosen = quantizer.archive.find({layer: d.precision for layer, d in result.decisions.items()})
     assert chosen is not None
-    found = [*quantizer.archive.front]
-    if chosen not in found:
-        found.append(chosen)
+    found: list[EvaluatedPlan] = []
+    for plan in (*quantizer.archive.front, *smooth_front(quantizer.archive.plans), chosen):
+        if plan not in found:
+            found.append(plan)
     programs = [session.program({n: parse_precision(p) for n, p in plan.assignment.items()}) for plan in found]
     metrics = [METRICS["kl"], METRICS["top1"]]
     scores = session.evaluate_metrics(programs, quantizer.roles.held_out, metrics, "held-out")
@@ -146,6 +150,15 @@ def searched(model: ZooModel, name: str, quantizer: Quantizer) -> StrategyFront:
     layers = len(session.graph.anchors)
     return StrategyFront(model.title, name, layers, quantizer.evaluations, seconds, result.within_budget,
                          found.index(chosen), plans)  # fmt: skip
+
+
+def smooth_front(plans: Sequence[EvaluatedPlan]) -> list[EvaluatedPlan]:
+    """The plans that no other one dominates in cost and divergence on the search samples, the cheapest first."""
+    front: list[EvaluatedPlan] = []
+    for plan in sorted(plans, key=lambda p: (p.cost, p.smooth)):
+        if not front or plan.smooth < front[-1].smooth:
+            front.append(plan)
+    return front
 
 
 def read_front(path: Path) -> StrategyFront:

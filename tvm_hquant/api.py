@@ -86,6 +86,10 @@ def quantize(
     precisions: Sequence[str] | None = None,
     fixed: Mapping[str, str] | None = None,
     strategy: SearchStrategy | str | None = None,
+    objective: str = "latency",
+    journal: Path | str | None = None,
+    executor: Executor | None = None,
+    workers: int | None = None,
     observer: str = "mean-squared-error",
     rounding: str = "output-error",
     input_shapes: Mapping[str, Sequence[int]] | None = None,
@@ -108,13 +112,20 @@ def quantize(
         precisions: what the search may choose from.
         fixed: precisions for layers by name or pattern (``{"head*": "float32"}``).
         strategy: how to search, or the name of one (:data:`~tvm_hquant.search.registry.STRATEGIES`).
+        objective: what the search makes small beside the loss: latency, size or macs.
+        journal: file in which evaluations are kept and found, such as that of a search; None: nowhere.
+        executor, workers: as in :func:`search_front`.
         seed: of the splits of the data.
         baselines: whether the report measures the uniform quantizations too.
 
     Raises:
         HQuantError: a subclass that says what is wrong with model, spec, data or plan.
     """
+    options = Options(metric, max_drop, tuple(precisions) if precisions else None, fixed, seed, baselines, objective)
+    if isinstance(strategy, str):
+        check_strategy(strategy)
     session = open_session(model, spec, input_shapes, observer, progress, observe, rounding)
+    _use_for_evaluations(session, journal, executor, workers)
     name = Path(model).name if isinstance(model, (str, Path)) else "model"
     if isinstance(plan, (str, Path)):
         plan = load_plan(plan)
@@ -122,10 +133,9 @@ def quantize(
         return _with_plan(session, plan, calibration, evaluation, name, Options(metric, max_drop, seed=seed))
     if plan is not None or calibration is None:
         return plan_without_search(session, calibration, plan=plan, precision=precision)
-    options = Options(metric, max_drop, tuple(precisions) if precisions else None, fixed, seed, baselines)
     if precision is not None:
         wanted = _realized(precision).name
-        options = Options(metric, max_drop, (wanted, "float32"), fixed, seed, baselines)
+        options = replace(options, precisions=(wanted, "float32"))
         strategy = UniformStrategy(wanted)
     roles = assign_roles(calibration, evaluation, session.signature, seed)
     quantizer = Quantizer(session, roles, options)
@@ -209,16 +219,12 @@ def search_front(
     Raises:
         HQuantError: a subclass that says what is wrong with model, spec, data, options or files.
     """
-    check_strategy(strategy)
     folder, options = Path(folder), options or Options()
+    check_strategy(strategy, options.levels is not None)
     session = open_session(model, spec, input_shapes, observer, progress, rounding=rounding)
     roles = assign_roles(calibration, evaluation, session.signature, options.seed)
     folder.mkdir(parents=True, exist_ok=True)
-    session.use_journal(journal or folder / "journal.sqlite")
-    if executor is not None:
-        session.evaluator.use_executor(executor, workers or available_cores())
-    elif workers is not None:
-        session.evaluator.use_processes(workers)
+    _use_for_evaluations(session, journal or folder / "journal.sqlite", executor, workers)
     quantizer = Quantizer(session, roles, options)
     measure = measure_times and session.spec.is_host_compatible()
     if measure and options.objective == "latency":
@@ -228,6 +234,17 @@ def search_front(
     writer = FrontWriter(quantizer, folder, strategy, measure)
     quantizer.archive.on_change = writer.write_partial
     return writer.write(quantizer.search(strategy, front=True))
+
+
+def _use_for_evaluations(
+    session: QuantizationSession, journal: Path | str | None, executor: Executor | None, workers: int | None
+) -> None:
+    if journal is not None:
+        session.use_journal(journal)
+    if executor is not None:
+        session.evaluator.use_executor(executor, workers or available_cores())
+    elif workers is not None:
+        session.evaluator.use_processes(workers)
 
 
 def create_quantizer(quantizer: Quantizer, strategy: SearchResult) -> PlannedQuantizer:

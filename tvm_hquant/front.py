@@ -160,12 +160,13 @@ class FrontWriter:
         session = self._quantizer.session
         sample = next(islice(iter(self._quantizer.roles.held_out), 1))
         program = session.program({name: parse_precision(p) for name, p in assignment.items()})
-        session.engine.compile([program])
-        session.engine.run(sample.inputs, [program])
+        engine = session.target_engine
+        engine.compile([program])
+        engine.run(sample.inputs, [program])
         times = []
         for _ in range(repeat):
             start = time.perf_counter()
-            session.engine.run(sample.inputs, [program])
+            engine.run(sample.inputs, [program])
             times.append(time.perf_counter() - start)
         return 1e3 * statistics.median(times)
 

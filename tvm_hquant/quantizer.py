@@ -17,13 +17,13 @@ from tvm import IRModule
 from tvm_hquant.calibration.data import open_data
 from tvm_hquant.calibration.samples import DataSource, count_samples
 from tvm_hquant.calibration.split import count_shared_samples, random_samples, split_calibration, two_fold
-from tvm_hquant.cost.plan_costs import plan_costs
+from tvm_hquant.cost.plan_costs import OBJECTIVES, plan_costs
 from tvm_hquant.cost.predicted import weight_bytes
-from tvm_hquant.errors import BudgetError
+from tvm_hquant.errors import BudgetError, SearchError
 from tvm_hquant.layers import Layer
 from tvm_hquant.plan import LayerDecision, PrecisionPlan
 from tvm_hquant.planning import make_plan
-from tvm_hquant.precision import A8W8, BFLOAT16, FLOAT16, FLOAT32, INT8, Precision
+from tvm_hquant.precision import A8W8, BFLOAT16, FLOAT16, FLOAT32, INT8, Precision, parse_precision
 from tvm_hquant.report.quantization_report import LayerReport, ModelRow, QuantizationReport, SampleCounts
 from tvm_hquant.search.archive import EvaluatedPlan, PlanArchive
 from tvm_hquant.search.candidates import CandidateRules
@@ -36,7 +36,7 @@ from tvm_hquant.search.problem import (
     SearchResult,
     SearchStrategy,
 )
-from tvm_hquant.search.registry import DEFAULT_STRATEGY, StrategyContext, make_strategy
+from tvm_hquant.search.registry import DEFAULT_STRATEGY, StrategyContext, check_strategy, make_strategy
 from tvm_hquant.sensitivity.measured import SensitivityTable
 from tvm_hquant.session import QuantizationSession
 from tvm_hquant.simulator.metrics import METRICS, Metric, MetricAccumulator, make_metric
@@ -62,7 +62,12 @@ class Options:
         seed: of the splits.
         baselines: whether to measure the uniform quantizations too.
         objective: what the search minimizes: latency, size or macs (:mod:`tvm_hquant.cost.plan_costs`).
-        levels: how many layers have to get each precision, for strategies that can do that.
+        levels: how many layers have to get each precision, for strategies that can do that; without ``precisions`` the
+            search chooses from these.
+
+    Raises:
+        BudgetError: the budget is not a number.
+        SearchError: there is no such objective, or a level is none of the precisions.
     """
 
     metric: str | None = None
@@ -77,6 +82,12 @@ class Options:
     def __post_init__(self) -> None:
         if math.isnan(self.max_drop):
             raise BudgetError("the loss budget max_drop is not a number: give one, such as 0.01")
+        if self.objective not in OBJECTIVES:
+            raise SearchError(f"unknown objective {self.objective!r}: use one of {', '.join(OBJECTIVES)}")
+        chosen = None if self.precisions is None else {parse_precision(name).name for name in self.precisions}
+        for name in self.levels or ():
+            if chosen is not None and name not in chosen:
+                raise SearchError(f"the levels have {name}, the precisions {', '.join(self.precisions or ())} have not")
 
 
 @dataclass(frozen=True)
@@ -141,7 +152,9 @@ class Quantizer:
     @cached_property
     def rules(self) -> CandidateRules:
         """Which precisions layers may have."""
-        return CandidateRules(self.session, self.options.precisions, self.options.fixed, self.options.objective)
+        options = self.options
+        precisions = options.precisions or (tuple(options.levels) if options.levels else None)
+        return CandidateRules(self.session, precisions, options.fixed, options.objective)
 
     def problem(self, with_check: bool = False) -> SearchProblem:
         """What a strategy has to solve: the candidates of all layers, and the ways to measure them.
@@ -193,6 +206,7 @@ class Quantizer:
             SearchError: no strategy or objective has that name, or no plan has the levels that are asked for.
         """
         if strategy is None or isinstance(strategy, str):
+            check_strategy(strategy or DEFAULT_STRATEGY, self.options.levels is not None)
             context = StrategyContext(self.session, self.table.samples, self.options.seed, front)
             strategy = make_strategy(strategy or DEFAULT_STRATEGY, context)
         problem = self.problem(isinstance(strategy, CheckingStrategy))
@@ -211,7 +225,7 @@ class Quantizer:
         """Notes plans in the archive, with their losses on all search samples."""
         self.archive.add(
             [
-                EvaluatedPlan(dict(a), costs.total(a), scores.loss(), scores.interval)
+                EvaluatedPlan(dict(a), costs.total(a), scores.loss(), scores.interval, scores.smooth_loss())
                 for a, scores in zip(assignments, losses.scores(assignments), strict=True)
             ]
         )

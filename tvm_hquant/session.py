@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from tvm_hquant.calibration.samples import DataSource, Signature
 from tvm_hquant.errors import DataError, PrecisionError
 from tvm_hquant.formats import TensorScales, follow_consumers
 from tvm_hquant.kernels.interface import KernelFamily
+from tvm_hquant.kernels.registry import families_for_target
 from tvm_hquant.layers import Layer, LayerGraph
 from tvm_hquant.operators import BatchMatmul
 from tvm_hquant.precision import FLOAT32, INT8, Precision, parse_precision
@@ -82,6 +84,17 @@ class QuantizationSession:
         all_float = {layer.name: FLOAT32 for layer in self.graph.layers}
         self.float_program: Program = self.builder.program(all_float, {})
         self.evaluator = ProgramEvaluator(self.engine, self.float_program, progress=progress)
+
+    @cached_property
+    def target_engine(self) -> SimulationEngine:
+        """Runs programs with the target's own kernels, to time them; the target has to be one that this machine can run.
+
+        It is ``engine`` itself unless the target leaves some of this machine's instructions unused.
+        """
+        families = families_for_target(self.spec.instruction_sets)
+        if [family.name for family in families] == [family.name for family in self.engine.families]:
+            return self.engine
+        return SimulationEngine(self.mod, families, self.spec.tvm_target())
 
     @property
     def signature(self) -> Signature:

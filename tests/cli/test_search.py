@@ -103,6 +103,14 @@ def test_wrong_options_say_what_is_right(tmp_path: Path) -> None:
         search(tmp_path / "front", "--objective", "energy")
     with pytest.raises(SearchError, match="float32:4,bfloat16:8"):
         parse_levels("float32=4")
+    with pytest.raises(SearchError, match="float32:4,bfloat16:8"):
+        parse_levels("float32:²")
+    with pytest.raises(SearchError, match="twice"):
+        parse_levels("fp32:4,float32:2")
+    with pytest.raises(SearchError, match="cannot prescribe levels"):
+        search(tmp_path / "front", "--strategy", "greedy", "--levels", "a8w8:12")
+    with pytest.raises(SearchError, match="a8w4"):
+        search(tmp_path / "front", "--levels", "a8w4:6,a8w8:6")
     assert parse_levels("fp32:4, uint8:2") == {"float32": 4, "a8w8": 2}
     assert {"one-shot", "hierarchical", "greedy", "lazy-greedy", "ilp"} <= set(STRATEGIES)
 

@@ -48,9 +48,14 @@ Strategy = Annotated[
     str | None,
     typer.Option(
         "--strategy",
-        help="How to search: one-shot, hierarchical, gradient, monotone, after-storage, hawq-v2, greedy, lazy-greedy or ilp.",
+        help="How to search: ilp (the default), one-shot, hierarchical, gradient, monotone, after-storage, hawq-v2, greedy, "
+        "lazy-greedy or multipoint.",
         show_default=False,
     ),
+]
+Objective = Annotated[str, typer.Option("--objective", help="What to minimize beside the loss: latency, size or macs.")]
+Workers = Annotated[
+    int | None, typer.Option("--workers", min=1, help="Processes for large evaluations; one for each core.")
 ]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of the splits of the data.")]
 Observer = Annotated[str, typer.Option("--observer", help="min-max, percentile, mean-squared-error or power-of-two.")]

@@ -16,12 +16,14 @@ from tvm_hquant.cli.arguments import (
     MaxDrop,
     MetricName,
     Model,
+    Objective,
     Observer,
     Rounding,
     Seed,
     Strategy,
     Target,
     Verbose,
+    Workers,
     parse_input_shapes,
 )
 from tvm_hquant.cli.progress import terminal_progress
@@ -45,6 +47,11 @@ def compile_command(
         ),
     ] = None,
     strategy: Strategy = None,
+    objective: Objective = "latency",
+    journal: Annotated[
+        Path | None, typer.Option("--journal", help="Keep evaluations in this file, and use those in it.")
+    ] = None,
+    workers: Workers = None,
     tuning_records: Annotated[
         Path | None, typer.Option("--tuning-records", help="Use the tiles that 'hquant tune' wrote to this file.")
     ] = None,
@@ -84,6 +91,9 @@ def compile_command(
         precision=precision,
         plan=plan,
         strategy=strategy,
+        objective=objective,
+        journal=journal,
+        workers=workers,
         observer=observer,
         rounding=rounding,
         input_shapes=shapes,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,11 +16,13 @@ from tvm_hquant.cli.arguments import (
     MaxDrop,
     MetricName,
     Model,
+    Objective,
     Observer,
     Rounding,
     Seed,
     Strategy,
     Target,
+    Workers,
     parse_input_shapes,
 )
 from tvm_hquant.cli.progress import terminal_progress
@@ -38,9 +41,7 @@ def search_command(
     calibration: Calibration = None,
     evaluation: Evaluation = None,
     strategy: Strategy = None,
-    objective: Annotated[
-        str, typer.Option("--objective", help="What to minimize beside the loss: latency, size or macs.")
-    ] = "latency",
+    objective: Objective = "latency",
     metric: MetricName = None,
     max_drop: MaxDrop = 0.01,
     precisions: Annotated[
@@ -60,9 +61,7 @@ def search_command(
     journal: Annotated[
         Path | None, typer.Option("--journal", help="Where evaluations are kept; journal.sqlite in the folder.")
     ] = None,
-    workers: Annotated[
-        int | None, typer.Option("--workers", min=1, help="Processes for large evaluations; one for each core.")
-    ] = None,
+    workers: Workers = None,
     observer: Observer = "mean-squared-error",
     rounding: Rounding = "output-error",
     input_shapes: InputShapes = None,
@@ -114,7 +113,7 @@ def parse_levels(text: str | None) -> dict[str, int] | None:
     """``"float32:4,bfloat16:8"`` as a dict.
 
     Raises:
-        SearchError: the text has another form.
+        SearchError: the text has another form, or a precision stands in it twice.
         PrecisionError: there is no such precision.
     """
     from tvm_hquant.errors import SearchError
@@ -125,9 +124,12 @@ def parse_levels(text: str | None) -> dict[str, int] | None:
     levels: dict[str, int] = {}
     for part in text.split(","):
         name, _, count = part.strip().partition(":")
-        if not count.isdigit():
+        if not re.fullmatch("[0-9]+", count):
             raise SearchError(f"--levels {text!r} has the wrong form: write float32:4,bfloat16:8")
-        levels[parse_precision(name).name] = int(count)
+        precision = parse_precision(name).name
+        if precision in levels:
+            raise SearchError(f"--levels {text!r} names {precision} twice: give each precision one count")
+        levels[precision] = int(count)
     return levels
 
 

@@ -1,4 +1,4 @@
-"""Times of layers as this machine's kernels take them."""
+"""Times of layers as the target's kernels take them on this machine."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def measure_layer_times(
         wanted = {
             layer: parse_precision(name) if name in precisions else FLOAT32 for layer, precisions in candidates.items()
         }
-        found = session.engine.time_layers(sample.inputs, session.program(wanted))
+        found = session.target_engine.time_layers(sample.inputs, session.program(wanted))
         times.update({(layer, name): found[layer] for layer, ps in candidates.items() if name in ps and layer in found})
     return times
 

@@ -18,12 +18,14 @@ class EvaluatedPlan:
         cost: in the unit of the objective.
         expected: the loss that searches go by.
         loss: the measured loss with its interval.
+        smooth: the smooth loss (:mod:`tvm_hquant.search.joint_losses`).
     """
 
     assignment: Assignment
     cost: float
     expected: float
     loss: Interval
+    smooth: float
 
 
 class PlanArchive:

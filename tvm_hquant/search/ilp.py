@@ -54,7 +54,7 @@ class IntegerProgramStrategy:
         front: whether the whole front is wanted, or one plan for the budget.
         sweep: plans of the first sweep.
         batch: plans that are evaluated before the model is corrected again.
-        allowance: joint evaluations at most while the front is filled; None: 40 and 8 for each layer, or 24 for one plan.
+        allowance: joint evaluations at most while the front is filled; None: 100 and 2 for each layer, or 24 for one plan.
         step: relative distance of the losses of neighbouring points below which nothing is put between them.
         repairs: rounds of single changes at most; in each ``moves`` plans are evaluated.
     """
@@ -101,7 +101,7 @@ class _Search:
         self.strategy, self.problem = strategy, problem
         self.points: dict[Plan, _Point] = {}
         self.checked: dict[Plan, float] = {}
-        for_front, for_plan = 40 + 8 * len(problem.candidates), 24
+        for_front, for_plan = 100 + 2 * len(problem.candidates), 24
         default = for_front if strategy.front else for_plan
         self.allowance = default if strategy.allowance is None else strategy.allowance
         self.model = LossModel.of({})

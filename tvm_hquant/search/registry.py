@@ -52,17 +52,23 @@ STRATEGIES: Mapping[str, Callable[[StrategyContext], SearchStrategy]] = {
 }
 """Makes each strategy for a model; one line for each."""
 
-DEFAULT_STRATEGY = "hierarchical"
+DEFAULT_STRATEGY = "ilp"
+
+WITH_LEVELS = frozenset({"gradient", "monotone", "after-storage", "hawq-v2", "multipoint", "ilp"})
+"""Strategies that can give each precision to a prescribed number of layers."""
 
 
-def check_strategy(name: str) -> None:
-    """Refuses names of no strategy, before any work.
+def check_strategy(name: str, has_levels: bool = False) -> None:
+    """Refuses names of no strategy, and levels for one that cannot prescribe them, before any work.
 
     Raises:
-        SearchError: no strategy has that name.
+        SearchError: no strategy has that name, or it knows no levels.
     """
     if name not in STRATEGIES:
         raise SearchError(f"unknown strategy {name!r}: use one of {', '.join(STRATEGIES)}")
+    if has_levels and name not in WITH_LEVELS:
+        able = ", ".join(other for other in STRATEGIES if other in WITH_LEVELS)
+        raise SearchError(f"strategy {name} cannot prescribe levels: leave them out, or use one of {able}")
 
 
 def make_strategy(name: str, context: StrategyContext) -> SearchStrategy:
