@@ -190,13 +190,14 @@ def test_sixteen_bit_floats_are_exact(family: str, case: str, storage: str) -> N
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("storage", ["float32", "bfloat16"])
 @pytest.mark.parametrize("lower", [0.0, -2.0])
-def test_padding_that_is_left_out_changes_no_bit(family, storage, lower) -> None:
+@pytest.mark.parametrize(("channels", "groups"), [(4, 1), (32, 32)])
+def test_padding_that_is_left_out_changes_no_bit(family, storage, lower, channels, groups) -> None:
     """Behind a clamp at 0 finite weights make padding neutral; elsewhere it turns sums of −0 into +0, and kernels have it.
 
     Sums of −0 come from products too small for float32. Infinite and NaN activations stay where they are.
     """
     window = Window((3, 3), padding=(1, 1, 1, 1))
-    operator = Conv2D((1, 9, 15, 4), 32, window, epilogue=Epilogue(has_bias=True, lower=lower))
+    operator = Conv2D((1, 9, 15, channels), 32, window, groups, Epilogue(has_bias=True, lower=lower))
     request = KernelRequest(operator, (storage,), "float32", storage)
     rng = np.random.default_rng(0)
     request, constants, inputs = random_case(rng, request)

@@ -10,6 +10,7 @@ from tvm_hquant.kernels.batch_matmul import as_dense_request, batch_matmul_kerne
 from tvm_hquant.kernels.conv2d_template import conv2d_geometry, conv2d_kernel
 from tvm_hquant.kernels.depthwise_template import depthwise_kernel
 from tvm_hquant.kernels.dot_product import DotProduct
+from tvm_hquant.kernels.float_depthwise import float_depthwise_kernel
 from tvm_hquant.kernels.interface import Kernel, KernelRequest, Tile
 from tvm_hquant.kernels.interleaved_depthwise import interleaved_depthwise_kernel
 from tvm_hquant.kernels.interleaved_groups import can_interleave_groups
@@ -61,6 +62,8 @@ class AnchorFamily:
         if _is_depthwise(request):
             if tile is not None:
                 raise KernelError(f"depthwise layers have no choice of tiles: leave {tile} out")
+            if request.weights != "int8":
+                return float_depthwise_kernel(request, dot, self.name)
             return self._interleaved(request) or depthwise_kernel(request, dot, self.name)
         return conv2d_kernel(request, dot, self.name, tile, self._byte_vectors(request))
 

@@ -8,25 +8,22 @@ from tvm.tirx.script import builder as T
 
 from tvm_hquant.kernels.depthwise_geometry import DepthwiseGeometry
 from tvm_hquant.kernels.kernel_function import Buffer
-from tvm_hquant.kernels.primitives import Expression, broadcast, convert, int_like, reinterpret, widen
+from tvm_hquant.kernels.primitives import Expression, broadcast, convert, int_like
 from tvm_hquant.kernels.vector_loops import load, store
-from tvm_hquant.tensor_format import Storage
 
 
 @dataclass(frozen=True)
 class DepthwiseRows:
-    """Writes int32 words: codes of ``dot.products`` input rows side by side, or the bits of float32 values.
+    """Writes int32 words: codes of ``dot.products`` input rows side by side.
 
     Attributes:
         geometry: of the kernel.
-        storage: of the source.
         source: flat activations.
         target: flat words, ordered plane, prepared row, column, lane.
-        zero_points: int32 of the planes, or nothing for floats, whose padding is 0.
+        zero_points: int32 of the planes.
     """
 
     geometry: DepthwiseGeometry
-    storage: Storage
     source: Buffer
     target: Buffer
     zero_points: tuple[Expression, ...]
@@ -59,7 +56,7 @@ class DepthwiseRows:
         mask = self._word([T.Select(e, T.int32(self._part_mask), T.int32(0)) for e in exists]) if needs_mask else None
         for plane in range(geometry.planes):
             place = T.bind(base + plane * geometry.plane_elements)
-            zero_point = self.zero_points[plane] if self.zero_points else T.int32(0)
+            zero_point = self.zero_points[plane]
             padding = T.bind(self._flip(self._word([zero_point for _ in parts])))
             self._fill(place, left, padding)
             with T.serial(width) as x:
@@ -85,8 +82,6 @@ class DepthwiseRows:
     def _value(self, index: Expression, plane: int) -> Expression:
         """A part of a word from ``lanes`` neighbouring activations, as int32."""
         stored = load(self.source, index, self.geometry.lanes)
-        if not self.zero_points:
-            return reinterpret(widen(stored, self.storage), "int32")
         code = convert(stored, "int32")
         if self.geometry.planes == 1:
             return code

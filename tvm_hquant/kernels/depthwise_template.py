@@ -1,4 +1,4 @@
-"""Depthwise convolution: every lane is a channel, words of input rows and weights are multiplied lane by lane.
+"""Depthwise convolution of codes: every lane is a channel, words of input rows and weights are multiplied lane by lane.
 
 For each group of output rows and each vector of channels the input rows are first put together (``depthwise_rows``), in memory
 that stays in the first-level cache, with the padding filled in; then tiles of some pixels are computed from them.
@@ -11,14 +11,14 @@ from contextlib import ExitStack
 
 from tvm.tirx.script import builder as T
 
-from tvm_hquant.kernels.anchor_constants import float_array_types, integer_array_types, pack_float, pack_integer
+from tvm_hquant.kernels.anchor_constants import integer_array_types, pack_integer
 from tvm_hquant.kernels.depthwise_geometry import DepthwiseGeometry
 from tvm_hquant.kernels.depthwise_rows import DepthwiseRows
-from tvm_hquant.kernels.dot_product import DotProduct, FloatDot, WideningDot
+from tvm_hquant.kernels.dot_product import DotProduct, WideningDot
 from tvm_hquant.kernels.epilogue import Epilogue, scale_accumulator
 from tvm_hquant.kernels.interface import Array, Kernel, KernelRequest, LayerConstants
 from tvm_hquant.kernels.kernel_function import Buffer, kernel_function
-from tvm_hquant.kernels.primitives import STACK, Expression, reinterpret
+from tvm_hquant.kernels.primitives import STACK, Expression
 from tvm_hquant.kernels.vector_loops import fitting_lanes, flat, load, store
 from tvm_hquant.operators import Conv2D
 
@@ -26,41 +26,31 @@ _PARALLEL_MACS = 50_000
 
 
 def depthwise_kernel(request: KernelRequest, dot: DotProduct, family: str) -> Kernel:
-    """The kernel of a depthwise convolution with int8 or float weights, and a dot product for these."""
+    """The kernel of a depthwise convolution with int8 weights, and a dot product for these."""
     conv = request.operator
     assert isinstance(conv, Conv2D)
-    is_integer = request.weights == "int8"
-    planes = 2 if is_integer and request.inputs[0] == "uint16" else 1
-    geometry = DepthwiseGeometry(conv, _fitting_dot(request, dot, conv.in_channels), planes, request.weight_points)
+    planes = 2 if request.inputs[0] == "uint16" else 1
+    geometry = DepthwiseGeometry(conv, _fitting_dot(dot, conv.in_channels), planes, request.weight_points)
     dot = geometry.dot
     count = geometry.points * geometry.vectors * geometry.weight_elements
-    if is_integer:
-        types = integer_array_types(
-            count, dot.weight_dtype, geometry.packed_lanes, geometry.passes, planes, dot.accumulator_dtype
-        )
-    else:
-        types = float_array_types(count, dot.weight_dtype, geometry.packed_lanes)
+    types = integer_array_types(
+        count, dot.weight_dtype, geometry.packed_lanes, geometry.passes, planes, dot.accumulator_dtype
+    )
 
     def pack(constants: LayerConstants) -> tuple[Array, ...]:
-        if is_integer:
-            return pack_integer(constants, geometry, dot.operand_offset, dot.accumulator_dtype)
-        return pack_float(constants, geometry)
+        return pack_integer(constants, geometry, dot.operand_offset, dot.accumulator_dtype)
 
     def emit(inputs: Sequence[Buffer], arrays: Sequence[Buffer], output: Buffer) -> None:
-        _Emitter(request, geometry, inputs, arrays, output, is_integer).emit()
+        _Emitter(request, geometry, inputs, arrays, output).emit()
 
     name = f"{family}.depthwise_conv2d[{dot.name} {geometry.tile_rows}x{geometry.pixels}x{geometry.lanes}]"
     return Kernel(request, name, kernel_function(request, types, emit), pack)
 
 
-def _fitting_dot(request: KernelRequest, dot: DotProduct, channels: int) -> DotProduct:
+def _fitting_dot(dot: DotProduct, channels: int) -> DotProduct:
     """``dot``, or a plain multiply-add where there are fewer channels than it has lanes."""
     lanes = fitting_lanes(channels, dot.lanes)
-    if lanes == dot.lanes:
-        return dot
-    if request.weights == "int8":
-        return WideningDot(lanes, dot.registers)
-    return FloatDot(lanes, dot.registers, request.weights)
+    return dot if lanes == dot.lanes else WideningDot(lanes, dot.registers)
 
 
 class _Emitter:
@@ -71,19 +61,12 @@ class _Emitter:
         inputs: Sequence[Buffer],
         arrays: Sequence[Buffer],
         output: Buffer,
-        is_integer: bool,
     ) -> None:
         self.request = request
         self.geometry = geometry
         self.dot = geometry.dot
-        self.is_integer = is_integer
         self.inputs = [flat(b) for b in inputs]
-        self.weights = arrays[0]
-        if is_integer:
-            _, self.starts, self.multipliers, self.offsets, limits, self.zero_points = arrays
-        else:
-            _, self.starts, limits = arrays
-            self.zero_points = None
+        self.weights, self.starts, self.multipliers, self.offsets, limits, self.zero_points = arrays
         residual = self.inputs[1] if geometry.conv.epilogue.has_residual else None
         lanes = geometry.lanes
         self.epilogue = Epilogue(request, lanes, lanes, residual, limits, self.zero_points, flat(output))
@@ -97,7 +80,7 @@ class _Emitter:
             words = T.alloc_buffer((geometry.planes * geometry.plane_elements,), "int32")
             image = T.bind(item // geometry.groups)
             row = T.bind(T.min(item % geometry.groups * geometry.group_rows, height - geometry.group_rows))
-            rows = DepthwiseRows(geometry, self.request.inputs[0], self.inputs[0], words, self._zero_points())
+            rows = DepthwiseRows(geometry, self.inputs[0], words, self._zero_points())
             with T.serial(geometry.vectors) as vector:
                 channel = T.bind(T.min(vector * lanes, geometry.channels - lanes))
                 rows.emit(image, row * conv.window.strides[0] - conv.window.padding[0], channel)
@@ -109,8 +92,6 @@ class _Emitter:
                         self._row(words, r, output_row, vector, channel)
 
     def _zero_points(self) -> tuple[Expression, ...]:
-        if self.zero_points is None:
-            return ()
         return tuple(self.zero_points[2 + plane] for plane in range(self.geometry.planes))
 
     def _row(
@@ -132,13 +113,8 @@ class _Emitter:
             if geometry.passes == 1:
                 self._accumulate(sums, words, first, x, vector, None)
                 for place in places:
-                    value = load(sums[place], 0, lanes)
-                    if self.is_integer:
-                        multiplier, offset = (
-                            load(self.multipliers, constants, lanes),
-                            load(self.offsets, constants, lanes),
-                        )
-                        value = scale_accumulator(value, multiplier, offset)
+                    multiplier, offset = (load(a, constants, lanes) for a in (self.multipliers, self.offsets))
+                    value = scale_accumulator(load(sums[place], 0, lanes), multiplier, offset)
                     self.epilogue.finish(value, output_index(*place))
             else:
                 values = {place: T.alloc_buffer((lanes,), "float32", scope=STACK) for place in places}
@@ -199,6 +175,4 @@ class _Emitter:
     def _operand(self, word: Expression) -> Expression:
         """A vector of words as the dot product takes it."""
         products = self.dot.products
-        if not self.is_integer:
-            return reinterpret(word, "float32")
         return word if products == 1 else T.reinterpret(f"int{32 // products}x{products * self.geometry.lanes}", word)
