@@ -301,6 +301,32 @@ def test_odd_channels_need_no_copy() -> None:
         assert conv2d_geometry(request, proven).needs_copy("uint8") is is_copied
 
 
+@pytest.mark.parametrize("family", families("avx512_vnni", "avx_vnni", "avx2"))
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    size=st.tuples(st.integers(1, 2), st.integers(4, 9), st.integers(4, 19)),
+    channels=st.tuples(st.integers(1, 4), st.integers(8, 35)),
+    kernel=st.tuples(st.integers(1, 3), st.integers(1, 4)),
+    strides=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    padding=st.tuples(*[st.integers(0, 2)] * 4),
+    limit=st.sampled_from([127, 64, 7]),
+    seed=st.integers(0, 2**31),
+)
+def test_windows_of_few_channels_are_exact(family, size, channels, kernel, strides, padding, limit, seed) -> None:
+    """Patches of any shape, beside the last pixels of rows and images too, and what weights prove in the order of a patch."""
+    operator = Conv2D((*size, channels[0]), channels[1], Window(kernel, strides, padding))
+    check(family, KernelRequest(operator, ("uint8",), "uint8", "int8"), seed, limit)
+
+
+def test_first_layers_take_patches() -> None:
+    """3×3 over three channels: seven steps of four products in place of nine, but no patches where few steps are saved."""
+    request = KernelRequest(CASES["stem, three channels"], ("uint8",), "uint8", "int8")
+    for dot, steps in ((x86_avx512_vnni.VnniDot(), 7), (x86_avx2.ByteDot(1), 7)):
+        geometry = conv2d_geometry(request, dot)
+        assert (geometry.patches, geometry.steps) == (request.operator, steps)
+    assert conv2d_geometry(request, x86_avx2.WordDot()).patches is None
+
+
 @pytest.mark.skipif("avx2" not in HOST, reason="this CPU has no AVX2")
 def test_every_tile_computes_the_same() -> None:
     """A family lists tiles of a layer, the model's own first; kernels with others give the same bits; no other is built."""

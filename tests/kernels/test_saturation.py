@@ -70,6 +70,17 @@ def test_fewer_bits_allow_longer_chains(limit: int, chain: int) -> None:
     assert saturation_free_pairs(codes) == min(chain, LONGEST_CHAIN)
 
 
+def test_chains_of_few_channels_go_by_the_patch() -> None:
+    """Products of two pixels meet there, and those of one pixel have to fit as well, for kernels without patches."""
+    codes = np.zeros((1, 1, 3, 3, 3), np.int8)
+    codes[0, 0, 2, 0, 0], codes[0, 0, 0, 0, 1] = 100, 28
+    assert saturation_free_pairs(codes) == LONGEST_CHAIN
+    codes[0, 0, 0, 0, 1] = 29  # the fourth code of the patch, beside the third
+    assert saturation_free_pairs(codes) == 0
+    codes[0, 0, 0, 0, 1], codes[0, 0, 0, 1, 1], codes[0, 0, 1, 1, 1] = 0, 100, 100
+    assert saturation_free_pairs(codes) == 0
+
+
 def test_depthwise_pairs_are_kernel_rows() -> None:
     """Rows j and j + 2 of one column meet; a large weight between them does no harm."""
     codes = np.zeros((1, 4, 1, 3, 3), np.int8)

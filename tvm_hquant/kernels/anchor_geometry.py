@@ -13,6 +13,7 @@ from tvm_hquant.errors import KernelError
 from tvm_hquant.kernels.dot_product import DotProduct
 from tvm_hquant.kernels.interface import Tile
 from tvm_hquant.kernels.packed_epilogue import channel_order, vector_groups
+from tvm_hquant.kernels.patches import weights_of_patches
 from tvm_hquant.kernels.row_tiles import TileRun, cut_row, split_at_borders
 from tvm_hquant.kernels.step_pairs import pair_steps
 from tvm_hquant.kernels.vector_loops import CACHE_LINE
@@ -64,6 +65,7 @@ class AnchorGeometry:
     ``chosen_tile`` takes the place of the tile that the model below picks. With ``packs_codes`` vectors of sums are finished
     by a :class:`tvm_hquant.kernels.packed_epilogue.PackedEpilogue`, which wants channels in an order of its own. Where
     ``skips_padding``, kernel positions in the padding are left out: the sums would be the same.
+    ``patches`` is the convolution that ``conv`` computes on patches of its activations.
     """
 
     conv: Conv2D
@@ -73,6 +75,7 @@ class AnchorGeometry:
     chosen_tile: Tile | None = None
     packs_codes: bool = False
     skips_padding: bool = False
+    patches: Conv2D | None = None
 
     # Channels.
 
@@ -105,7 +108,7 @@ class AnchorGeometry:
     @property
     def pairs_steps(self) -> bool:
         """Whether the steps of a tile come in an order that the weights decide, two of them together where they can."""
-        return self.dot.pairs_steps and self.chain == 1 and self.passes == 1 and self.dot.groups == 1
+        return self.dot.pairs_steps and self.chain == 1 and self.passes == 1
 
     @property
     def all_steps(self) -> int:
@@ -297,6 +300,7 @@ class AnchorGeometry:
         """Whether activations have to be copied before the steps can read them."""
         return (
             any(self.copied_padding)
+            or self.patches is not None
             or self.dot.groups > 1
             or self.planes > 1
             or self.padded_inputs != self.group_inputs
@@ -375,12 +379,15 @@ class AnchorGeometry:
         row_step, column_step = self.conv.window.dilation
         pixel = self.conv.groups * self.padded_inputs
         within = np.minimum(np.arange(self.steps) * self.dot.products, self.run_inputs - self.dot.products)
+        within = within * self.dot.groups
         columns = np.arange(self.runs) * column_step * pixel
         rows = np.arange(kernel_height) * row_step * self.padded_size[1] * pixel
         return (rows[:, None, None] + columns[:, None] + within).reshape(-1)
 
     def _steps_of_tiles(self, weights: Array) -> Array:
         """Weights [points · tiles over channels, steps, vector, lane, product], in the order of the window."""
+        if self.patches is not None:
+            weights = weights_of_patches(weights)
         points, inputs, height = weights.shape[0], *weights.shape[2:4]
         pads = ((0, 0), (0, 1), (0, self.padded_inputs - inputs), (0, 0), (0, 0))
         rows = np.moveaxis(np.pad(weights, pads)[:, self.channel_rows], 2, -1)

@@ -24,6 +24,7 @@ from tvm_hquant.kernels.interface import Array, Kernel, KernelRequest, LayerCons
 from tvm_hquant.kernels.interleaved_groups import InterleavedGroups
 from tvm_hquant.kernels.kernel_function import Buffer, imported_functions, kernel_function
 from tvm_hquant.kernels.packed_epilogue import PackedEpilogue, vector_groups
+from tvm_hquant.kernels.patches import PatchCopy, conv_of_patches, takes_patches
 from tvm_hquant.kernels.primitives import STACK, Expression, vector_type
 from tvm_hquant.kernels.row_tiles import TileRun
 from tvm_hquant.kernels.vector_loops import CACHE_LINE, flat, load, prefetch, store
@@ -45,7 +46,10 @@ def conv2d_geometry(
     """How a convolution or dense layer is cut into tiles."""
     assert isinstance(request.operator, (Conv2D, Dense))
     planes = 2 if request.weights in ("int8", "int16") and request.inputs[0] == "uint16" else 1
-    conv = as_conv2d(request.operator)
+    conv, patches = as_conv2d(request.operator), None
+    has_codes = request.weights == "int8" and request.inputs[0] == "uint8"
+    if has_codes and takes_patches(conv, dot.products, dot.splits_pixels):
+        conv, patches = conv_of_patches(conv), conv
     packs_codes = (
         vectors is not None
         and dot.lanes == vectors.words
@@ -62,7 +66,7 @@ def conv2d_geometry(
         and dot.pixels == 1
         and dot.groups == 1
     )
-    return AnchorGeometry(conv, dot, planes, request.weight_points, tile, packs_codes, skips_padding)
+    return AnchorGeometry(conv, dot, planes, request.weight_points, tile, packs_codes, skips_padding, patches)
 
 
 def conv2d_kernel(
@@ -155,7 +159,19 @@ class _Emitter:
         if geometry.needs_copy(STORAGE_DTYPE[self.request.inputs[0]]):
             size = geometry.plane_elements * geometry.planes
             self.source = T.alloc_buffer((size,), self.dot.operand_dtype)
-            if self.dot.groups > 1:
+            if geometry.patches is not None:
+                assert self.zero_points is not None
+                fill = T.Cast("uint8", self.zero_points[2])
+                PatchCopy(
+                    geometry.patches,
+                    geometry.padded_inputs,
+                    self.dot.operand_dtype,
+                    self.inputs[0],
+                    self.source,
+                    fill,
+                    geometry.copy_offset,
+                ).emit()
+            elif self.dot.groups > 1:
                 InterleavedGroups(geometry.conv, self.dot, self.inputs[0], self.source).emit()
             else:
                 self._copy_activations()

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from tvm_hquant.kernels.patches import is_patch, weights_of_patches
+
 LONGEST_CHAIN = 16
 """Pair sums of a chain, at most."""
 _MOST_CENTRED = 8
@@ -27,14 +29,24 @@ def saturation_free_pairs(weight_codes: npt.NDArray[Any]) -> int:
     A chain of n takes, at one kernel position, products of the channels (4k, 4k + 1) or (4k + 2, 4k + 3) of n consecutive
     quads k that start at a multiple of n. Missing channels at the end count as zero weights.
 
+    A window of few channels (:func:`tvm_hquant.kernels.patches.is_patch`) has its products taken as one patch, rows, then
+    columns, then channels: chains go by the order in it, and single pairs by that of the channels, too.
+
     Where groups have one input channel, as in depthwise layers, pairs are made of kernel rows instead, j and j + 2, and the
     answer is 0 or 1.
     """
-    points, out_channels, in_channels, height, width = weight_codes.shape
+    in_channels, height, width = weight_codes.shape[2:]
     if in_channels == 1:
         rows = weight_codes[:, :, 0].astype(np.int32)
         rows = np.pad(rows, ((0, 0), (0, 0), (0, 2), (0, 0)))
         return int(_fits(np.stack([rows[:, :, :-2], rows[:, :, 2:]], axis=-1)))
+    if is_patch(in_channels, height, width):
+        return saturation_free_pairs(weights_of_patches(weight_codes)) if _longest_chain(weight_codes) else 0
+    return _longest_chain(weight_codes)
+
+
+def _longest_chain(weight_codes: npt.NDArray[Any]) -> int:
+    points, out_channels, in_channels, height, width = weight_codes.shape
     rows = np.moveaxis(weight_codes, 2, -1).reshape(-1, in_channels).astype(np.int32)
     rows = np.pad(rows, ((0, 0), (0, -in_channels % (4 * LONGEST_CHAIN))))
     longest = 0
@@ -51,11 +63,15 @@ def centred_products(weight_codes: npt.NDArray[Any]) -> int:
     """How many products of activation codes less 128 with weights surely fit int16 when added: 2, 4 or 8.
 
     Two always do, since weights are within −127…127. The products of a sum are, at one kernel position, those of n consecutive
-    even or n consecutive odd channels, starting at a multiple of 2n. Missing channels at the end count as zero weights.
+    even or n consecutive odd channels, starting at a multiple of 2n. Missing channels at the end count as zero weights. A patch
+    counts as one position.
 
     Args:
         weight_codes: int8 [points, out_channels, in_channels / groups, kernel_h, kernel_w].
     """
+    if is_patch(*weight_codes.shape[2:]):
+        # Of so few channels, a sum over one position has two products.
+        weight_codes = weights_of_patches(weight_codes)
     in_channels = weight_codes.shape[2]
     rows = np.moveaxis(weight_codes, 2, -1).reshape(-1, in_channels).astype(np.int32)
     rows = np.pad(rows, ((0, 0), (0, -in_channels % (2 * _MOST_CENTRED))))

@@ -1,0 +1,129 @@
+"""First layers: the few channels that all positions of a small window take are copied side by side, pixel by pixel.
+
+A 3×3 window over three channels takes 27 codes for an output pixel. Row by row, they need nine steps of four products, parts of
+them idle; as one patch they need seven. To the dot products the layer is a 1×1 convolution over patches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from tvm.tirx.script import builder as T
+
+from tvm_hquant.kernels.activation_copy import ActivationCopy
+from tvm_hquant.kernels.interface import Array
+from tvm_hquant.kernels.kernel_function import Buffer
+from tvm_hquant.kernels.primitives import Expression, broadcast, convert, lanes_of
+from tvm_hquant.kernels.vector_loops import fitting_lanes, load, row_loop, store, vector_loop
+from tvm_hquant.operators import Conv2D, Window
+
+_MOST_CHANNELS = 4
+_MOST_ELEMENTS = 36
+_VECTOR_BYTES = 16
+_CLEAR_GAIN = 0.8
+"""Patches have to save this share of the steps of rows at least, for copying them takes a little longer."""
+
+
+def is_patch(channels: int, kernel_height: int, kernel_width: int) -> bool:
+    """Whether layers with such weights are computed by patches, where kernels can.
+
+    Not those with one channel: what depthwise weights prove goes by kernel rows.
+    """
+    return (
+        1 < channels <= _MOST_CHANNELS
+        and kernel_height * kernel_width > 1
+        and channels * kernel_height * kernel_width <= _MOST_ELEMENTS
+    )
+
+
+def takes_patches(conv: Conv2D, products: int, splits_pixels: bool) -> bool:
+    """Whether a convolution of 8-bit codes is computed by patches, with so many products a step.
+
+    ``splits_pixels``: whether a step over a row may take channels of two pixels.
+    """
+    height, width = conv.window.kernel
+    if conv.groups > 1 or conv.window.dilation != (1, 1) or not is_patch(conv.in_channels, height, width):
+        return False
+    channels = conv.in_channels if splits_pixels else -(-conv.in_channels // products) * products
+    by_rows, by_patches = height * -(-channels * width // products), -(-conv.in_channels * height * width // products)
+    return by_patches <= _CLEAR_GAIN * by_rows
+
+
+def conv_of_patches(conv: Conv2D) -> Conv2D:
+    """The 1×1 convolution over the patches of all output pixels."""
+    n, height, width, _ = conv.output_shape
+    elements = conv.in_channels * conv.window.kernel[0] * conv.window.kernel[1]
+    return Conv2D((1, 1, n * height * width, elements), conv.out_channels, Window((1, 1)), 1, conv.epilogue)
+
+
+def weights_of_patches(weights: Array) -> Array:
+    """[…, channels, kernel_h, kernel_w] to […, elements of a patch, 1, 1]."""
+    ordered = np.moveaxis(weights, -3, -1)
+    return np.ascontiguousarray(ordered.reshape(*weights.shape[:-3], -1, 1, 1))
+
+
+@dataclass(frozen=True)
+class PatchCopy:
+    """Copies uint8 activations, flat, to ``target``: a patch for each output pixel, ``stride`` elements apart.
+
+    What lies between patches is not defined; its weights are zero. ``fill`` is the stored code of padding, ``offset`` −128
+    where codes are made signed on the way, else 0.
+    """
+
+    conv: Conv2D
+    stride: int
+    operand_dtype: str
+    source: Buffer
+    target: Buffer
+    fill: Expression
+    offset: int = 0
+
+    def emit(self) -> None:
+        """Writes the loops."""
+        conv, window = self.conv, self.conv.window
+        n, height, width, channels = conv.input_shape
+        top, left, bottom, right = window.padding
+        rows, columns = height + top + bottom, width + left + right
+        source = self.source
+        if any(window.padding):
+            source = T.alloc_buffer((n * rows * columns * channels,), "uint8")
+            ActivationCopy(conv, channels, "uint8", "uint8", self.source, source, (self.fill,)).emit()
+        (kernel_height, kernel_width), (row_step, column_step) = window.kernel, window.strides
+        _, out_height, out_width, _ = conv.output_shape
+        run = kernel_width * channels
+        with row_loop(n * out_height, n * out_height * out_width * self.stride) as row:
+            image, y = row // out_height, row % out_height
+            first = T.bind((image * rows + y * row_step) * (columns * channels))
+            place = T.bind(row * (out_width * self.stride))
+            exact = min(self._exact_pixels(run, column_step * channels), out_width)
+            for begin, count, lanes in ((0, out_width - exact, self._wide(run)), (out_width - exact, exact, 0)):
+                if not count:
+                    continue
+                with T.serial(count) as index:
+                    x = begin + index
+                    for ky in range(kernel_height):
+                        start = first + ky * columns * channels + x * (column_step * channels)
+                        self._copy(source, start, place + x * self.stride + ky * run, run, lanes)
+
+    def _wide(self, run: int) -> int:
+        """Lanes that hold a kernel row."""
+        return 1 << (run - 1).bit_length()
+
+    def _exact_pixels(self, run: int, step: int) -> int:
+        """Pixels at the end of a row that have too little behind them for vectors that are longer than a kernel row."""
+        excess = self._wide(run) - run
+        return max(-(-excess // step), -(-excess // self.stride))
+
+    def _copy(self, source: Buffer, start: Expression, place: Expression, length: int, lanes: int) -> None:
+        """A kernel row: with ``lanes``, and what is behind it is written over later; without, nothing but it."""
+        if lanes:
+            store(self.target, place, self._converted(load(source, start, lanes)), lanes)
+            return
+        lanes = fitting_lanes(length, _VECTOR_BYTES)
+        with vector_loop(length, lanes) as offset:
+            store(self.target, place + offset, self._converted(load(source, start + offset, lanes)), lanes)
+
+    def _converted(self, codes: Expression) -> Expression:
+        value = convert(codes, self.operand_dtype)
+        return value ^ broadcast(T.int8(self.offset), lanes_of(value)) if self.offset else value
