@@ -29,6 +29,7 @@ import numpy.typing as npt
 from benchmarks.zoo import ZooModel, zoo_folder, zoo_models
 from tvm_hquant import api
 from tvm_hquant.cli.tables import print_table
+from tvm_hquant.planning import stored_bits_of
 from tvm_hquant.precision import parse_precision
 from tvm_hquant.quantizer import DataRoles, Options, Quantizer
 from tvm_hquant.search.archive import EvaluatedPlan
@@ -126,13 +127,16 @@ def searched(model: ZooModel, name: str, quantizer: Quantizer) -> StrategyFront:
     result = quantizer.search(name, front=True)
     seconds = perf_counter() - start
     session = quantizer.session
-    chosen = quantizer.archive.find({layer: d.precision for layer, d in result.decisions.items()})
+    precisions = {layer: decision.precision for layer, decision in result.decisions.items()}
+    chosen = quantizer.archive.find(precisions, stored_bits_of(result.decisions))
     assert chosen is not None
     found: list[EvaluatedPlan] = []
     for plan in (*quantizer.archive.front, *smooth_front(quantizer.archive.plans), chosen):
         if plan not in found:
             found.append(plan)
-    programs = [session.program({n: parse_precision(p) for n, p in plan.assignment.items()}) for plan in found]
+    programs = [
+        session.program({n: parse_precision(p) for n, p in plan.assignment.items()}, plan.stored_bits) for plan in found
+    ]
     metrics = [METRICS["kl"], METRICS["top1"]]
     scores = session.evaluate_metrics(programs, quantizer.roles.held_out, metrics, "held-out")
     costs = quantizer.problem().costs

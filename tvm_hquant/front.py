@@ -18,11 +18,12 @@ from tvm_hquant.cost.plan_costs import plan_costs
 from tvm_hquant.cost.predicted import weight_bytes
 from tvm_hquant.front_plot import draw_front
 from tvm_hquant.plan import LayerDecision, PrecisionPlan
-from tvm_hquant.planning import make_plan
+from tvm_hquant.planning import make_plan, stored_bits_of, with_stored_bits
 from tvm_hquant.precision import parse_precision
 from tvm_hquant.quantizer import Quantizer, is_low_bit
 from tvm_hquant.search.archive import EvaluatedPlan
-from tvm_hquant.search.problem import Assignment, SearchResult
+from tvm_hquant.search.problem import SearchResult
+from tvm_hquant.simulator.program import Program
 from tvm_hquant.statistics import Interval
 
 
@@ -87,7 +88,7 @@ class FrontWriter:
         points = []
         for number, found in enumerate(front):
             name = f"plan_{number:02}.json"
-            self._write(name, self._plan(found.assignment).to_json(None, f"plan_{number:02}.npz"))
+            self._write(name, self._plan(found).to_json(None, f"plan_{number:02}.npz"))
             points.append(self._point(name, found, None, self._latency.total(found.assignment) / 1e3, "predicted"))
         self._remove_from(len(front))
         self._write("front.json", _text(points))
@@ -97,21 +98,21 @@ class FrontWriter:
         quantizer, session = self._quantizer, self._quantizer.session
         chosen = {layer: decision.precision for layer, decision in result.decisions.items()}
         front = list(quantizer.archive.front)
-        best = quantizer.archive.find(chosen)
+        best = quantizer.archive.find(chosen, stored_bits_of(result.decisions))
         assert best is not None, "a search evaluates the plan that it chooses"
         if best not in front:
             front = sorted([*front, best], key=lambda found: (found.cost, found.expected))
-        programs = [session.program({n: parse_precision(p) for n, p in f.assignment.items()}) for f in front]
+        programs = [self._program(found) for found in front]
         scores = session.evaluate(programs, quantizer.roles.held_out, quantizer.metric, "measuring the front")
         points = []
         for number, (found, score) in enumerate(zip(front, scores, strict=True)):
             name = f"plan_{number:02}.json"
             decisions = result.decisions if found is best else None
-            plan = self._plan(found.assignment, decisions)
+            plan = self._plan(found, decisions)
             plan.save_as(self._folder / name)
             if found is best:
                 plan.save_as(self._folder / "best.json")
-            latency = self._measured(found.assignment) if self._measure else self._latency.total(found.assignment) / 1e3
+            latency = self._measured(found) if self._measure else self._latency.total(found.assignment) / 1e3
             source = "measured" if self._measure else "predicted"
             points.append(self._point(name, found, score.loss_interval(), latency, source))
         self._remove_from(len(front))
@@ -134,6 +135,7 @@ class FrontWriter:
     ) -> FrontPoint:
         layers = self._quantizer.session.graph.anchors
         precisions = {layer.name: parse_precision(found.assignment[layer.name]) for layer in layers}
+        decisions = with_stored_bits(found.assignment, found.stored_bits)
         total = sum(layer.macs for layer in layers) or 1
         return FrontPoint(
             name,
@@ -143,23 +145,25 @@ class FrontWriter:
             None if held_out is None else (held_out.low, held_out.high),
             latency,
             source,
-            sum(weight_bytes(layer, precisions[layer.name]) for layer in layers),
+            sum(weight_bytes(layer, decisions[layer.name].weight_precision) for layer in layers),
             sum(layer.macs for layer in layers if is_low_bit(precisions[layer.name])) / total,
             self._quantizer.evaluations,
         )
 
-    def _plan(self, assignment: Assignment, decisions: Mapping[str, LayerDecision] | None = None) -> PrecisionPlan:
+    def _plan(self, found: EvaluatedPlan, decisions: Mapping[str, LayerDecision] | None = None) -> PrecisionPlan:
         reason = f"on the Pareto front of {self._strategy}"
-        return make_plan(
-            self._quantizer.session,
-            decisions or {name: LayerDecision(p, "within budget", reason) for name, p in assignment.items()},
-        )
+        made = decisions or with_stored_bits(found.assignment, found.stored_bits, detail=reason)
+        return make_plan(self._quantizer.session, made)
 
-    def _measured(self, assignment: Assignment, repeat: int = 15) -> float:
+    def _program(self, found: EvaluatedPlan) -> Program:
+        precisions = {name: parse_precision(p) for name, p in found.assignment.items()}
+        return self._quantizer.session.program(precisions, found.stored_bits)
+
+    def _measured(self, found: EvaluatedPlan, repeat: int = 15) -> float:
         """Median milliseconds of one sample through the kernels of a plan."""
         session = self._quantizer.session
         sample = next(islice(iter(self._quantizer.roles.held_out), 1))
-        program = session.program({name: parse_precision(p) for name, p in assignment.items()})
+        program = self._program(found)
         engine = session.target_engine
         engine.compile([program])
         engine.run(sample.inputs, [program])

@@ -39,6 +39,26 @@ def make_plan(session: QuantizationSession, decisions: Mapping[str, LayerDecisio
     )
 
 
+def with_stored_bits(
+    assignment: Mapping[str, str], stored_bits: int | None, reason: str = "within budget", detail: str = ""
+) -> dict[str, LayerDecision]:
+    """Decisions for layers with weights, which are stored in ``stored_bits`` bits where the precision has more."""
+    return {
+        name: LayerDecision(
+            precision,
+            reason,
+            detail,
+            stored_bits if stored_bits is not None and parse_precision(precision).weight_bits > stored_bits else None,
+        )
+        for name, precision in assignment.items()
+    }
+
+
+def stored_bits_of(decisions: Mapping[str, LayerDecision]) -> int | None:
+    """In how many bits weights are stored that are stored in fewer than their precision has; None: none are."""
+    return next((d.stored_bits for d in decisions.values() if d.stored_bits is not None), None)
+
+
 def with_calibration(session: QuantizationSession, plan: PrecisionPlan) -> PrecisionPlan:
     """A plan with what a calibrated session knows and the plan lacks for its precisions: a person has changed some.
 

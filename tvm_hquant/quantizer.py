@@ -22,7 +22,7 @@ from tvm_hquant.cost.predicted import weight_bytes
 from tvm_hquant.errors import BudgetError, SearchError
 from tvm_hquant.layers import Layer
 from tvm_hquant.plan import LayerDecision, PrecisionPlan
-from tvm_hquant.planning import make_plan
+from tvm_hquant.planning import make_plan, stored_bits_of, with_stored_bits
 from tvm_hquant.precision import A8W8, BFLOAT16, FLOAT16, FLOAT32, INT8, Precision, parse_precision
 from tvm_hquant.report.quantization_report import LayerReport, ModelRow, QuantizationReport, SampleCounts
 from tvm_hquant.search.archive import EvaluatedPlan, PlanArchive
@@ -174,9 +174,9 @@ class Quantizer:
         losses = JointLosses(self.session, samples, self.metric, self.options.seed, keep_back)
         self._losses.append(losses)
 
-        def evaluate(assignments: Sequence[Assignment]) -> list[float]:
-            self._keep(assignments, losses, costs)
-            return losses.losses(assignments)
+        def evaluate(assignments: Sequence[Assignment], stored_bits: int | None = None) -> list[float]:
+            self._keep(assignments, losses, costs, stored_bits)
+            return losses.losses(assignments, stored_bits)
 
         is_accuracy = self.metric.name == "top1"
         return SearchProblem(
@@ -192,6 +192,7 @@ class Quantizer:
             self.options.seed,
             losses.smooth_losses,
             losses.of_layers,
+            evaluate,
         )
 
     def search(self, strategy: SearchStrategy | str | None = None, front: bool = False) -> SearchResult:
@@ -212,8 +213,9 @@ class Quantizer:
         problem = self.problem(isinstance(strategy, CheckingStrategy))
         result = strategy.search(problem)
         chosen = {layer: decision.precision for layer, decision in result.decisions.items()}
-        if self.archive.find(chosen) is None:
-            problem.evaluate([chosen])
+        stored_bits = stored_bits_of(result.decisions)
+        if self.archive.find(chosen, stored_bits) is None:
+            self._keep([chosen], self._losses[-1], problem.costs, stored_bits)
         fixed = {
             layer.name: LayerDecision(result.decisions[layer.name].precision, "chosen by the user")
             for layer in self.session.graph.anchors
@@ -221,12 +223,22 @@ class Quantizer:
         }
         return replace(result, decisions={**result.decisions, **fixed})
 
-    def _keep(self, assignments: Sequence[Assignment], losses: JointLosses, costs: CostModel) -> None:
+    def _keep(
+        self, assignments: Sequence[Assignment], losses: JointLosses, costs: CostModel, stored_bits: int | None
+    ) -> None:
         """Notes plans in the archive, with their losses on all search samples."""
+        found = losses.scores(assignments, stored_bits)
         self.archive.add(
             [
-                EvaluatedPlan(dict(a), costs.total(a), scores.loss(), scores.interval, scores.smooth_loss())
-                for a, scores in zip(assignments, losses.scores(assignments), strict=True)
+                EvaluatedPlan(
+                    dict(assignment),
+                    costs.total(assignment),
+                    scores.loss(),
+                    scores.interval,
+                    scores.smooth_loss(),
+                    stored_bits_of(with_stored_bits(assignment, stored_bits)),
+                )
+                for assignment, scores in zip(assignments, found, strict=True)
             ]
         )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -169,10 +169,18 @@ class QuantizationSession:
         offered = [parse_precision(p) for p in self.spec.offered_precisions("average_pool2d")]
         return max(offered, key=lambda p: p.activation_bits, default=FLOAT32)
 
-    def program(self, anchors: Mapping[str, Precision]) -> Program:
-        """The program in which layers with weights have the given precisions."""
+    def program(self, anchors: Mapping[str, Precision], stored_bits: int | None = None) -> Program:
+        """The program in which layers with weights have the given precisions.
+
+        ``stored_bits`` are those of all weights in the artifact, where a precision has more.
+        """
         precisions = self.all_precisions(anchors)
-        return self.builder.program(precisions, self.scales(precisions.values()))
+        weights = None if stored_bits is None else partial(self._stored_weights, stored_bits)
+        return self.builder.program(precisions, self.scales(precisions.values()), weights)
+
+    def _stored_weights(self, bits: int, layer: Layer, precision: Precision) -> QuantizedWeights | None:
+        has_more = layer.is_anchor and precision.weight_bits > bits
+        return self.layer_weights(layer, precision.with_stored_weights(bits) if has_more else precision)
 
     def uniform(self, precision: Precision) -> dict[str, Precision]:
         """One precision for all layers with weights; float32 for those that cannot have it at all."""

@@ -14,6 +14,7 @@ from tests.search.synthetic import SyntheticNetwork, precisions
 from tvm_hquant.calibration.data import open_data
 from tvm_hquant.errors import SearchError
 from tvm_hquant.precision import parse_precision
+from tvm_hquant.quantizer import DataRoles, Options, Quantizer
 from tvm_hquant.search.layout import (
     AfterStorageStrategy,
     GradientStrategy,
@@ -27,6 +28,7 @@ from tvm_hquant.search.layout import (
 from tvm_hquant.search.problem import SearchProblem
 from tvm_hquant.search.registry import StrategyContext, make_strategy
 from tvm_hquant.search.surrogate import largest_error, search_by_prediction, with_levels
+from tvm_hquant.simulator.metrics import METRICS
 
 NAMES = ("a8w8", "bfloat16", "float32")
 COSTS = {"a8w4": 0.5, "a8w8": 1.0, "bfloat16": 2.0, "float32": 4.0, "w8": 4.0}
@@ -185,3 +187,24 @@ def test_strategies_on_a_network() -> None:
     assert errors == sorted(errors)
     for name in ("gradient", "monotone", "after-storage", "hawq-v2"):
         assert make_strategy(name, StrategyContext(session, data.samples)).name == name
+
+
+def test_joint_losses_are_those_of_the_weights_as_stored() -> None:
+    """What a search after storage evaluates is the program of the plan that it gives, rounding for storage included."""
+    session = shared_session("residual")
+    samples = open_data(random_samples(session, 6, seed=5), session.signature)
+    options = Options("kl", 10.0, ("bfloat16", "float32"), baselines=False, objective="macs")
+    quantizer = Quantizer(session, DataRoles(samples, samples, samples, 0), options)
+    found = quantizer.search(AfterStorageStrategy(LayoutData(session, samples), stored_bits=3))
+    plan = quantizer.plan(found.decisions)
+    evaluated = quantizer.archive.find({n: d.precision for n, d in found.decisions.items()}, 3)
+    assert evaluated is not None
+    stored = session.builder.program(plan.precisions(), plan.scales, plan.layer_weights)
+    [score] = session.evaluate([stored], samples, METRICS["kl"], "measuring")
+    assert evaluated.expected == score.loss > 0
+    as_computed = session.program({name: parse_precision(d.precision) for name, d in found.decisions.items()})
+    assert (
+        as_computed.digest
+        != stored.digest
+        == session.program({name: parse_precision(d.precision) for name, d in found.decisions.items()}, 3).digest
+    )

@@ -19,6 +19,7 @@ class EvaluatedPlan:
         expected: the loss that searches go by.
         loss: the measured loss with its interval.
         smooth: the smooth loss (:mod:`tvm_hquant.search.joint_losses`).
+        stored_bits: of the weights in the artifact, where a layer's precision has more; None: as many as that.
     """
 
     assignment: Assignment
@@ -26,6 +27,7 @@ class EvaluatedPlan:
     expected: float
     loss: Interval
     smooth: float
+    stored_bits: int | None = None
 
 
 class PlanArchive:
@@ -35,23 +37,23 @@ class PlanArchive:
     """
 
     def __init__(self) -> None:
-        self._plans: dict[tuple[tuple[str, str], ...], EvaluatedPlan] = {}
+        self._plans: dict[tuple[object, ...], EvaluatedPlan] = {}
         self.on_change: Callable[[tuple[EvaluatedPlan, ...]], None] | None = None
         self._front: tuple[EvaluatedPlan, ...] = ()
 
     def add(self, plans: list[EvaluatedPlan]) -> None:
         """Adds evaluations; a plan that is known already counts once."""
         for plan in plans:
-            self._plans.setdefault(tuple(sorted(plan.assignment.items())), plan)
+            self._plans.setdefault(_key(plan.assignment, plan.stored_bits), plan)
         front = pareto_front(tuple(self._plans.values()))
         if front != self._front:
             self._front = front
             if self.on_change is not None:
                 self.on_change(front)
 
-    def find(self, assignment: Assignment) -> EvaluatedPlan | None:
+    def find(self, assignment: Assignment, stored_bits: int | None = None) -> EvaluatedPlan | None:
         """The evaluation of an assignment; None if there was none."""
-        return self._plans.get(tuple(sorted(assignment.items())))
+        return self._plans.get(_key(assignment, stored_bits))
 
     @property
     def plans(self) -> tuple[EvaluatedPlan, ...]:
@@ -62,6 +64,10 @@ class PlanArchive:
     def front(self) -> tuple[EvaluatedPlan, ...]:
         """The best ones, the cheapest first."""
         return self._front
+
+
+def _key(assignment: Assignment, stored_bits: int | None) -> tuple[object, ...]:
+    return (stored_bits, *sorted(assignment.items()))
 
 
 def pareto_front(plans: tuple[EvaluatedPlan, ...]) -> tuple[EvaluatedPlan, ...]:

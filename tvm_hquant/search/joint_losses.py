@@ -94,10 +94,10 @@ class JointLosses:
         """Of all programs that were asked for."""
         return frozenset(self._known)
 
-    def scores(self, assignments: Iterable[Assignment]) -> list[PlanScores]:
-        """Scores of plans."""
+    def scores(self, assignments: Iterable[Assignment], stored_bits: int | None = None) -> list[PlanScores]:
+        """Scores of plans; ``stored_bits`` are those of all weights in the artifact, where a precision has more."""
         programs = [
-            self._session.program({name: parse_precision(p) for name, p in assignment.items()})
+            self._session.program({name: parse_precision(p) for name, p in assignment.items()}, stored_bits)
             for assignment in assignments
         ]
         new = {program.digest: program for program in programs if program.digest not in self._known}
@@ -109,9 +109,9 @@ class JointLosses:
             )
         return [self._known[program.digest] for program in programs]
 
-    def losses(self, assignments: Sequence[Assignment]) -> list[float]:
+    def losses(self, assignments: Sequence[Assignment], stored_bits: int | None = None) -> list[float]:
         """In the unit of the budget, on the samples that plans are chosen by."""
-        return [scores.loss(self._chosen_by) for scores in self.scores(assignments)]
+        return [scores.loss(self._chosen_by) for scores in self.scores(assignments, stored_bits)]
 
     def smooth_losses(self, assignments: Sequence[Assignment]) -> list[float]:
         """Smooth losses, on the samples that plans are chosen by."""

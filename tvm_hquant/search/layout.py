@@ -21,9 +21,9 @@ sums bound a knapsack (:mod:`tvm_hquant.search.surrogate`), which is not in the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise
 
 import numpy as np
@@ -33,7 +33,7 @@ from tvm_hquant.errors import PrecisionError, SearchError
 from tvm_hquant.layers import Layer
 from tvm_hquant.precision import Arithmetic, Precision, parse_precision
 from tvm_hquant.quantized_weights import quantize_layer_weights
-from tvm_hquant.search.problem import LayerPrecision, SearchProblem, SearchResult
+from tvm_hquant.search.problem import Assignment, LayerPrecision, SearchProblem, SearchResult
 from tvm_hquant.search.surrogate import (
     activation_error,
     check_levels,
@@ -158,12 +158,14 @@ class AfterStorageStrategy:
     def search(self, problem: SearchProblem) -> SearchResult:
         """Levels by falling error to layers by rising norm, or the cheapest plan for the budget; weights stored apart.
 
-        Joint losses are those of the computing precisions; rounding for storage is in the plan, and in what is measured of it.
+        Joint losses are those of the weights as they are stored.
 
         Raises:
             SearchError: no plan has the prescribed levels.
         """
         of_inputs, of_weights = self.norms()
+        if problem.evaluate_stored is not None:
+            problem = replace(problem, evaluate=partial(_stored, problem.evaluate_stored, self.stored_bits))
 
         def describe(layer: str) -> str:
             return f"gradient norm of the input {of_inputs[layer]:.3g}, of the weights {of_weights[layer]:.3g}"
@@ -219,6 +221,12 @@ class HessianStrategy:
             for p in candidates
         }
         return search_by_prediction(problem, predicted, lambda n: f"average Hessian trace {traces[n]:.3g}")
+
+
+def _stored(
+    evaluate: Callable[[Sequence[Assignment], int], Sequence[float]], bits: int, plans: Sequence[Assignment]
+) -> Sequence[float]:
+    return evaluate(plans, bits)
 
 
 def squared_perturbation(layer: Layer, precision: Precision) -> float:

@@ -58,6 +58,7 @@ class SearchProblem:
         budget: the largest loss allowed.
         check: what plans lose at most, in the same unit, with confidence and on samples that the search does not choose by:
             those who tighten a budget ask it rarely.
+        evaluate_stored: as ``evaluate``, with weights stored in so many bits where a precision has more.
         accuracy: of the float model on the search samples, so that accuracy − loss is that of a plan; 1 where the metric
             is no accuracy.
         parameters: number of weights of each layer.
@@ -79,6 +80,7 @@ class SearchProblem:
     seed: int = 0
     smooth: Callable[[Sequence[Assignment]], Sequence[float]] | None = None
     measure_on_search: Callable[[Sequence[LayerPrecision]], Mapping[LayerPrecision, float]] | None = None
+    evaluate_stored: Callable[[Sequence[Assignment], int], Sequence[float]] | None = None
 
 
 @dataclass(frozen=True)
