@@ -15,6 +15,7 @@ from tvm_hquant.passes.annotate_precision import annotate_precision
 from tvm_hquant.passes.exact_float_constants import exact_float_constants
 from tvm_hquant.passes.insert_casts import insert_casts
 from tvm_hquant.passes.lower_layers import lower_layers
+from tvm_hquant.passes.plan_memory import plan_memory
 from tvm_hquant.passes.realize_quantization import realize_quantization
 from tvm_hquant.passes.write_concat_in_place import write_concat_in_place
 from tvm_hquant.plan import PrecisionPlan
@@ -27,11 +28,12 @@ StageObserver = Callable[[str, IRModule], None]
 def build_pipeline(target: Any) -> Any:
     """The build passes for modules whose layers are lowered.
 
-    These are those of TVM's default build pipeline (tvm/relax/pipeline.py), with three differences. Private layer
-    functions are inlined first, so that memory is planned over the whole graph. Reshapes stay reshapes, which the runtime
-    does without copying: TVM's own way there, ``RewriteDataflowReshape``, only looks into functions made of blocks.
-    Nothing is fused: every operator that TVM legalizes compiles by itself, as in the simulator. For a GPU, functions get
-    their threads from TVM's dlight; for C source, constants are written so that no digit is lost.
+    These are those of TVM's default build pipeline (tvm/relax/pipeline.py), with four differences. Private layer
+    functions are inlined first, so that memory is planned over the whole graph. A pass of our own plans it, in blocks that
+    tensors of all dtypes share. Reshapes stay reshapes, which the runtime does without copying: TVM's own way there,
+    ``RewriteDataflowReshape``, only looks into functions made of blocks. Nothing is fused: every operator that TVM
+    legalizes compiles by itself, as in the simulator. For a GPU, functions get their threads from TVM's dlight; for C
+    source, constants are written so that no digit is lost.
     """
     transform = relax.transform
     kind = target.kind.name
@@ -47,7 +49,7 @@ def build_pipeline(target: Any) -> Any:
             transform.ToNonDataflow(),
             transform.RemovePurityChecking(),
             transform.CallTIRRewrite(),
-            transform.StaticPlanBlockMemory(),
+            plan_memory(),
             transform.LowerAllocTensor(),
             transform.KillAfterLastUse(),
             transform.LowerRuntimeBuiltin(),
