@@ -255,8 +255,17 @@ def test_bfloat16_unit_is_exact(family: str, case: str, output: str) -> None:
 
 
 @pytest.mark.parametrize("family", families("avx512_bf16"))
+@pytest.mark.parametrize("case", ["stem, three channels", "asymmetric, dilated"])
+def test_bfloat16_unit_fills_up_odd_channels(family: str, case: str) -> None:
+    """Behind a clamp at 0 one more channel of zeros changes nothing."""
+    operator = replace(CASES[case], epilogue=Epilogue(has_bias=True, lower=0.0))
+    kernel = check(family, KernelRequest(operator, ("bfloat16",), "bfloat16", "bfloat16"))
+    assert "vdpbf16ps" in kernel.name
+
+
+@pytest.mark.parametrize("family", families("avx512_bf16"))
 def test_bfloat16_unit_leaves_other_layers(family: str) -> None:
-    """An odd number of channels, depthwise layers and other storages are the next family's."""
+    """An odd number of channels with no clamp, depthwise layers and other storages are the next family's."""
     (found,) = families_for_target((family,))[:1]
     for case, storage in (("stem, three channels", "bfloat16"), ("depthwise", "bfloat16"), ("1x1", "float32")):
         assert found.kernel(KernelRequest(CASES[case], (storage,), storage, storage)) is None

@@ -147,7 +147,8 @@ def _parameter_pack(request: KernelRequest, own: tuple[float, ...]) -> Pack:
 def _float_add(request: KernelRequest, operator: Add) -> ElementwiseForm:
     def value(p: Primitives, inputs: Sequence[Expression], constants: Sequence[Any]) -> Expression:
         a, b = (widen(x, storage) for x, storage in zip(inputs, request.inputs, strict=True))
-        return narrow(p, clamp(p, p.add(a, b), constants[0][0], constants[0][1]), request.output)
+        clamped = clamp(p, p.add(a, b), constants[0][0], constants[0][1])
+        return narrow(p, clamped, request.output, may_be_nan=False)
 
     pack = _parameter_pack(request, (operator.lower, operator.upper))
     return ElementwiseForm("add", (((2,), "float32"),), value, pack)

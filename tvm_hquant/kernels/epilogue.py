@@ -66,7 +66,8 @@ class Epilogue:
         if self.zero_points is not None and self.request.output in ("uint8", "uint16"):
             result = requantize(p, value, self.limits[0], self.limits[1], self.zero_points[0], self.request.output)
         else:
-            result = narrow(p, clamp(p, value, self.limits[0], self.limits[1]), self.request.output)
+            clamped = clamp(p, value, self.limits[0], self.limits[1])
+            result = narrow(p, clamped, self.request.output, may_be_nan=False)
         self._store(result, index)
 
     def _load(self, buffer: Buffer, index: Expression) -> Expression:

@@ -133,7 +133,7 @@ def _max_pool(request: KernelRequest, operator: MaxPool2D, lanes: int) -> Kernel
         return select(value > largest, value, largest)
 
     def finish(largest: Expression, _row: Expression, _column: Expression) -> Expression:
-        return largest if is_code(storage) else narrow(LlvmPrimitives(), largest, storage)
+        return largest if is_code(storage) else narrow(LlvmPrimitives(), largest, storage, may_be_nan=False)
 
     def emit(inputs: Sequence[Buffer], _: Sequence[Buffer], output: Buffer) -> None:
         _PoolLoops(request, operator, lanes, inputs[0], output).emit(dtype, lowest, step, finish)

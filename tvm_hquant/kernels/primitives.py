@@ -237,8 +237,11 @@ def widen(value: Expression, storage: str) -> Expression:
     return value if storage == "float32" else convert(value, "float32")
 
 
-def narrow(p: Primitives, value: Expression, storage: str) -> Expression:
-    """A float32 rounded once to a float storage, ties to even; bfloat16 by integer arithmetic, as its uint16 pattern."""
+def narrow(p: Primitives, value: Expression, storage: str, may_be_nan: bool = True) -> Expression:
+    """A float32 rounded once to a float storage, ties to even; bfloat16 by integer arithmetic, as its uint16 pattern.
+
+    What comes from a clamp or a maximum is a number, whose bits take fewer steps.
+    """
     if storage == "bfloat16":
         value = p.bind(value)
         # In uint32, whose sums may wrap: the largest NaN pattern does.
@@ -246,6 +249,8 @@ def narrow(p: Primitives, value: Expression, storage: str) -> Expression:
         one, sixteen = _unsigned_like(1, value), _unsigned_like(16, value)
         high = p.bind(bits >> sixteen)
         rounded = (bits + _unsigned_like(0x7FFF, value) + (high & one)) >> sixteen
+        if not may_be_nan:
+            return convert(rounded, "uint16")
         return convert(select(is_nan(value), high | _unsigned_like(0x40, value), rounded), "uint16")
     return value if storage == "float32" else convert(value, "float16")
 

@@ -51,13 +51,15 @@ class BFloatDot(RepeatedOperand):
     weight_dtype: str = "uint16"
     accumulator_dtype: str = "float32"
     name: str = "vdpbf16ps"
-    operand_cost: float = 1.0
+    operand_cost: float = 0.5
     reverses_products: bool = True
     llvm_functions: str = _DEFINITION
 
     def operand(self, buffer: Buffer, index: Expression) -> Expression:
-        word = T.broadcast(T.reinterpret("uint32", buffer.vload([index], "uint16x2")), self.lanes)
-        return self._exchanged(word)
+        word = T.reinterpret("uint32", buffer.vload([index], "uint16x2"))
+        # Exchanged before they are repeated: rotating a vector would take the place of a product.
+        exchanged = T.call_llvm_pure_intrin("uint32", "llvm.fshl", word, word, T.uint32(16))
+        return T.broadcast(exchanged, self.lanes)
 
     def accumulate(
         self, accumulator: Expression, operands: Sequence[Expression], weights: Sequence[Expression]
@@ -65,18 +67,18 @@ class BFloatDot(RepeatedOperand):
         words = T.reinterpret(f"uint32x{self.lanes}", weights[0])
         return T.call_pure_extern(f"float32x{self.lanes}", _FUNCTION, accumulator, operands[0], words)
 
-    def _exchanged(self, words: Expression) -> Expression:
-        return T.call_llvm_pure_intrin(f"uint32x{self.lanes}", "llvm.fshl", words, words, T.broadcast(T.uint32(16), 16))
-
 
 def _dot(request: KernelRequest) -> DotProduct | None:
-    """For layers from bfloat16 with an even number of channels in each group; others are left to the next family."""
+    """For layers from bfloat16 with an even number of channels in each group; others are left to the next family.
+
+    Channels are made even where a clamp at 0 or above follows: a product of two zeros changes nothing but a sum of −0.
+    """
     operator = request.operator
     if request.weights != "bfloat16" or request.inputs[0] != "bfloat16":
         return None
     if isinstance(operator, Conv2D):
-        # A depthwise layer has one channel in each group.
-        return BFloatDot() if operator.in_channels // operator.groups % 2 == 0 else None
+        is_even = operator.in_channels // operator.groups % 2 == 0
+        return BFloatDot() if is_even or (operator.epilogue.lower >= 0 and not operator.is_depthwise) else None
     return BFloatDot() if isinstance(operator, Dense) and operator.in_features % 2 == 0 else None
 
 
