@@ -390,8 +390,8 @@ def test_runs_where_only_the_runtime_is_installed(folder: Path, tmp_path: Path) 
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == [
-        "tvm_hquant", "tvm_hquant.bfloat16", "tvm_hquant.cpu_features", "tvm_hquant.errors", "tvm_hquant.runtime",
-        "tvm_hquant.stored_weights",
+        "tvm_hquant", "tvm_hquant.bfloat16", "tvm_hquant.cpu_features", "tvm_hquant.errors", "tvm_hquant.mapped_library",
+        "tvm_hquant.runtime", "tvm_hquant.stored_weights",
     ]  # fmt: skip
     with np.load(tmp_path / "outputs.npz") as outputs:
         np.testing.assert_array_equal(outputs["logits"], expected_outputs("residual", inputs)[0])

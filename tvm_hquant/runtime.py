@@ -2,7 +2,8 @@
 
 This module imports nothing of the compiler: it works where only TVM's runtime library is installed
 (``TVM_USE_RUNTIME_LIB=1``), needs neither onnx nor the rest of this package, and may be copied to a board beside
-``errors.py``, ``cpu_features.py``, ``stored_weights.py`` and ``bfloat16.py``, which import nothing but NumPy.
+``errors.py``, ``cpu_features.py``, ``mapped_library.py``, ``stored_weights.py`` and ``bfloat16.py``, which import nothing but
+NumPy.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import numpy.typing as npt
 
 from tvm_hquant.cpu_features import cpu_features
 from tvm_hquant.errors import ArtifactError, DataError
+from tvm_hquant.mapped_library import release_pages
 from tvm_hquant.stored_weights import restored
 
 Array = npt.NDArray[Any]
@@ -185,7 +187,9 @@ class Artifact:
         library = self.library
         from tvm.runtime.vm import VirtualMachine
 
-        return VirtualMachine(library, self.device)
+        machine = VirtualMachine(library, self.device)
+        release_pages(self.folder / self.manifest["library"])
+        return machine
 
     @cached_property
     def _main(self) -> Any:
