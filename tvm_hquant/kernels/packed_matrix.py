@@ -17,6 +17,9 @@ from tvm_hquant.kernels.matrix_views import MatrixView
 from tvm_hquant.kernels.primitives import Expression, broadcast, convert, lanes_of, reinterpret
 from tvm_hquant.kernels.vector_loops import load, store
 
+_UNROLLED = 8
+"""Steps of a column that are written out."""
+
 
 @dataclass(frozen=True)
 class PackedMatrix:
@@ -48,7 +51,11 @@ class PackedMatrix:
         geometry, products = self.geometry, self.geometry.dot.products
         depth = geometry.conv.in_channels
         full = depth // products
-        if full:
+        if self._reads_columns:
+            with T.serial(self._columns) as lane:
+                column = T.bind(start + lane * self.view.column_stride)
+                self._column(column, T.bind(place + lane * products), full)
+        elif full:
             with T.serial(full) as step:
                 first = T.bind(start + step * (products * self.view.row_stride))
                 self._step(first, T.bind(place + step * self.step_elements))
@@ -63,6 +70,33 @@ class PackedMatrix:
                 row = start + (full * products + product) * self.view.row_stride
                 self._column_by_column(row, at, self._position(skipped + product))
 
+    @property
+    def _reads_columns(self) -> bool:
+        """Whether columns lie together in memory, and not rows."""
+        return self.view.row_stride == 1 and self.view.column_stride != 1
+
+    def _column(self, column: Expression, at: Expression, steps: int) -> None:
+        """Whole steps of a column, some written out one after the other: of a plain loop LLVM would make scatters."""
+
+        def part(first: Expression, count: int) -> None:
+            for step in range(count):
+                source = column + (first + step) * self.geometry.dot.products
+                self._word(source, at + (first + step) * self.step_elements)
+
+        whole, rest = divmod(steps, _UNROLLED)
+        if whole:
+            with T.serial(whole) as number:
+                part(T.bind(number * _UNROLLED), _UNROLLED)
+        part(whole * _UNROLLED, rest)
+
+    def _word(self, source: Expression, at: Expression) -> None:
+        """The neighbouring products of a step and lane."""
+        products = self.geometry.dot.products
+        value = self._converted(load(self.source, source, products))
+        if self.geometry.dot.reverses_products:
+            value = T.Shuffle([T.bind(value)], list(reversed(range(products))))
+        store(self.target, at, value, products)
+
     def _position(self, product: int) -> int:
         products = self.geometry.dot.products
         return products - 1 - product if self.geometry.dot.reverses_products else product
@@ -74,13 +108,6 @@ class PackedMatrix:
             rows = [self._converted(load(self.source, first + p * view.row_stride, lanes)) for p in range(products)]
             rows = [T.bind(rows[self._position(p)]) for p in range(products)]
             store(self.target, at, _interleaved(rows, lanes), self.step_elements)
-        elif view.row_stride == 1 and products > 1:
-            order = [self._position(p) for p in range(products)]
-            with T.serial(self._columns) as lane:
-                value = self._converted(load(self.source, first + lane * view.column_stride, products))
-                if dot.reverses_products:
-                    value = T.Shuffle([T.bind(value)], order)
-                store(self.target, at + lane * products, value, products)
         else:
             for product in range(products):
                 self._column_by_column(first + product * view.row_stride, at, self._position(product))
