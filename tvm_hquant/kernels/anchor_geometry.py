@@ -15,7 +15,7 @@ from tvm_hquant.kernels.interface import Tile
 from tvm_hquant.kernels.packed_epilogue import channel_order, vector_groups
 from tvm_hquant.kernels.patches import weights_of_patches
 from tvm_hquant.kernels.row_tiles import TileRun, cut_row, split_at_borders
-from tvm_hquant.kernels.step_pairs import pair_steps
+from tvm_hquant.kernels.step_groups import group_steps
 from tvm_hquant.kernels.vector_loops import CACHE_LINE
 from tvm_hquant.kernels.window_axis import WindowAxis, window_axes
 from tvm_hquant.operators import Conv2D, Dense, Window
@@ -26,6 +26,8 @@ _LATENCY = 12
 """Accumulators that hide the latency of a multiply-add on the processors at hand."""
 _SHORT_OPERAND = 0.2
 """Cost of an operand where sums are short: products do not wait for each other, and the loads run beside the additions."""
+_GROUP = 8
+"""Steps of a group whose sums stay in registers: longer ones fit seldom, and there are layers with few steps."""
 _EPILOGUE = 8
 """Instructions that finish a vector of sums."""
 _PACKED_EPILOGUE = {4: 6, 2: 7, 1: 10}
@@ -106,9 +108,14 @@ class AnchorGeometry:
         return chain
 
     @property
-    def pairs_steps(self) -> bool:
+    def groups_steps(self) -> bool:
         """Whether the steps of a tile come in an order that the weights decide, two of them together where they can."""
-        return self.dot.pairs_steps and self.chain == 1 and self.passes == 1
+        return self.dot.groups_steps and self.chain == 1 and self.passes == 1
+
+    @property
+    def group(self) -> int:
+        """Steps that are taken together where their weights let them; 2 where these are too wide for short sums."""
+        return _GROUP if self.dot.chain >= _GROUP and self.dot.short_sums(_GROUP) is not None else 2
 
     @property
     def all_steps(self) -> int:
@@ -232,7 +239,7 @@ class AnchorGeometry:
         sums = -(-pixels // self.dot.pixels) * vectors * self.dot.accumulator_registers
         if self.dot.short_sums(self.chain) is not None:
             multiplications, operand_cost = float(sums), _SHORT_OPERAND
-        elif self.pairs_steps:
+        elif self.groups_steps:
             multiplications, operand_cost = float(sums), self.dot.operand_cost
         else:
             multiplications = max(sums, (sums + _LATENCY) / 2, self.dot.row_vectors)
@@ -359,18 +366,18 @@ class AnchorGeometry:
         """Weights [points, out, in / groups, kh, kw] in the order in which the steps read them, flat."""
         return np.ascontiguousarray(self._steps_of_tiles(weights).reshape(-1))
 
-    def pair_steps(self, packed: Array) -> tuple[Array, Array]:
-        """Packed weights with their steps in an order of pairs, where ``pairs_steps``, and what the kernel knows of it.
+    def group_steps(self, packed: Array) -> tuple[Array, Array]:
+        """Packed weights with their steps in an order of groups, where ``groups_steps``, and what the kernel knows of it.
 
-        That is int32 [tiles over channels · (1 + steps)]: the number of pairs, and for each step in its new place how many
-        elements after the start of a pixel's window its activations begin.
+        That is int32 [tiles over channels · (2 + steps)]: the numbers of groups of ``group`` and of pairs, and for each step
+        in its new place how many elements after the start of a pixel's window its activations begin.
         """
         starts = self._step_starts()
         ordered, rows = [], []
         for tile in packed.reshape(-1, self.all_steps, self.block, self.dot.products):
-            order, pairs = pair_steps(tile)
+            order, counts = group_steps(tile, self.group)
             ordered.append(tile[order])
-            rows.append([pairs, *starts[order]])
+            rows.append([*counts, *starts[order]])
         return np.stack(ordered).reshape(-1), np.array(rows, np.int32).reshape(-1)
 
     def _step_starts(self) -> Array:

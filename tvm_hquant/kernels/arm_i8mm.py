@@ -47,7 +47,7 @@ class UsmmlaDot:
     splits_pixels: bool = False
     last_channels: tuple[int, ...] = ()
     groups: int = 1
-    pairs_steps: bool = False
+    groups_steps: bool = False
     reverses_products: bool = False
     llvm_functions: str = ""
     accumulator_registers: int = 2

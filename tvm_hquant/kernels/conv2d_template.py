@@ -90,17 +90,17 @@ def conv2d_kernel(
         types = integer_array_types(
             count, dot.weight_dtype, lanes, geometry.passes, geometry.planes, dot.accumulator_dtype
         )
-        if geometry.pairs_steps:
-            types.append(((geometry.groups * geometry.blocks * (1 + geometry.all_steps),), "int32"))
+        if geometry.groups_steps:
+            types.append(((geometry.groups * geometry.blocks * (2 + geometry.all_steps),), "int32"))
     else:
         types = float_array_types(count, dot.weight_dtype, lanes)
 
     def pack(constants: LayerConstants) -> tuple[Array, ...]:
         if is_integer:
             arrays = pack_integer(constants, geometry, dot.operand_offset, dot.accumulator_dtype)
-            if not geometry.pairs_steps:
+            if not geometry.groups_steps:
                 return arrays
-            weights, steps = geometry.pair_steps(arrays[0])
+            weights, steps = geometry.group_steps(arrays[0])
             return (weights, *arrays[1:], steps)
         return pack_float(constants, geometry)
 
@@ -108,7 +108,9 @@ def conv2d_kernel(
         with imported_functions(dot.llvm_functions):
             _Emitter(request, geometry, inputs, arrays, output, is_integer, vectors).emit()
 
-    chain = " pairs" if geometry.pairs_steps else f" chain {geometry.chain}" if geometry.chain > 1 else ""
+    chain = f" chain {geometry.chain}" if geometry.chain > 1 else ""
+    if geometry.groups_steps:
+        chain = " pairs" if geometry.group == 2 else f" groups of {geometry.group}"
     name = f"{family}.conv2d[{dot.name} {geometry.tile}{chain}{' shuffled' if request.shuffled else ''}]"
     return Kernel(request, name, kernel_function(request, types, emit), pack)
 
@@ -350,7 +352,7 @@ class _Emitter:
         row_weights = geometry.runs * geometry.steps * step_weights
         weight_base = T.bind(channel_block * (kh * row_weights) + point * geometry.weight_elements)
         if self.step_table is not None:
-            self._paired_steps(self.step_table, accumulators, corner, weight_base, channel_block)
+            self._grouped_steps(self.step_table, accumulators, corner, weight_base, channel_block)
             return
         with ExitStack() as loops:
             first_row, end_row = geometry.axes[0].steps(y) if geometry.skips_padding else (0, kh)
@@ -402,7 +404,7 @@ class _Emitter:
             last = activation + (geometry.run_inputs - dot.products)
             self._steps(pixels, accumulators, last, weight + done * step_weights, 1)
 
-    def _paired_steps(
+    def _grouped_steps(
         self,
         table: Buffer,
         accumulators: Mapping[tuple[int, int], Buffer],
@@ -410,16 +412,24 @@ class _Emitter:
         weight: Expression,
         channel_block: Expression,
     ) -> None:
-        """All steps of a tile in the order of the packed weights: the pairs, then the steps without a partner."""
+        """All steps of a tile in the order of the packed weights: groups, pairs, then the steps without a partner."""
         geometry = self.geometry
         size = geometry.tile.vectors * self.dot.lanes * self.dot.products
-        row = T.bind(channel_block * (1 + geometry.all_steps))
-        pairs = T.bind(table[row])
-        for chain, first, count in ((2, 0, pairs), (1, 2 * pairs, geometry.all_steps - 2 * pairs)):
+        row = T.bind(channel_block * (2 + geometry.all_steps))
+        groups, pairs = T.bind(table[row]), T.bind(table[row + 1])
+        stages = [(geometry.group, groups)] if geometry.group > 2 else []
+        left = geometry.all_steps - geometry.group * groups - 2 * pairs
+        first: Expression = 0
+        for chain, count in (*stages, (2, pairs), (1, left)):
             with T.serial(count) as number:
                 step = T.bind(first + number * chain)
-                starts = [T.bind(corner + table[row + 1 + step + c]) for c in range(chain)]
-                self._sum_steps(accumulators, starts, weight + step * size)
+                starts = [T.bind(corner + table[row + 2 + step + c]) for c in range(chain)]
+                short_sums = self.dot.short_sums(chain)
+                if short_sums is None:
+                    self._sum_steps(accumulators, starts, weight + step * size)
+                else:
+                    self._add_chain(short_sums, accumulators, starts, T.bind(weight + step * size))
+            first = T.bind(first + chain * count)
 
     def _sum_steps(
         self, accumulators: Mapping[tuple[int, int], Buffer], activations: Sequence[Expression], weight: Expression
@@ -458,9 +468,10 @@ class _Emitter:
         short_sums = dot.short_sums(chain)
         for first in range(0, steps, chain):
             if short_sums is not None:
-                starts = [activation + i * pixel + first * dot.products * dot.groups for i in range(pixels)]
-                first_weight = weight + first * vectors * vector_weights
-                self._add_chain(short_sums, accumulators, starts, first_weight, min(chain, steps - first))
+                starts = [
+                    activation + step * dot.products * dot.groups for step in range(first, min(first + chain, steps))
+                ]
+                self._add_chain(short_sums, accumulators, starts, weight + first * vectors * vector_weights)
                 continue
             of_vectors = [
                 [
@@ -482,18 +493,19 @@ class _Emitter:
         accumulators: Mapping[tuple[int, int], Buffer],
         activations: Sequence[Expression],
         weight: Expression,
-        steps: int,
     ) -> None:
-        """A chain of steps, whose sums stay in registers for all accumulators of the tile until the last step."""
-        dot, vectors = self.dot, self.geometry.tile.vectors
+        """A chain of steps whose activations start at several places. Their sums stay in registers until the last step."""
+        dot, conv, vectors = self.dot, self.geometry.conv, self.geometry.tile.vectors
+        pixel = conv.window.strides[1] * conv.groups * self.geometry.padded_inputs
         count = dot.lanes * dot.products
         weight_type = vector_type(dot.weight_dtype, count)
         sums = {place: self._register(short_sums.dtype, short_sums.lanes) for place in accumulators}
-        for step in range(steps):
+        pixels = [i for i, j in accumulators if j == 0]
+        for step, activation in enumerate(activations):
             at = weight + step * vectors * count
             of_vectors = [T.bind(self.weights.vload([at + j * count], weight_type)) for j in range(vectors)]
-            for i, activation in enumerate(activations):
-                (operand,) = dot.operands(self.source, [activation + step * dot.products * dot.groups], 1)
+            for i in pixels:
+                (operand,) = dot.operands(self.source, [activation + i * pixel], 1)
                 operand = T.bind(operand)
                 for j in range(vectors):
                     total = load(sums[i, j], 0, short_sums.lanes) if step else None

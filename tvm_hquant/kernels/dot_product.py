@@ -58,7 +58,7 @@ class DotProduct(Protocol):
             hold, nor for floats, whose products with zero may be NaN.
         last_channels: how many channels may be left at the end of a pixel for a step of its own, without a chain, that takes
             channels before them once more, with weights of zero. All numbers may where ``splits_pixels``.
-        pairs_steps: whether two steps may be taken as a chain of two where :mod:`tvm_hquant.kernels.step_pairs` finds them.
+        groups_steps: whether any steps may make a chain that :mod:`tvm_hquant.kernels.step_groups` finds to fit together.
         reverses_products: whether the weights of a step stand in the reverse order of its channels.
         llvm_functions: definitions, in LLVM's language, of the functions that ``accumulate`` calls.
     """
@@ -98,7 +98,7 @@ class DotProduct(Protocol):
     @property
     def last_channels(self) -> tuple[int, ...]: ...
     @property
-    def pairs_steps(self) -> bool: ...
+    def groups_steps(self) -> bool: ...
     @property
     def reverses_products(self) -> bool: ...
     @property
@@ -136,7 +136,7 @@ class OnePixel:
     splits_pixels: bool = False
     last_channels: tuple[int, ...] = ()
     groups: int = 1
-    pairs_steps: bool = False
+    groups_steps: bool = False
     reverses_products: bool = False
     llvm_functions: str = ""
 

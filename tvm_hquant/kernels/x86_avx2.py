@@ -99,7 +99,7 @@ class ByteDot(RepeatedOperand):
     groups: int = 1
     # Two channels are a pair that the weights were asked about; of three, the first would meet another neighbour.
     last_channels: tuple[int, ...] = (1, 2)
-    pairs_steps: bool = True
+    groups_steps: bool = True
 
     def short_sums(self, chain: int) -> ShortSums | None:
         return _WordSums(2 * self.lanes) if chain >= _LONG_CHAIN else None

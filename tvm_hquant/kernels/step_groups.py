@@ -1,8 +1,9 @@
-"""Pairs of steps whose products fit int16 together, found from a layer's weights.
+"""Steps whose products fit int16 together, found from a layer's weights.
 
 With weights of 7 bits two products of ``vpmaddubsw`` always fit int16 (:mod:`tvm_hquant.kernels.saturation`), and four mostly
 do. Sums of integers have no order, so any two steps may be taken together: where some channel's weights are too large in
-two neighbours, each goes with another one. Steps without a partner remain, and are taken alone.
+two neighbours, each goes with another one. Steps without a partner remain, and are taken alone. Narrower weights let longer
+groups meet; where a pixel has channels for a step or few only, these are of several pixels.
 """
 
 from __future__ import annotations
@@ -22,23 +23,35 @@ _EXCHANGES = 4
 """Pairs that are taken apart for two steps without partners, at most. Few steps are left but where weights are unusual."""
 
 
-def pair_steps(weights: Array) -> tuple[Array, int]:
-    """An order of steps, and how many pairs it begins with; steps without a partner come last.
+def group_steps(weights: Array, longest: int) -> tuple[Array, tuple[int, int]]:
+    """An order of steps: first groups of ``longest`` neighbours, then pairs, then steps without a partner.
 
     Args:
         weights: int8 [steps, lanes, 4]: of each step and lane, two products that make one sum, then two that make another.
+        longest: steps of a group; 2 makes pairs only.
 
     Returns:
-        int64 [steps], and the number of pairs.
+        int64 [steps], the number of groups, and that of pairs.
     """
     halves = weights.reshape(len(weights), -1, 2)
     # [steps, signs of all sums]
     sizes = np.concatenate([_size(np.maximum(halves, 0)), _size(np.minimum(halves, 0))], axis=1)
-    neighbours = np.arange(len(weights) // 2 * 2).reshape(-1, 2)
+    steps, groups = np.arange(len(weights)), np.empty((0, longest), np.int64)
+    if longest > 2:
+        whole = steps[: len(steps) // longest * longest].reshape(-1, longest)
+        groups = whole[sizes[whole].sum(axis=1).max(axis=1) <= _LARGEST_SUM]
+        steps = np.setdiff1d(steps, groups)
+    pairs, unpaired = _paired(sizes, steps)
+    order = [groups.reshape(-1), pairs[np.argsort(pairs[:, 0])].reshape(-1), np.sort(unpaired)]
+    return np.concatenate(order), (len(groups), len(pairs))
+
+
+def _paired(sizes: Array, steps: Array) -> tuple[Array, Array]:
+    """Pairs [pairs, 2] of some steps, and the steps that are left."""
+    neighbours = steps[: len(steps) // 2 * 2].reshape(-1, 2)
     # Neighbours read neighbouring activations, so they stay together where they fit.
-    fits = _fit(sizes[neighbours[:, 0]], sizes[neighbours[:, 1]])
-    pairs = neighbours[fits]
-    alone = np.setdiff1d(np.arange(len(weights)), pairs)
+    pairs = neighbours[_fit(sizes[neighbours[:, 0]], sizes[neighbours[:, 1]])]
+    alone = np.setdiff1d(steps, pairs)
     left = [np.empty(0, np.int64)]
     for start in range(0, len(alone), _CANDIDATES):
         found, rest = _matched(sizes, alone[start : start + _CANDIDATES])
@@ -49,7 +62,7 @@ def pair_steps(weights: Array) -> tuple[Array, int]:
         exchanged = _exchanged(sizes, pairs, *unpaired[:2]) if len(unpaired) > 1 else None
         if exchanged is not None:
             pairs, unpaired = exchanged, unpaired[2:]
-    return np.concatenate([pairs[np.argsort(pairs[:, 0])].reshape(-1), np.sort(unpaired)]), len(pairs)
+    return pairs, unpaired
 
 
 def _size(weights: Array) -> Array:

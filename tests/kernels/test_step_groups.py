@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from tests.kernels.test_anchor_kernels import HOST, TARGETS, random_case
+from tests.kernels.test_anchor_kernels import HOST, TARGETS, random_case, run_kernel
 from tvm_hquant import numerics
 from tvm_hquant.kernels.interface import KernelRequest
 from tvm_hquant.kernels.registry import ANCHOR_FAMILIES
-from tvm_hquant.kernels.step_pairs import pair_steps
+from tvm_hquant.kernels.step_groups import group_steps
 from tvm_hquant.operators import Conv2D, Window
 
 
@@ -46,7 +46,8 @@ def both_fit(a: np.ndarray, b: np.ndarray) -> bool:
 )
 def test_pairs_fit_and_are_nearly_all_there_are(weights: np.ndarray) -> None:
     """Every step stands in the order once, all pairs fit int16, and no two steps that are left fit together."""
-    order, count = pair_steps(weights)
+    order, (groups, count) = group_steps(weights, 2)
+    assert groups == 0
     assert sorted(order) == [*range(len(weights))]
     pairs, left = order[: 2 * count].reshape(-1, 2), order[2 * count :]
     assert all(both_fit(weights[a], weights[b]) for a, b in pairs)
@@ -64,7 +65,7 @@ def test_trained_weights_are_all_paired() -> None:
         weights = np.rint(values * (63 / np.abs(values).max(axis=(0, 2), keepdims=True))).astype(np.int8)
         neighbours = [both_fit(weights[i], weights[i + 1]) for i in range(0, steps, 2)]
         assert not all(neighbours) or steps == 144
-        assert pair_steps(weights)[1] == steps // 2
+        assert group_steps(weights, 2)[1] == (0, steps // 2)
 
 
 @pytest.mark.skipif("avx2" not in HOST, reason="this CPU has no AVX2")
@@ -101,5 +102,27 @@ def test_steps_in_another_order_give_the_same_sums(operator: Conv2D) -> None:
         output = tvm.runtime.tensor(np.zeros(operator.output_shape, np.uint8))
         library["kernel"](*(tvm.runtime.tensor(a) for a in (x, *packed)), output)
         np.testing.assert_array_equal(output.numpy(), numerics.evaluate(kernel.request, constants, [x]))
-        counts.append(int(packed[-1][0]))
+        counts.append(int(packed[-1][1]))
     assert counts[0] > counts[1] >= counts[2] == 0
+
+
+@pytest.mark.skipif("avx2" not in HOST, reason="this CPU has no AVX2")
+def test_groups_of_several_pixels() -> None:
+    """Four-bit weights of three channels: eight steps of a kernel row or two meet in int16, where these let them."""
+    operator = Conv2D((1, 13, 15, 3), 24, Window((5, 5), (2, 2), (2, 2, 2, 2)))
+    rng = np.random.default_rng(0)
+    for limit, groups in ((7, 3), (31, 0)):
+        request, constants, inputs = random_case(rng, KernelRequest(operator, ("uint8",), "uint8", "int8"), limit)
+        kernel = ANCHOR_FAMILIES["avx2"].kernel(replace(request, saturation_free_pairs=8))
+        assert kernel is not None
+        assert kernel.pack(constants)[-1][0] == groups
+        expected = numerics.evaluate(request, constants, inputs)
+        np.testing.assert_array_equal(run_kernel(kernel, constants, inputs, TARGETS["avx2"]), expected)
+
+
+@pytest.mark.parametrize(("limit", "groups"), [(8, 3), (9, 0)])
+def test_groups_fit(limit: int, groups: int) -> None:
+    """Eight steps of weights of one sign sum 16 of them: 255 · 16 · 8 is within int16, 255 · 16 · 9 is not."""
+    order, counts = group_steps(np.full((25, 2, 4), limit, np.int8), 8)
+    assert sorted(order) == [*range(25)]
+    assert counts == (groups, 12 if groups == 0 else 0)
