@@ -9,6 +9,7 @@ import tvm
 from tvm import IRModule, relax
 from tvm.s_tir import dlight
 
+from tvm_hquant.cpu_pipeline import CPU_PIPELINE
 from tvm_hquant.errors import ToolchainError
 from tvm_hquant.kernels.interface import KernelFamily
 from tvm_hquant.passes.annotate_precision import annotate_precision
@@ -69,7 +70,8 @@ def build_module(mod: IRModule, target: Any, target_name: str) -> Any:
     """
     try:
         with tvm.transform.PassContext(opt_level=3), target:
-            return relax.build(mod, target=target, relax_pipeline=build_pipeline(target))
+            passes = CPU_PIPELINE if target.kind.name == "llvm" else "default"
+            return relax.build(mod, target=target, relax_pipeline=build_pipeline(target), tir_pipeline=passes)
     except (RuntimeError, ValueError, TypeError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ToolchainError(f"TVM cannot generate code for {target_name}: {lines[-1]}") from error
