@@ -1,9 +1,9 @@
 """The passes between kernels and LLVM's code: TVM's own (tvm/s_tir/pipeline.py) without those that CPUs have no use for.
 
-Kernels allocate what they use, and have no threads of a GPU, no shared memory and no software pipelines. So some twenty of TVM's
-passes walk over their long unrolled bodies and change nothing; they took a quarter of the time in which a network is compiled.
-Left out are ``CompactBufferAllocation``, which shrinks buffers to what is touched of them, and those for threads and memory of
-GPUs. The code that LLVM is given is the same.
+Kernels allocate what they use, and have no threads of a GPU, no shared memory and no software pipelines. So some twenty of
+TVM's passes walk over their long unrolled bodies and change nothing; they took a quarter of the time in which a network is
+compiled. Left out are ``CompactBufferAllocation``, which shrinks buffers to what is touched of them, and those for threads and
+memory of GPUs. The code that LLVM is given is the same.
 """
 
 from __future__ import annotations
