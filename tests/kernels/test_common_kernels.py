@@ -27,7 +27,18 @@ from tvm_hquant.kernels.interface import (
 )
 from tvm_hquant.kernels.movement import interleaved_groups
 from tvm_hquant.kernels.registry import host_instruction_sets
-from tvm_hquant.operators import Add, AveragePool2D, Conv2D, Convert, MaxPool2D, Movement, Opaque, Unary, Window
+from tvm_hquant.operators import (
+    Add,
+    AveragePool2D,
+    Conv2D,
+    Convert,
+    MaxPool2D,
+    Movement,
+    Opaque,
+    Softmax,
+    Unary,
+    Window,
+)
 
 LANES = {"avx512_vnni": 16, "avx2": 8}
 TARGETS = {
@@ -128,6 +139,23 @@ def test_quantize_divides_and_clamps_before_converting(instruction_set: str) -> 
     with np.errstate(over="ignore", invalid="ignore"):
         wrong = np.rint(x[:-5] * np.float32(1 / scale)).clip(-1500, 60000) + 2000
     assert (got[:-5] != wrong).any()
+
+
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+def test_softmax_of_many_rows(instruction_set: str) -> None:
+    """Rows that are summed side by side, more than their group divides; zeros of both signs, rows of NaN and infinities."""
+    rows, length = 203, 97
+    x = np.random.default_rng(3).normal(scale=4, size=(rows, length)).astype(np.float32)
+    x[::7] = -np.abs(x[::7])
+    x[::7, ::2], x[::7, 1::3] = 0.0, -0.0
+    x[5], x[6], x[8, 3], x[9, 96], x[10, 0] = np.nan, -np.inf, np.inf, np.nan, -np.inf
+    request = KernelRequest(Softmax((rows, length), 1), ("float32",), "float32")
+
+    class Rows(Case):
+        def inputs(self) -> list[np.ndarray]:
+            return [x]
+
+    check(Rows(request, NoConstants(), 0), instruction_set)
 
 
 def test_a_table_is_made_of_elementwise_constants() -> None:

@@ -36,7 +36,7 @@ from tvm_hquant.kernels.vector_loops import (
 from tvm_hquant.operators import LocalResponseNormalization, Softmax
 
 _LINES = 8
-"""Pixels whose channels local response normalization takes at once."""
+"""Pixels whose channels local response normalization takes at once, and rows whose sums softmax makes at once."""
 _SIDE_BY_SIDE = 4
 """Vectors whose powers are computed side by side: the steps of one polynomial wait for each other."""
 
@@ -54,40 +54,83 @@ def normalization_kernel(request: KernelRequest, lanes: int) -> Kernel | None:
 
 
 def _softmax(request: KernelRequest, operator: Softmax, lanes: int) -> Kernel:
-    """Where the axis is the last, exponentials go in vectors along it and the sum, whose order is fixed, one by one;
-    elsewhere neighbouring sums share a vector."""
+    """Where the axis is the last, :func:`_softmax_of_rows`; elsewhere neighbouring sums share a vector."""
     p, source_storage = LlvmPrimitives(), request.inputs[0]
     shape, axis = operator.shape, operator.axis
     outer, length, inner = elements(shape[:axis]), shape[axis], elements(shape[axis + 1 :])
-    across = fitting_lanes(inner, lanes)
-    along = fitting_lanes(length, lanes) if inner == 1 else 1
-    width = max(across, along)
+    if inner == 1:
+        return _softmax_of_rows(request, operator, outer, fitting_lanes(length, lanes))
+    width = fitting_lanes(inner, lanes)
 
     def emit(inputs: Sequence[Buffer], _: Sequence[Buffer], output: Buffer) -> None:
         source, target = flat(inputs[0]), flat(output)
         with row_loop(outer, elements(shape)) as row:
-            scratch = T.alloc_buffer((length * across,), "float32")
-            with vector_loop(inner, across) as column:
+            scratch = T.alloc_buffer((length * width,), "float32")
+            with vector_loop(inner, width) as column:
                 base = row * (length * inner) + column
-                cell = T.alloc_buffer((across,), "float32", scope=STACK)
-                store(cell, 0, broadcast(T.float32(float("-inf")), across), across)
+                cell = T.alloc_buffer((width,), "float32", scope=STACK)
+                store(cell, 0, broadcast(T.float32(float("-inf")), width), width)
                 with T.serial(length) as k:
-                    x = p.bind(widen(load(source, base + k * inner, across), source_storage))
-                    largest = load(cell, 0, across)
-                    store(cell, 0, select(x > largest, x, largest), across)
-                largest = load(cell, 0, across)
-                with vector_loop(length, along) as k:
+                    x = p.bind(widen(load(source, base + k * inner, width), source_storage))
+                    largest = load(cell, 0, width)
+                    store(cell, 0, select(x > largest, x, largest), width)
+                largest = load(cell, 0, width)
+                with T.serial(length) as k:
                     x = widen(load(source, base + k * inner, width), source_storage)
-                    shift = largest if along == 1 else broadcast(largest, along)
-                    store(scratch, k * across, exp(p, p.subtract(x, shift)), width)
-                store(cell, 0, broadcast(T.float32(0), across), across)
+                    store(scratch, k * width, exp(p, p.subtract(x, largest)), width)
+                store(cell, 0, broadcast(T.float32(0), width), width)
                 with T.serial(length) as k:
-                    store(cell, 0, p.add(load(cell, 0, across), load(scratch, k * across, across)), across)
-                total = load(cell, 0, across)
-                with vector_loop(length, along) as k:
-                    divisor = total if along == 1 else broadcast(total, along)
-                    value = p.divide(load(scratch, k * across, width), divisor)
+                    store(cell, 0, p.add(load(cell, 0, width), load(scratch, k * width, width)), width)
+                total = load(cell, 0, width)
+                with T.serial(length) as k:
+                    value = p.divide(load(scratch, k * width, width), total)
                     store(target, base + k * inner, narrow(p, value, request.output), width)
+
+    function = kernel_function(request, (), emit)
+    return Kernel(request, f"common.softmax[{width}]", function, pack_only(request, NoConstants))
+
+
+def _softmax_of_rows(request: KernelRequest, operator: Softmax, rows: int, width: int) -> Kernel:
+    """Everything but the sum goes in vectors along a row. The sum's order is fixed, so several rows are summed side by side:
+    the additions of one wait for each other."""
+    p, source_storage = LlvmPrimitives(), request.inputs[0]
+    length, lines = operator.shape[operator.axis], fitting_lanes(rows, _LINES)
+
+    def largest_of(source: Buffer, base: Expression) -> Expression:
+        """The largest value of a row, NaN left out. The order does not matter: exp(x − m) is the same for 0 and −0."""
+        cell = T.alloc_buffer((width,), "float32", scope=STACK)
+        store(cell, 0, broadcast(T.float32(float("-inf")), width), width)
+        with vector_loop(length, width) as k:
+            x = p.bind(widen(load(source, base + k, width), source_storage))
+            largest = load(cell, 0, width)
+            store(cell, 0, select(x > largest, x, largest), width)
+        best = T.alloc_buffer((1,), "float32", scope=STACK)
+        store(best, 0, cell[0], 1)
+        with T.serial(width - 1) as lane:
+            T.buffer_store(best, select(cell[lane + 1] > best[0], cell[lane + 1], best[0]), [0])
+        return best[0]
+
+    def emit(inputs: Sequence[Buffer], _: Sequence[Buffer], output: Buffer) -> None:
+        source, target = flat(inputs[0]), flat(output)
+        with row_loop(vectors(rows, lines), elements(operator.shape)) as group:
+            first = T.bind(vector_start(group, rows, lines))
+            powers = T.alloc_buffer((lines * length,), "float32")
+            with T.serial(lines) as line:
+                base = T.bind((first + line) * length)
+                largest = largest_of(source, base)
+                with vector_loop(length, width) as k:
+                    x = widen(load(source, base + k, width), source_storage)
+                    store(powers, line * length + k, exp(p, p.subtract(x, broadcast(largest, width))), width)
+            sums = [T.alloc_buffer((1,), "float32", scope=STACK) for _ in range(lines)]
+            for total in sums:
+                store(total, 0, T.float32(0), 1)
+            with T.serial(length) as k:
+                for line, total in enumerate(sums):
+                    store(total, 0, p.add(total[0], powers[line * length + k]), 1)
+            for line, total in enumerate(sums):
+                with vector_loop(length, width) as k:
+                    value = p.divide(load(powers, line * length + k, width), broadcast(total[0], width))
+                    store(target, (first + line) * length + k, narrow(p, value, request.output), width)
 
     function = kernel_function(request, (), emit)
     return Kernel(request, f"common.softmax[{width}]", function, pack_only(request, NoConstants))
