@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tvm import rpc
 
 from tests.planned_models import host_spec, named_plan, one_sample, partitioned, shared_session, simulated
 from tvm_hquant.artifact import compile_artifact
@@ -76,6 +77,19 @@ def test_family_follows_the_last_record() -> None:
     (outdated,) = tuned_families([FAMILY], [replace(RECORD, tile=Tile(99, 9))])
     assert outdated.kernel(REQUEST).name == FAMILY.kernel(REQUEST).name
     assert tuned_families([FAMILY], [replace(RECORD, family="avx512_vnni")]) == (FAMILY,)
+
+
+def test_tiles_are_measured_over_rpc() -> None:
+    """A server has several libraries of one network loaded at once; records name the target, not the machine that asks."""
+    model, spec = "branches", host_spec()
+    artifact = compile_artifact(partitioned(model), named_plan(model, "a8w8"), spec)
+    server = rpc.Server("127.0.0.1", port=19300, port_end=19500, silent=True)
+    try:
+        measured = tune_artifact(artifact, candidates=2, repeat=1, rpc=f"127.0.0.1:{server.port}")
+    finally:
+        server.terminate()
+    assert len(measured) > 1
+    assert all(record.cpu == spec.name for record in measured)
 
 
 @pytest.mark.parametrize("plan", ["a8w8", "float32"])

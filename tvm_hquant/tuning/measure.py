@@ -109,6 +109,7 @@ class _Bench:
         self._target = spec.tvm_target()
         self._compiler = spec.target.cross_compiler
         self._session: Any = None
+        self._uploads = 0
         self.cpu = cpu_identity() if rpc is None else spec.name
         self._device = tvm.cpu()
         if rpc is not None:
@@ -145,7 +146,9 @@ class _Bench:
         symbols = {kernel_symbol(k): k.function.with_attr("global_symbol", kernel_symbol(k)) for k in kernels}
         executable = tvm.compile(tvm.IRModule(symbols), target=self._target)
         with tempfile.TemporaryDirectory(prefix="tvm_hquant_tuning_") as folder:
-            path = Path(folder) / "candidates.so"
+            # The server has mapped the libraries before: one of the same name would be written over them.
+            self._uploads += 1
+            path = Path(folder) / f"candidates_{self._uploads}.so"
             options = {} if self._compiler is None else {"fcompile": tvm.support.cc.cross_compiler(self._compiler)}
             executable.export_library(str(path), **options)
             if self._session is None:
