@@ -382,6 +382,7 @@ class TestShipped:
             "cortex-a53",
             "cortex-a72",
             "neoverse-v1",
+            "apple-m1",
             "riscv-rvv",
             "cuda-sm75",
             "cuda-sm80",

@@ -14,6 +14,7 @@ import tvm
 from tvm_hquant.kernels.interface import KernelRequest
 from tvm_hquant.kernels.registry import families_for_target, select_kernel
 from tvm_hquant.operators import Conv2D, Window
+from tvm_hquant.target_spec import load_target_spec
 
 ARM = {"kind": "llvm", "mtriple": "aarch64-linux-gnu"}
 TARGETS = {
@@ -77,6 +78,19 @@ def test_sums_stay_in_registers(family: str, instruction: str) -> None:
     loop = innermost_loop(assembly(family, KernelRequest(PLAIN, ("uint8",), "uint8", "int8")), instruction)
     assert sum(line.startswith(instruction) for line in loop) >= 4
     assert not [line for line in loop if re.search(r"%rsp|\[sp|^st[rp]\b", line)]
+
+
+def test_object_files_for_macos() -> None:
+    """The spec of a Mac gives Mach-O code with its instructions, though nothing here can link it."""
+    spec = load_target_spec("apple-m1")
+    for storage, weights, instruction in (("uint8", "int8", "sdot"), ("float16", "float16", "fmlal")):
+        kernel = select_kernel(
+            families_for_target(spec.instruction_sets), KernelRequest(PLAIN, (storage,), storage, weights)
+        )
+        module = tvm.IRModule({"kernel": kernel.function.with_attr("global_symbol", "kernel")})
+        source = str(tvm.compile(module, target=spec.tvm_target()).mod.inspect_source("s"))
+        assert "__TEXT,__text" in source
+        assert re.search(rf"\b{instruction}", source)
 
 
 @pytest.mark.parametrize(
