@@ -30,6 +30,11 @@ class FmlaDot(ElementOperands):
     operand_steps: int = 4
 
     @property
+    def row_vectors(self) -> int:
+        # Weights that are widened take registers of their own: counted in assembly.
+        return 16 if self.storage == "float32" else 8
+
+    @property
     def name(self) -> str:
         return f"{self.storage}_fma"
 

@@ -25,7 +25,10 @@ class ElementOperands(OnePixel):
     """
 
     accumulator_registers: int = 1
-    row_vectors: int = 16
+
+    @property
+    def row_vectors(self) -> int:
+        return 16
 
     def spare_registers(self, groups: int, vectors: int, chain: int) -> int:
         return groups + chain * vectors * self.accumulator_registers + 1

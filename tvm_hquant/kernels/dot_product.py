@@ -132,13 +132,16 @@ class DotProduct(Protocol):
 class OnePixel:
     """The part of a dot product whose accumulators are vectors of channels of one pixel."""
 
-    row_vectors: int = 8
     splits_pixels: bool = False
     last_channels: tuple[int, ...] = ()
     groups: int = 1
     groups_steps: bool = False
     reverses_products: bool = False
     llvm_functions: str = ""
+
+    @property
+    def row_vectors(self) -> int:
+        return 8
 
     @property
     def pixels(self) -> int:
