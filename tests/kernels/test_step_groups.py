@@ -74,7 +74,7 @@ def test_trained_weights_are_all_paired() -> None:
     [
         Conv2D((1, 5, 6, 32), 24, Window((3, 3), (1, 2), (1, 1, 1, 1))),
         Conv2D((2, 5, 4, 18), 10, Window((2, 2), dilation=(1, 2)), 1),
-        Conv2D((1, 3, 7, 66), 24, Window((1, 1)), 3),
+        Conv2D((1, 3, 7, 78), 24, Window((1, 1)), 3),
         Conv2D((1, 11, 11, 3), 16, Window((3, 3), (2, 2))),
     ],
     ids=["padded", "dilated", "grouped", "stem"],

@@ -34,6 +34,8 @@ _PACKED_EPILOGUE = {4: 6, 2: 7, 1: 10}
 """The same where as many vectors of a pixel are packed together: fewer of them take more shuffles and stores."""
 _TILE = 20
 """Instructions around a tile."""
+_FEWEST_GROUPED = 7
+"""Of fewer steps, reading their order from a table takes longer than taking some together saves."""
 _UNROLLED = 300
 """Instructions of a loop body, times its iterations, up to which LLVM unrolls a loop (``LoopUnrollPass.cpp``)."""
 _CACHE_SETS = 64
@@ -110,7 +112,7 @@ class AnchorGeometry:
     @property
     def groups_steps(self) -> bool:
         """Whether the steps of a tile come in an order that the weights decide, two of them together where they can."""
-        return self.dot.groups_steps and self.chain == 1 and self.passes == 1
+        return self.dot.groups_steps and self.chain == 1 and self.passes == 1 and self.all_steps >= _FEWEST_GROUPED
 
     @property
     def group(self) -> int:
