@@ -42,6 +42,8 @@ Plan = tuple[tuple[str, str], ...]
 
 _GAPS = 32
 """Gaps of the front that the program is solved for at once."""
+_FOR_ONE_PLAN = 24
+"""Joint evaluations while one plan is looked for, at most."""
 _NEAR = 1.5
 """Where one plan is wanted, losses within this factor of the budget are near it."""
 
@@ -54,7 +56,8 @@ class IntegerProgramStrategy:
         front: whether the whole front is wanted, or one plan for the budget.
         sweep: plans of the first sweep.
         batch: plans that are evaluated before the model is corrected again.
-        allowance: joint evaluations at most while the front is filled; None: 100 and 2 for each layer, or 24 for one plan.
+        allowance: joint evaluations at most while the front is filled; None: 100 and 2 for each layer, but with those of
+            single layers no more than three quarters of what greedy search makes; 24 at least, and for one plan.
         step: relative distance of the losses of neighbouring points below which nothing is put between them.
         repairs: rounds of single changes at most; in each ``moves`` plans are evaluated.
     """
@@ -101,8 +104,7 @@ class _Search:
         self.strategy, self.problem = strategy, problem
         self.points: dict[Plan, _Point] = {}
         self.checked: dict[Plan, float] = {}
-        for_front, for_plan = 100 + 2 * len(problem.candidates), 24
-        default = for_front if strategy.front else for_plan
+        default = _allowance_for_front(problem) if strategy.front else _FOR_ONE_PLAN
         self.allowance = default if strategy.allowance is None else strategy.allowance
         self.model = LossModel.of({})
         self.changes = SingleChanges(problem.candidates, problem.costs)
@@ -321,3 +323,11 @@ class _Search:
             gains = alone[layer, precision] < alone[layer, cheapest]
             decisions[layer] = LayerDecision(precision, "sensitive" if gains else "cast cost", detail)
         return decisions
+
+
+def _allowance_for_front(problem: SearchProblem) -> int:
+    choices = [len(own) for own in problem.candidates.values()]
+    alone = sum(choices) - len(choices)
+    steps = [sum(count > step for count in choices) for step in range(1, max(choices, default=1))]
+    greedy = sum(layers * (layers + 1) // 2 for layers in steps)
+    return max(_FOR_ONE_PLAN, min(100 + 2 * len(choices), greedy * 3 // 4 - alone))
