@@ -335,7 +335,11 @@ def normalizations(draw: st.DrawFn) -> Case:
         operator = Softmax(shape, draw(st.integers(0, len(shape) - 1)))
     else:
         operator = LocalResponseNormalization(
-            shape, draw(st.integers(1, 7)), 0.02, 0.75, draw(st.sampled_from([1.0, 2.0]))
+            shape,
+            draw(st.integers(1, 7)),
+            draw(st.sampled_from([0.02, 0.0, -0.01])),
+            draw(st.sampled_from([0.75, 0.5, -0.75, 1.7])),
+            draw(st.sampled_from([1.0, 2.0, 1e-30, 0.0])),
         )
     return Case(KernelRequest(operator, (source,), output), NoConstants(), draw(seeds))
 

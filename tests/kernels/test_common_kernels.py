@@ -32,6 +32,7 @@ from tvm_hquant.operators import (
     AveragePool2D,
     Conv2D,
     Convert,
+    LocalResponseNormalization,
     MaxPool2D,
     Movement,
     Opaque,
@@ -225,3 +226,18 @@ def test_channel_shuffles_are_recognized(groups: int, length: int, seed: int) ->
     changed[first], changed[second] = changed[second], changed[first]
     assert interleaved_groups(changed) == 0
     assert interleaved_groups(sorted(shuffle)) == 0
+
+
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+@pytest.mark.parametrize(("bias", "beta"), [(1.0, 0.75), (2.0, 0.5), (1.0, 3.0), (0.0, 0.75)])
+def test_normalization_of_any_float(bias: float, beta: float, instruction_set: str) -> None:
+    """Sums of squares from denormal to ∞, and NaN, whether or not the power is one that leaves out what cannot happen."""
+    magnitudes = np.geomspace(1e-30, 3e38, 505).astype(np.float32)
+    x = np.concatenate([magnitudes, np.array([np.inf, -np.inf, np.nan, 0.0, -0.0, 1.8e19, 1.9e19], np.float32)])
+    request = KernelRequest(LocalResponseNormalization(x.shape, 1, 1.0, beta, bias), ("float32",), "float32")
+
+    class Given(Case):
+        def inputs(self) -> list[np.ndarray]:
+            return [x]
+
+    check(Given(request, NoConstants(), 0), instruction_set)

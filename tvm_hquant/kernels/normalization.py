@@ -8,7 +8,7 @@ import numpy as np
 from tvm.tirx.script import builder as T
 
 from tvm_hquant.kernels.elementwise import is_code, pack_only
-from tvm_hquant.kernels.float_math import exp, power
+from tvm_hquant.kernels.float_math import exp, power, power_of_bounded
 from tvm_hquant.kernels.interface import Kernel, KernelRequest, NoConstants
 from tvm_hquant.kernels.kernel_function import Buffer, kernel_function
 from tvm_hquant.kernels.primitives import (
@@ -140,7 +140,9 @@ def normalized(p: Primitives, operator: LocalResponseNormalization, x: Expressio
     """x · power(fma(s, float32(alpha / size), bias), −beta) for the sum s of squares."""
     scale, bias = float(np.float32(operator.alpha / operator.size)), float(np.float32(operator.bias))
     base = p.fma(squares, float_like(scale, x), float_like(bias, x))
-    return p.multiply(x, power(p, base, float(np.float32(-operator.beta))))
+    exponent = float(np.float32(-operator.beta))
+    # A sum of squares is not negative, nor is its product with the scale.
+    return p.multiply(x, power_of_bounded(p, base, exponent, bias) if scale >= 0 else power(p, base, exponent))
 
 
 def _local_response_normalization(request: KernelRequest, operator: LocalResponseNormalization, lanes: int) -> Kernel:
