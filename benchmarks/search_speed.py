@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -64,7 +65,7 @@ class Phase:
 
 
 def main() -> None:
-    """Prints one table."""
+    """Prints a line to standard error when a part is done, and one table in the end."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", default=",".join(GOALS))
     parser.add_argument("--samples", type=int, default=200)
@@ -94,6 +95,8 @@ def run(task: str, spec: TargetSpec, samples: int, workers: int) -> list[Phase]:
         yield
         wall, cpu = time.perf_counter() - wall, cpu_seconds() - cpu
         phases.append(Phase(task, name, wall, cpu, session.evaluator.evaluations - before, goal, None))
+        print(f"{task}, {name}: {wall:.1f} s, {cpu:.1f} s of CPU", file=sys.stderr, flush=True)
+        print(f"{task}, {name}: {wall:.1f} s, {cpu:.1f} s of CPU", file=sys.stderr, flush=True)
 
     with phase("import"):
         model, calibration, evaluation = _model(task, samples)
