@@ -96,7 +96,6 @@ def run(task: str, spec: TargetSpec, samples: int, workers: int) -> list[Phase]:
         wall, cpu = time.perf_counter() - wall, cpu_seconds() - cpu
         phases.append(Phase(task, name, wall, cpu, session.evaluator.evaluations - before, goal, None))
         print(f"{task}, {name}: {wall:.1f} s, {cpu:.1f} s of CPU", file=sys.stderr, flush=True)
-        print(f"{task}, {name}: {wall:.1f} s, {cpu:.1f} s of CPU", file=sys.stderr, flush=True)
 
     with phase("import"):
         model, calibration, evaluation = _model(task, samples)
