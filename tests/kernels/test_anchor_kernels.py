@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import tvm
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from tvm_hquant import numerics
@@ -134,6 +134,7 @@ CASES = {
     "1x1 strided": Conv2D((2, 6, 7, 8), 16, Window((1, 1), strides=(2, 2))),
     "stem, three channels": Conv2D((1, 13, 13, 3), 16, Window((3, 3), (2, 2), (0, 0, 1, 1))),
     "asymmetric, dilated": Conv2D((1, 11, 10, 5), 19, Window((3, 2), (1, 2), (2, 0, 1, 3), (2, 1))),
+    "window larger than the map": Conv2D((2, 4, 5, 8), 20, Window((5, 4), (1, 2), (3, 2, 4, 3), (2, 1))),
     "grouped": Conv2D((1, 6, 6, 60), 60, Window((3, 3), padding=(1, 1, 1, 1)), groups=3),
     "grouped, few channels": Conv2D((1, 4, 4, 12), 8, Window((1, 1)), groups=4),
     "channel multiplier": Conv2D((1, 5, 5, 6), 12, Window((3, 3), padding=(1, 1, 1, 1)), groups=6),
@@ -228,6 +229,54 @@ def test_infinite_weights_meet_padding(family: str) -> None:
     np.testing.assert_array_equal(actual, expected)
     # NaNs, which the clamp turned into its lower bound.
     assert not expected[0, 0, :, 5].any()
+
+
+@pytest.mark.parametrize("family", families("avx512_vnni", "avx_vnni", "avx2", "portable"))
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    size=st.tuples(st.integers(1, 2), st.integers(1, 9), st.integers(1, 19)),
+    groups=st.integers(1, 2),
+    channels=st.tuples(st.sampled_from([4, 8, 12]), st.integers(1, 37)),
+    kernel=st.tuples(st.integers(1, 5), st.integers(1, 5)),
+    strides=st.tuples(st.integers(1, 2), st.integers(1, 2)),
+    padding=st.tuples(*[st.integers(0, 4)] * 4),
+    dilation=st.tuples(st.integers(1, 2), st.integers(1, 2)),
+    passes=st.sampled_from([("uint8", 1), ("uint8", 2), ("uint16", 1)]),
+    limit=st.sampled_from([127, 7]),
+    seed=st.integers(0, 2**31),
+)
+def test_codes_without_padding_are_exact(
+    family, size, groups, channels, kernel, strides, padding, dilation, passes, limit, seed
+) -> None:
+    """Sums start with what the zero point adds inside the map, for windows that reach beyond it on any sides, or miss it."""
+    extents = [(k - 1) * d + 1 for k, d in zip(kernel, dilation, strict=True)]
+    assume(all(size[1 + a] + padding[a] + padding[a + 2] >= extents[a] for a in (0, 1)))
+    window = Window(kernel, strides, padding, dilation)
+    operator = Conv2D((*size, channels[0] * groups), channels[1] * groups, window, groups)
+    storage, points = passes
+    check(family, KernelRequest(operator, (storage,), storage, "int8", points), seed, limit)
+
+
+def test_where_codes_need_no_padding() -> None:
+    """Activations are read where they are, unless steps take several positions of the window or come in an order of theirs.
+
+    Nor may sums over a part of the window be beyond what the contract's check of weights covers.
+    """
+    padded = Window((3, 3), padding=(1, 1, 1, 1))
+    vnni, pairs, chains = x86_avx512_vnni.VnniDot(), x86_avx2.ByteDot(1), x86_avx2.ByteDot(16)
+    for channels, dot, skips in (
+        (64, vnni, True),
+        (64, chains, True),
+        (64, pairs, False),
+        (6, vnni, False),
+        (3, vnni, False),
+        (4096, vnni, False),
+    ):
+        request = KernelRequest(Conv2D((1, 7, 7, channels), 16, padded), ("uint8",), "uint8", "int8")
+        geometry = conv2d_geometry(request, dot)
+        assert geometry.skips_padding is skips
+        assert geometry.needs_copy("uint8") is not skips
+        assert len(geometry.window_parts) == (9 if skips else 1)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

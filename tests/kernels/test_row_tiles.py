@@ -55,12 +55,19 @@ def test_shorter_tiles_end_a_row(width: int, pixels: int, expected: list[tuple[i
     pixels=st.integers(1, 16),
 )
 def test_columns_take_the_pixels_that_they_reach(size, kernel, stride, before, after, dilation, pixels) -> None:
-    """Parted at the borders a row has the same tiles, each with the pixels of every column that lie on the map."""
+    """Parted at the borders a row has the same tiles, each with the pixels of every column that lie on the map.
+
+    So do sections of a row tell what its windows have on the map.
+    """
     extent = (kernel - 1) * dilation + 1
     output_size = (size + before + after - extent) // stride + 1
     if size + before + after < extent:
         return
     axis = WindowAxis(size, kernel, stride, before, after, dilation, output_size)
+    for position, number in enumerate(axis.sections_from(0, output_size)):
+        section = axis.sections[number]
+        elements = [element for element in range(kernel) if axis.reaches(position, element)]
+        assert list(range(section.begin, section.end)) == elements
     runs = cut_row(output_size, pixels, lambda count: count + 5)
     parted = split_at_borders(runs, axis)
     assert tiles(parted, output_size) == tiles(runs, output_size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,6 +13,11 @@ from tvm_hquant.kernels.interface import FloatAnchorConstants, IntegerAnchorCons
 from tvm_hquant.kernels.kernel_function import ArrayType
 
 Array = npt.NDArray[Any]
+
+
+WindowPart = tuple[slice, slice]
+"""Rows and columns of a window."""
+WHOLE_WINDOW: WindowPart = (slice(None), slice(None))
 
 
 class ChannelPacking(Protocol):
@@ -30,12 +36,13 @@ class ChannelPacking(Protocol):
 
 
 def integer_array_types(
-    weight_count: int, weight_dtype: str, lanes: int, passes: int, planes: int, accumulator: str
+    weight_count: int, weight_dtype: str, lanes: int, passes: int, planes: int, accumulator: str, parts: int = 1
 ) -> list[ArrayType]:
-    """Weights, starts, multipliers, offsets, limits, and zero points [output, residual, planes…]."""
+    """Weights, starts [parts of the window, passes, lanes], multipliers, offsets, limits, and zero points [output, residual,
+    planes…]."""
     return [
         ((weight_count,), weight_dtype),
-        ((passes * lanes,), accumulator),
+        ((parts * passes * lanes,), accumulator),
         ((passes * lanes,), "float32"),
         ((lanes,), "float32"),
         ((LIMIT_COUNT,), "float32"),
@@ -44,20 +51,24 @@ def integer_array_types(
 
 
 def pack_integer(
-    constants: LayerConstants, packing: ChannelPacking, operand_offset: int, accumulator: str
+    constants: LayerConstants,
+    packing: ChannelPacking,
+    operand_offset: int,
+    accumulator: str,
+    parts: Sequence[WindowPart] = (WHOLE_WINDOW,),
 ) -> tuple[Array, ...]:
     """The arrays of :func:`integer_array_types`.
 
-    The accumulator of a pass starts at −(zero point + ``operand_offset``)·Σw of its point, so that padding, which holds the
-    zero point, adds nothing.
+    The accumulator of a pass starts at −(zero point + ``operand_offset``)·Σw of its point over the part of the window that the
+    kernel computes. Padding holds the zero point and adds nothing: it makes no difference whether it is part of that.
     """
     assert isinstance(constants, IntegerAnchorConstants)
     codes, zero_point = constants.weight_codes, constants.input_zero_point
     zero_points = [zero_point] if packing.planes == 1 else [zero_point & 255, zero_point >> 8]
-    sums = codes.astype(np.int64).sum(axis=(2, 3, 4))
+    sums = np.stack([codes[..., rows, columns].sum(axis=(2, 3, 4), dtype=np.int64) for rows, columns in parts])
     multipliers = np.asarray(constants.multiplier, np.float32)
     # Passes in the contract's order: points ascending, within a point the low plane before the high one.
-    starts = np.stack([-(z + operand_offset) * s for s in sums for z in zero_points])
+    starts = np.stack([-(z + operand_offset) * sums[:, p] for p in range(len(codes)) for z in zero_points], axis=1)
     scaled = np.stack([m * np.float32(256**plane) for m in multipliers for plane in range(packing.planes)])
     return (
         packing.pack_weights(codes),

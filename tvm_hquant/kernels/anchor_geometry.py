@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tvm_hquant.errors import KernelError
+from tvm_hquant.kernels.anchor_constants import WHOLE_WINDOW, WindowPart
 from tvm_hquant.kernels.dot_product import DotProduct
 from tvm_hquant.kernels.interface import Tile
 from tvm_hquant.kernels.packed_epilogue import channel_order, vector_groups
@@ -68,7 +69,7 @@ class AnchorGeometry:
 
     ``chosen_tile`` takes the place of the tile that the model below picks. With ``packs_codes`` vectors of sums are finished
     by a :class:`tvm_hquant.kernels.packed_epilogue.PackedEpilogue`, which wants channels in an order of its own. Where
-    ``skips_padding``, kernel positions in the padding are left out: the sums would be the same.
+    ``padding_is_neutral``, kernel positions in the padding may be left out: the sums would be the same.
     ``patches`` is the convolution that ``conv`` computes on patches of its activations.
     """
 
@@ -78,7 +79,7 @@ class AnchorGeometry:
     points: int
     chosen_tile: Tile | None = None
     packs_codes: bool = False
-    skips_padding: bool = False
+    padding_is_neutral: bool = False
     patches: Conv2D | None = None
 
     # Channels.
@@ -276,7 +277,7 @@ class AnchorGeometry:
     def output_size(self) -> tuple[int, int]:
         return self.conv.window.output_size(*self.conv.input_shape[1:3])
 
-    @property
+    @cached_property
     def axes(self) -> tuple[WindowAxis, WindowAxis]:
         """The window along rows and columns of the map."""
         return window_axes(self.conv.input_shape, self.conv.window)
@@ -292,6 +293,28 @@ class AnchorGeometry:
         return self.row_tiles[-1].first + self.row_tiles[-1].count
 
     # Memory.
+
+    @cached_property
+    def skips_padding(self) -> bool:
+        """Whether kernel positions in the padding are left out: where no step belongs to several of them, nor steps come in an
+        order of their own, and a position is in the padding for all of an accumulator or none."""
+        return (
+            self.padding_is_neutral
+            and any(self.conv.window.padding)
+            and self.patches is None
+            and self.dot.pixels == 1
+            and self.dot.groups == 1
+            and self.padded_inputs % self.dot.products == 0
+            and not self.groups_steps
+        )
+
+    @property
+    def window_parts(self) -> tuple[WindowPart, ...]:
+        """The parts of the window that are computed somewhere: for each section of rows those of all sections of columns."""
+        if not self.skips_padding:
+            return (WHOLE_WINDOW,)
+        rows, columns = ([slice(s.begin, s.end) for s in axis.sections] for axis in self.axes)
+        return tuple((row, column) for row in rows for column in columns)
 
     @property
     def copied_padding(self) -> tuple[int, int, int, int]:

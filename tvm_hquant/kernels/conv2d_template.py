@@ -2,7 +2,8 @@
 
 A tile holds some pixels of an output row times some vectors of output channels in registers. For every kernel position and
 every step over the input channels it loads one operand per pixel, repeated in all lanes, and one weight vector per vector
-of channels. Where activations are padded or not in the operand's form, they are copied first. 16-bit codes and weights of
+of channels. Positions in the padding are left out, or activations are copied first with padding around them; so they are
+where they are not in the operand's form. Sums of codes start at what the zero point adds in the positions taken. 16-bit codes and weights of
 several points take several passes over the same tile, whose scaled sums meet in float32.
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from math import prod
 
 import numpy as np
 from tvm.tirx.script import builder as T
@@ -34,6 +36,8 @@ from tvm_hquant.tensor_format import STORAGE_DTYPE
 
 _PARALLEL_MACS = 100_000
 """Layers with less work stay on one thread."""
+_MOST_PRODUCTS = 2**31 // (2 * 255 * 128)
+"""Products of bytes whose sum stays below 2^31 together with the zero point times any of their weights."""
 _TILES_PER_ITEM = 8
 """Tiles of one row that a thread takes at a time, at most."""
 _FEWEST_ITEMS = 32
@@ -57,16 +61,13 @@ def conv2d_geometry(
         and request.inputs[1:] in ((), ("uint8",))
         and conv.out_channels // conv.groups * dot.groups >= dot.lanes
     )
-    # Products with padding are zeros. They may still turn a sum of −0 into +0, which this clamp makes the same.
-    skips_padding = (
-        request.finite_weights
-        and conv.epilogue.lower >= 0
-        and any(conv.window.padding)
-        and dot.accumulator_dtype == "float32"
-        and dot.pixels == 1
-        and dot.groups == 1
-    )
-    return AnchorGeometry(conv, dot, planes, request.weight_points, tile, packs_codes, skips_padding, patches)
+    if request.weights in ("int8", "int16"):
+        # Sums start without what is left out. The contract's check of weights bounds sums over the whole window alone.
+        is_neutral = conv.macs // prod(conv.output_shape) <= _MOST_PRODUCTS
+    else:
+        # Products with padding are zeros. They may still turn a sum of −0 into +0, which this clamp makes the same.
+        is_neutral = request.finite_weights and conv.epilogue.lower >= 0
+    return AnchorGeometry(conv, dot, planes, request.weight_points, tile, packs_codes, is_neutral, patches)
 
 
 def conv2d_kernel(
@@ -88,7 +89,13 @@ def conv2d_kernel(
     lanes, count = len(geometry.channel_rows), geometry.weight_elements * geometry.points
     if is_integer:
         types = integer_array_types(
-            count, dot.weight_dtype, lanes, geometry.passes, geometry.planes, dot.accumulator_dtype
+            count,
+            dot.weight_dtype,
+            lanes,
+            geometry.passes,
+            geometry.planes,
+            dot.accumulator_dtype,
+            len(geometry.window_parts),
         )
         if geometry.groups_steps:
             types.append(((geometry.groups * geometry.blocks * (2 + geometry.all_steps),), "int32"))
@@ -97,7 +104,7 @@ def conv2d_kernel(
 
     def pack(constants: LayerConstants) -> tuple[Array, ...]:
         if is_integer:
-            arrays = pack_integer(constants, geometry, dot.operand_offset, dot.accumulator_dtype)
+            arrays = pack_integer(constants, geometry, dot.operand_offset, dot.accumulator_dtype, geometry.window_parts)
             if not geometry.groups_steps:
                 return arrays
             weights, steps = geometry.group_steps(arrays[0])
@@ -336,12 +343,20 @@ class _Emitter:
         pixel = geometry.conv.groups * geometry.padded_inputs
         point = number // geometry.planes if number is not None and geometry.points > 1 else 0
         plane = number % geometry.planes if number is not None and geometry.planes > 1 else 0
-        lanes_of_all = len(geometry.channel_rows)
-        start_base = channel_block * geometry.block + (number * lanes_of_all if number is not None else 0)
-        for (_, j), accumulator in accumulators.items():
-            start = dot.start(load(self.starts, start_base + j * dot.lanes, dot.lanes))
-            store(accumulator, 0, start, dot.lanes * dot.pixels)
         image, y = row // height, row % height
+        part_lanes = geometry.passes * len(geometry.channel_rows)
+        start_base = channel_block * geometry.block
+        if number is not None:
+            start_base = start_base + number * len(geometry.channel_rows)
+        sections = (0,) * run.pixels
+        if self.is_integer and geometry.skips_padding:
+            rows, columns = geometry.axes
+            start_base = start_base + rows.section(y) * (len(columns.sections) * part_lanes)
+            sections = columns.sections_from(run.start, run.pixels)
+        start_base = T.bind(start_base)
+        for (i, j), accumulator in accumulators.items():
+            at = start_base + (sections[i] * part_lanes + j * dot.lanes)
+            store(accumulator, 0, dot.start(load(self.starts, at, dot.lanes)), dot.lanes * dot.pixels)
         top, left = (a - b for a, b in zip(window.padding[:2], geometry.copied_padding[:2], strict=True))
         corner = T.bind(
             ((image * padded_height + (y * sh - top)) * padded_width + (x * sw - left)) * pixel

@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass
+from functools import cached_property
 
 from tvm.tirx.script import builder as T
 
 from tvm_hquant.kernels.primitives import Expression
 from tvm_hquant.operators import Shape, Window
+
+
+@dataclass(frozen=True)
+class Section:
+    """Neighbouring positions of the output whose windows have the same elements on the map.
+
+    Attributes:
+        start: the first of the positions.
+        begin, end: the elements; both 0 where there are none.
+    """
+
+    start: int
+    begin: int
+    end: int
 
 
 @dataclass(frozen=True)
@@ -41,6 +57,29 @@ class WindowAxis:
     def reaches(self, position: int, element: int) -> bool:
         """Whether an element of the window lies on the map at a position of the output."""
         return 0 <= position * self.stride - self.before + element * self.dilation < self.size
+
+    @cached_property
+    def sections(self) -> tuple[Section, ...]:
+        """The positions of the output by which elements of their windows lie on the map, in order."""
+        found: list[Section] = []
+        for position in range(self.output_size):
+            elements = [element for element in range(self.kernel) if self.reaches(position, element)]
+            section = Section(position, elements[0], elements[-1] + 1) if elements else Section(position, 0, 0)
+            if not found or (section.begin, section.end) != (found[-1].begin, found[-1].end):
+                found.append(section)
+        return tuple(found)
+
+    def sections_from(self, start: int, count: int) -> tuple[int, ...]:
+        """The numbers of the sections of so many positions."""
+        starts = [section.start for section in self.sections]
+        return tuple(bisect_right(starts, position) - 1 for position in range(start, start + count))
+
+    def section(self, position: Expression) -> Expression:
+        """The number of the section of a position."""
+        number: Expression = T.int32(0)
+        for section in self.sections[1:]:
+            number = number + T.Cast("int32", position >= section.start)
+        return number
 
 
 def window_axes(input_shape: Shape, window: Window) -> tuple[WindowAxis, WindowAxis]:
