@@ -3,8 +3,8 @@
 A tile holds some pixels of an output row times some vectors of output channels in registers. For every kernel position and
 every step over the input channels it loads one operand per pixel, repeated in all lanes, and one weight vector per vector
 of channels. Positions in the padding are left out, or activations are copied first with padding around them; so they are
-where they are not in the operand's form. Sums of codes start at what the zero point adds in the positions taken. 16-bit codes and weights of
-several points take several passes over the same tile, whose scaled sums meet in float32.
+where they are not in the operand's form. Sums of codes start at what the zero point adds in the positions taken. 16-bit
+codes and weights of several points take several passes over the same tile, whose scaled sums meet in float32.
 """
 
 from __future__ import annotations
