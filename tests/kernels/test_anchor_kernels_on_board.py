@@ -46,6 +46,7 @@ def requests() -> list[KernelRequest]:
         "stem, three channels",
         "asymmetric, dilated",
         "grouped",
+        "window larger than the map",
         "few outputs",
         "dense, rows",
     )
