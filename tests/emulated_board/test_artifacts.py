@@ -35,7 +35,10 @@ CPUS = ("cortex-a76", "cortex-a72")
 MIXED = ("a8w8", "a16w8", "float32", "int8", "a8w4", "a16w16", "w4")
 RUNTIME_MODULES = {
     "tvm_hquant",
-    *(f"tvm_hquant.{name}" for name in ("bfloat16", "cpu_features", "errors", "runtime", "stored_weights")),
+    *(
+        f"tvm_hquant.{name}"
+        for name in ("bfloat16", "cpu_features", "errors", "mapped_library", "runtime", "stored_weights")
+    ),
 }
 SAMPLES = 5
 
