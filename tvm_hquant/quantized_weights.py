@@ -20,6 +20,9 @@ from tvm_hquant.rounding.weight_rounding import OUTPUT_ERROR, WeightRounding
 
 Array = npt.NDArray[Any]
 
+FEW_BITS = 6
+"""Weights of so many bits and fewer have fitted step sizes."""
+
 
 @dataclass(frozen=True, eq=False)
 class QuantizedWeights:
@@ -66,15 +69,11 @@ def quantize_layer_weights(
     assert layer.weights is not None
     assert layer.bias is not None
     weights = layer.weights
-    if precision.is_multipoint:
-        quantizer = rounding.quantizer(moments)
-        codes, scales = multipoint_codes(
-            weights, precision.point_bits, precision.terms, quantizer, rounding.per_channel
-        )
-    elif rounding.method in ("floor", "power-of-two"):
-        bits = 8 if precision.weight_points > 1 else precision.weight_bits
-        quantizer = rounding.quantizer(moments)
-        codes, scales = multipoint_codes(weights, bits, precision.weight_points, quantizer, rounding.per_channel)
+    if _has_fitted_steps(precision, rounding, moments):
+        bits, terms = precision.weight_bits, 1.0
+        if precision.weight_points > 1:
+            bits, terms = (precision.point_bits, precision.terms) if precision.is_multipoint else (8, 2.0)
+        codes, scales = multipoint_codes(weights, bits, terms, rounding.quantizer(moments), rounding.per_channel)
     elif precision.weight_points > 1:
         codes, scales = numerics.weight_points(weights, precision.weight_points)
     else:
@@ -88,3 +87,14 @@ def quantize_layer_weights(
             one_code = least_error_codes(weights, one_scale, limit, moments).astype(one_code.dtype)
         codes, scales = one_code[None], one_scale[None]
     return QuantizedWeights(codes, scales, layer.bias)
+
+
+def _has_fitted_steps(precision: Precision, rounding: WeightRounding, moments: InputMoments | None) -> bool:
+    """Whether step sizes are fitted to the weights; otherwise the largest weight gets the largest code.
+
+    The largest weights of a channel are few. With few bits, clipping them loses less than long steps for all others do.
+    """
+    if precision.is_multipoint or rounding.method in ("floor", "power-of-two"):
+        return True
+    is_fitted = rounding.method == "output-error" and moments is not None
+    return is_fitted and precision.weight_points == 1 and precision.weight_bits <= FEW_BITS

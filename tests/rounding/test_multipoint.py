@@ -115,7 +115,7 @@ def test_steps_and_codes_fit_each_other() -> None:
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_steps_fitted_together_are_better_than_one_after_the_other(bits: int) -> None:
-    """Each point by itself, its step the best of 25 for what is left, is what the paper's greedy sum would be."""
+    """Each point by itself, its step the best of 33 for what is left, is what the paper's greedy sum would be."""
     weights = np.random.default_rng(2).normal(size=(6, 64)).astype(np.float32)
     quantizer, rest, smallest = NearestQuantizer(), weights.astype(np.float64), 1e-9
     for points in (1, 2, 3):

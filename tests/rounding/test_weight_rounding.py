@@ -6,11 +6,14 @@ import numpy as np
 import pytest
 
 from tests.planned_models import shared_session
+from tvm_hquant.calibration.input_moments import InputMoments
 from tvm_hquant.errors import PrecisionError
+from tvm_hquant.layers import Layer
+from tvm_hquant.operators import Dense
 from tvm_hquant.precision import parse_precision
 from tvm_hquant.quantized_weights import quantize_layer_weights
 from tvm_hquant.rounding.point_quantizers import FloorQuantizer
-from tvm_hquant.rounding.weight_rounding import METHODS, WeightRounding, check_method, rounding_for
+from tvm_hquant.rounding.weight_rounding import METHODS, OUTPUT_ERROR, WeightRounding, check_method, rounding_for
 from tvm_hquant.target_spec.schema import Rules
 
 
@@ -47,3 +50,19 @@ def test_an_unknown_method_is_refused() -> None:
     """With the names of those that there are."""
     with pytest.raises(PrecisionError, match="unknown rounding 'up': use output-error, nearest, floor, power-of-two"):
         check_method("up")
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_few_bits_have_fitted_steps(bits: int) -> None:
+    """A single large weight would make the steps of all others long; with the moments of the input it is clipped."""
+    random = np.random.default_rng(0)
+    weights = random.normal(size=(4, 64, 1, 1)).astype(np.float32)
+    weights[:, 0] = 9.0
+    layer = Layer("l", "l", Dense(1, 64, 4), ("x",), weights, np.zeros(4, np.float32))
+    moments = InputMoments(1000, np.zeros((1, 64)), (np.eye(64)[None],))
+    precision, errors = parse_precision(f"a8w{bits}"), []
+    for known in (moments, None):
+        found = quantize_layer_weights(layer, precision, OUTPUT_ERROR, known)
+        assert np.abs(found.codes).max() <= 2 ** (bits - 1) - 1
+        errors.append(float(np.sum((found.real() - weights) ** 2)))
+    assert errors[0] < 0.95 * errors[1]

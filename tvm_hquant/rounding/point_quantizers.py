@@ -21,7 +21,7 @@ from tvm_hquant.rounding.power_of_two import power_of_two_codes
 Array = npt.NDArray[Any]
 Doubles = npt.NDArray[np.float64]
 
-_STEP_PARTS = np.linspace(0.4, 1.0, 25)
+_STEP_PARTS = np.linspace(0.2, 1.0, 33)
 """Step sizes that are tried, over the one that reaches the largest weight of a row: it comes last and wins ties."""
 
 
@@ -45,7 +45,7 @@ class PointQuantizer(ABC):
         return np.asarray(np.sum(a * b, axis=1), np.float64)
 
     def point(self, rows: Doubles, bits: int, smallest: float | None, tied: bool) -> tuple[Doubles, Doubles]:
-        """Codes [out, columns] and steps [out] of one point: for each row the step with the least error among 25.
+        """Codes [out, columns] and steps [out] of one point: for each row the step with the least error among 33.
 
         Args:
             rows: [out, columns].
