@@ -110,6 +110,10 @@ def _check_space(folder: Path, graph: LayerGraph) -> None:
             os.posix_fallocate(file.fileno(), 0, 3 * constants + _CODE_BYTES)
 
 
+_PACKAGES = {"aarch64-linux-gnu-gcc": "Debian's gcc-aarch64-linux-gnu", "oa64-clang": "osxcross"}
+"""Where cross compilers of the project's specs come from."""
+
+
 def check_linker(spec: TargetSpec) -> None:
     """Makes sure that this machine has the compilers with which libraries for a target are made and linked.
 
@@ -122,9 +126,10 @@ def check_linker(spec: TargetSpec) -> None:
         find_c_compiler()
     compiler = spec.target.cross_compiler
     if compiler is not None and shutil.which(compiler) is None:
+        package = _PACKAGES.get(compiler)
         raise ToolchainError(
-            f"the target {spec.name} is linked with {compiler}, which this machine does not have: install it (Debian's "
-            "gcc-aarch64-linux-gnu has aarch64-linux-gnu-gcc) or name another one as target.cross_compiler in the spec"
+            f"the target {spec.name} is linked with {compiler}, which this machine does not have: install it"
+            f"{f' ({package} has it)' if package else ''}, or name another one as target.cross_compiler in the spec"
         )
     if compiler is None and not any(shutil.which(c) for c in ("g++", "gcc", "cc", "clang", "c++")):
         raise ToolchainError("no C compiler was found to link the library: install gcc or clang")
