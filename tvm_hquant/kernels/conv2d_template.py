@@ -20,14 +20,15 @@ from tvm.tirx.script import builder as T
 from tvm_hquant.kernels.activation_copy import ActivationCopy
 from tvm_hquant.kernels.anchor_constants import float_array_types, integer_array_types, pack_float, pack_integer
 from tvm_hquant.kernels.anchor_geometry import AnchorGeometry, as_conv2d
-from tvm_hquant.kernels.dot_product import DotProduct, ShortSums
+from tvm_hquant.kernels.conv2d_steps import StepEmitter, register
+from tvm_hquant.kernels.dot_product import DotProduct
 from tvm_hquant.kernels.epilogue import Epilogue, scale_accumulator
 from tvm_hquant.kernels.interface import Array, Kernel, KernelRequest, LayerConstants, Tile
 from tvm_hquant.kernels.interleaved_groups import InterleavedGroups
 from tvm_hquant.kernels.kernel_function import Buffer, imported_functions, kernel_function
 from tvm_hquant.kernels.packed_epilogue import PackedEpilogue, vector_groups
 from tvm_hquant.kernels.patches import PatchCopy, conv_of_patches, takes_patches
-from tvm_hquant.kernels.primitives import STACK, Expression, vector_type
+from tvm_hquant.kernels.primitives import Expression
 from tvm_hquant.kernels.row_tiles import TileRun
 from tvm_hquant.kernels.vector_loops import CACHE_LINE, flat, load, prefetch, store
 from tvm_hquant.kernels.x86_byte_vectors import GROUPS, ByteVectors
@@ -184,6 +185,7 @@ class _Emitter:
                 InterleavedGroups(geometry.conv, self.dot, self.inputs[0], self.source).emit()
             else:
                 self._copy_activations()
+        self.steps = StepEmitter(geometry, self.weights, self.source)
         rows, channel_blocks = (
             geometry.conv.input_shape[0] * geometry.output_size[0],
             geometry.groups * geometry.blocks,
@@ -256,7 +258,7 @@ class _Emitter:
         constants = T.bind(channel_block * geometry.block)
         # An accumulator is named by its first pixel; of its pixels, those beyond the tile are left out in the end.
         places = [(i, j) for i in range(0, pixels, dot.pixels) for j in range(vectors)]
-        accumulators = {place: self._register(dot.accumulator_dtype, dot.lanes * dot.pixels) for place in places}
+        accumulators = {place: register(dot.accumulator_dtype, dot.lanes * dot.pixels) for place in places}
 
         def sums(i: int, j: int) -> Expression:
             first = i - i % dot.pixels
@@ -280,7 +282,7 @@ class _Emitter:
 
             self._finish(pixels, scaled, output_index)
             return
-        values = {(i, j): self._register("float32", dot.lanes) for i in range(pixels) for j in range(vectors)}
+        values = {(i, j): register("float32", dot.lanes) for i in range(pixels) for j in range(vectors)}
         for i, j in values:
             store(values[i, j], 0, load(self.offsets, constants + j * dot.lanes, dot.lanes), dot.lanes)
         with T.serial(geometry.passes) as number:
@@ -319,10 +321,6 @@ class _Emitter:
                 packed = range(start, min(start + GROUPS // size, pixels))
                 values = [[value(i, first + j) for j in range(size)] for i in packed]
                 self.packed_epilogue.finish(values, [output_index(i, first) for i in packed])
-
-    def _register(self, dtype: str, lanes: int) -> Buffer:
-        """A vector of the tile. Each is a buffer of its own: TVM puts nothing on the stack that has 1024 bytes or more."""
-        return T.alloc_buffer((lanes,), dtype, scope=STACK)
 
     def _accumulate(
         self,
@@ -367,7 +365,7 @@ class _Emitter:
         row_weights = geometry.runs * geometry.steps * step_weights
         weight_base = T.bind(channel_block * (kh * row_weights) + point * geometry.weight_elements)
         if self.step_table is not None:
-            self._grouped_steps(self.step_table, accumulators, corner, weight_base, channel_block)
+            self.steps.in_table_order(self.step_table, accumulators, corner, weight_base, channel_block)
             return
         with ExitStack() as loops:
             first_row, end_row = geometry.axes[0].steps(y) if geometry.skips_padding else (0, kh)
@@ -376,7 +374,7 @@ class _Emitter:
             if run.columns is None:
                 kx = loops.enter_context(T.serial(geometry.runs)) if geometry.runs > 1 else 0
                 at, weight_at = row_at + kx * (dw * pixel), weight_row + kx * (geometry.steps * step_weights)
-                self._run(run.pixels, accumulators, T.bind(at), T.bind(weight_at), geometry.steps)
+                self.steps.run(run.pixels, accumulators, T.bind(at), T.bind(weight_at), geometry.steps)
                 return
             row_at, weight_row = T.bind(row_at), T.bind(weight_row)
             steps = geometry.padded_inputs // dot.products
@@ -384,147 +382,4 @@ class _Emitter:
                 reached = {(i, j): sums for (i, j), sums in accumulators.items() if begin <= i < end}
                 if reached:
                     weight_at = weight_row + column * (steps * step_weights)
-                    self._run(run.pixels, reached, row_at + column * (dw * pixel), weight_at, steps)
-
-    def _run(
-        self,
-        pixels: int,
-        accumulators: Mapping[tuple[int, int], Buffer],
-        activation: Expression,
-        weight: Expression,
-        steps: int,
-    ) -> None:
-        """A run of steps of a tile of so many pixels, for the accumulators that take part."""
-        geometry, dot = self.geometry, self.dot
-        step_weights = geometry.tile.vectors * dot.lanes * dot.products
-        full_steps = max(dot.operand_steps, geometry.chain)
-        overlapping = steps == geometry.steps and geometry.full_steps < steps
-        full, rest = geometry.parts(steps - overlapping)
-
-        def part(first: Expression, count: int) -> None:
-            """``count`` steps from step ``first``."""
-            at = activation + first * (dot.products * dot.groups)
-            self._steps(pixels, accumulators, at, weight + first * step_weights, count)
-
-        if full > 1:
-            with T.serial(full) as number:
-                part(number * full_steps, full_steps)
-        elif full:
-            part(0, full_steps)
-        done = full * full_steps
-        for size in rest:
-            part(done, size)
-            done += size
-        if overlapping:
-            last = activation + (geometry.run_inputs - dot.products)
-            self._steps(pixels, accumulators, last, weight + done * step_weights, 1)
-
-    def _grouped_steps(
-        self,
-        table: Buffer,
-        accumulators: Mapping[tuple[int, int], Buffer],
-        corner: Expression,
-        weight: Expression,
-        channel_block: Expression,
-    ) -> None:
-        """All steps of a tile in the order of the packed weights: groups, pairs, then the steps without a partner."""
-        geometry = self.geometry
-        size = geometry.tile.vectors * self.dot.lanes * self.dot.products
-        row = T.bind(channel_block * (2 + geometry.all_steps))
-        groups, pairs = T.bind(table[row]), T.bind(table[row + 1])
-        stages = [(geometry.group, groups)] if geometry.group > 2 else []
-        left = geometry.all_steps - geometry.group * groups - 2 * pairs
-        first: Expression = 0
-        for chain, count in (*stages, (2, pairs), (1, left)):
-            with T.serial(count) as number:
-                step = T.bind(first + number * chain)
-                starts = [T.bind(corner + table[row + 2 + step + c]) for c in range(chain)]
-                short_sums = self.dot.short_sums(chain)
-                if short_sums is None:
-                    self._sum_steps(accumulators, starts, weight + step * size)
-                else:
-                    self._add_chain(short_sums, accumulators, starts, T.bind(weight + step * size))
-            first = T.bind(first + chain * count)
-
-    def _sum_steps(
-        self, accumulators: Mapping[tuple[int, int], Buffer], activations: Sequence[Expression], weight: Expression
-    ) -> None:
-        """A chain of steps, whose activations start at several places, for one accumulator after the other."""
-        dot, conv, vectors = self.dot, self.geometry.conv, self.geometry.tile.vectors
-        pixel = conv.window.strides[1] * conv.groups * self.geometry.padded_inputs
-        count = dot.lanes * dot.products
-        weight = T.bind(weight)
-        of_vectors = [
-            [T.bind(load(self.weights, weight + (c * vectors + j) * count, count)) for c in range(len(activations))]
-            for j in range(vectors)
-        ]
-        for (i, j), accumulator in accumulators.items():
-            operands = [dot.operands(self.source, [start + i * pixel], 1)[0] for start in activations]
-            value = dot.accumulate(load(accumulator, 0, dot.lanes), operands, of_vectors[j])
-            store(accumulator, 0, value, dot.lanes)
-
-    def _steps(
-        self,
-        pixels: int,
-        accumulators: Mapping[tuple[int, int], Buffer],
-        activation: Expression,
-        weight: Expression,
-        steps: int,
-    ) -> None:
-        """Some steps, whose operands are loaded at once, for all accumulators."""
-        geometry, dot, conv = self.geometry, self.dot, self.geometry.conv
-        vectors = geometry.tile.vectors
-        pixel = conv.window.strides[1] * conv.groups * geometry.padded_inputs
-        vector_weights, chain = dot.lanes * dot.products, geometry.chain
-        activation, weight = T.bind(activation), T.bind(weight)
-        operands: dict[int, list[Expression]] = {}
-        weight_type = vector_type(dot.weight_dtype, vector_weights)
-        size = dot.lanes * dot.pixels
-        short_sums = dot.short_sums(chain)
-        for first in range(0, steps, chain):
-            if short_sums is not None:
-                starts = [
-                    activation + step * dot.products * dot.groups for step in range(first, min(first + chain, steps))
-                ]
-                self._add_chain(short_sums, accumulators, starts, weight + first * vectors * vector_weights)
-                continue
-            of_vectors = [
-                [
-                    T.bind(self.weights.vload([weight + ((first + c) * vectors + j) * vector_weights], weight_type))
-                    for c in range(min(chain, steps - first))
-                ]
-                for j in range(vectors)
-            ]
-            for (i, j), accumulator in accumulators.items():
-                if i not in operands:
-                    indices = [activation + min(i + k, pixels - 1) * pixel for k in range(dot.pixels)]
-                    operands[i] = [T.bind(operand) for operand in dot.operands(self.source, indices, steps)]
-                value = dot.accumulate(load(accumulator, 0, size), operands[i][first : first + chain], of_vectors[j])
-                store(accumulator, 0, value, size)
-
-    def _add_chain(
-        self,
-        short_sums: ShortSums,
-        accumulators: Mapping[tuple[int, int], Buffer],
-        activations: Sequence[Expression],
-        weight: Expression,
-    ) -> None:
-        """A chain of steps whose activations start at several places. Their sums stay in registers until the last step."""
-        dot, conv, vectors = self.dot, self.geometry.conv, self.geometry.tile.vectors
-        pixel = conv.window.strides[1] * conv.groups * self.geometry.padded_inputs
-        count = dot.lanes * dot.products
-        weight_type = vector_type(dot.weight_dtype, count)
-        sums = {place: self._register(short_sums.dtype, short_sums.lanes) for place in accumulators}
-        pixels = [i for i, j in accumulators if j == 0]
-        for step, activation in enumerate(activations):
-            at = weight + step * vectors * count
-            of_vectors = [T.bind(self.weights.vload([at + j * count], weight_type)) for j in range(vectors)]
-            for i in pixels:
-                (operand,) = dot.operands(self.source, [activation + i * pixel], 1)
-                operand = T.bind(operand)
-                for j in range(vectors):
-                    total = load(sums[i, j], 0, short_sums.lanes) if step else None
-                    store(sums[i, j], 0, short_sums.add(total, operand, of_vectors[j]), short_sums.lanes)
-        for place, accumulator in accumulators.items():
-            total = load(sums[place], 0, short_sums.lanes)
-            store(accumulator, 0, short_sums.widen(load(accumulator, 0, dot.lanes), total), dot.lanes)
+                    self.steps.run(run.pixels, reached, row_at + column * (dw * pixel), weight_at, steps)

@@ -1,16 +1,22 @@
-"""What the CUDA kernels of integer convolutions have in common: how activations are read, and how a sum ends."""
+"""What the CUDA kernels of integer convolutions have in common: tiles, how activations are read, and how a sum ends."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from tvm.tirx.script import builder as T
 
-from tvm_hquant.kernels.interface import KernelRequest
-from tvm_hquant.kernels.kernel_function import Buffer
+from tvm_hquant.kernels.anchor_constants import integer_array_types, pack_integer
+from tvm_hquant.kernels.interface import Array, Kernel, KernelRequest, LayerConstants
+from tvm_hquant.kernels.kernel_function import Buffer, kernel_function
 from tvm_hquant.kernels.primitives import CudaPrimitives, Expression, centred, clamp, convert, narrow, requantize
+from tvm_hquant.kernels.vector_loops import flat
 from tvm_hquant.operators import Conv2D, Dense
 
 WORD = 4
@@ -23,6 +29,104 @@ PRIMITIVES = CudaPrimitives(in_blocks=False)
 def load_word(buffer: Buffer, index: Any) -> Expression:
     """Four bytes from an index that is a multiple of four, as int32."""
     return T.reinterpret("int32", buffer.vload([index], f"{buffer.dtype}x{WORD}"))
+
+
+@dataclass(frozen=True)
+class TileGeometry(ABC):
+    """A convolution cut into tiles of pixels times output channels; packs its constants (``anchor_constants.ChannelPacking``).
+
+    Attributes:
+        conv: the convolution; dense layers are 1×1 ones.
+        points: weight tensors.
+        planes: byte planes of the activations.
+    """
+
+    conv: Conv2D
+    points: int
+    planes: int
+
+    @property
+    def group_inputs(self) -> int:
+        return self.conv.in_channels // self.conv.groups
+
+    @property
+    def group_outputs(self) -> int:
+        return self.conv.out_channels // self.conv.groups
+
+    @property
+    def words(self) -> int:
+        """Words of input channels of a group; bytes that lie behind the last channel have weight 0."""
+        return -(-self.group_inputs // WORD)
+
+    @property
+    @abstractmethod
+    def channels(self) -> int:
+        """Output channels of a tile."""
+
+    @property
+    def blocks(self) -> int:
+        """Tiles over the output channels of a group; the last one overlaps the one before it."""
+        return -(-self.group_outputs // self.channels)
+
+    @property
+    def output_size(self) -> tuple[int, int]:
+        return self.conv.window.output_size(*self.conv.input_shape[1:3])
+
+    @property
+    def positions(self) -> int:
+        """Output pixels of all images."""
+        height, width = self.output_size
+        return self.conv.input_shape[0] * height * width
+
+    @cached_property
+    def channel_rows(self) -> npt.NDArray[np.int64]:
+        """Output channel of every packed channel, [groups · blocks · channels]."""
+        starts = np.minimum(np.arange(self.blocks) * self.channels, self.group_outputs - self.channels)
+        within = (starts[:, None] + np.arange(self.channels)).reshape(-1)
+        return (np.arange(self.conv.groups)[:, None] * self.group_outputs + within).reshape(-1)
+
+    def pack_channels(self, values: Array, fill: float = 0) -> Array:
+        """[..., out_channels] in the order of the tiles."""
+        return np.ascontiguousarray(values[..., self.channel_rows])
+
+    @property
+    @abstractmethod
+    def weight_elements(self) -> int:
+        """Elements of the packed weights of one point."""
+
+    @abstractmethod
+    def pack_weights(self, weights: Array) -> Array:
+        """[points, out, in / groups, kh, kw] in the order in which the kernel reads them, flat."""
+
+
+def integer_kernel(
+    request: KernelRequest,
+    geometry: TileGeometry,
+    operand_offset: int,
+    name: str,
+    write: Callable[[Sequence[Buffer], Sequence[Buffer], Buffer], None],
+) -> Kernel:
+    """A kernel that binds its threads itself.
+
+    Args:
+        request: codes with int8 weights.
+        geometry: packs its constants.
+        operand_offset: what is added to the codes that it multiplies.
+        name: what the tiles are called in reports.
+        write: writes the body for flat inputs, arrays and output.
+    """
+    lanes, passes = len(geometry.channel_rows), geometry.points * geometry.planes
+    count = geometry.weight_elements * geometry.points
+    types = integer_array_types(count, "int8", lanes, passes, geometry.planes, "int32")
+
+    def pack(constants: LayerConstants) -> tuple[Array, ...]:
+        return pack_integer(constants, geometry, operand_offset, "int32")
+
+    def emit(inputs: Sequence[Buffer], arrays: Sequence[Buffer], output: Buffer) -> None:
+        write([flat(b) for b in inputs], arrays, flat(output))
+
+    function = kernel_function(request, types, emit).with_attr("tirx.is_scheduled", True)
+    return Kernel(request, f"cuda.conv2d[{name}]", function, pack)
 
 
 @dataclass(frozen=True)

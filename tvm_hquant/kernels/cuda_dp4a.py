@@ -13,19 +13,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
-import numpy.typing as npt
 from tvm.tirx.script import builder as T
 
-from tvm_hquant.kernels.anchor_constants import integer_array_types, pack_integer
 from tvm_hquant.kernels.anchor_geometry import as_conv2d
-from tvm_hquant.kernels.cuda_convolution import PRIMITIVES, WORD, ActivationWords, SumFinish, is_served, load_word
-from tvm_hquant.kernels.interface import Array, Kernel, KernelRequest, LayerConstants
-from tvm_hquant.kernels.kernel_function import Buffer, kernel_function
+from tvm_hquant.kernels.cuda_convolution import (
+    PRIMITIVES,
+    WORD,
+    ActivationWords,
+    SumFinish,
+    TileGeometry,
+    integer_kernel,
+    is_served,
+    load_word,
+)
+from tvm_hquant.kernels.interface import Array, Kernel, KernelRequest
+from tvm_hquant.kernels.kernel_function import Buffer
 from tvm_hquant.kernels.primitives import Expression
-from tvm_hquant.kernels.vector_loops import flat
 from tvm_hquant.operators import Conv2D, Dense
 
 _OFFSET = -128
@@ -38,51 +43,13 @@ _CHANNELS = 8
 
 
 @dataclass(frozen=True)
-class Dp4aGeometry:
-    """A convolution cut into the tiles of threads; packs its constants (``anchor_constants.ChannelPacking``).
-
-    Attributes:
-        conv: the convolution; dense layers are 1×1 ones.
-        points: weight tensors.
-        planes: byte planes of the activations.
-    """
-
-    conv: Conv2D
-    points: int
-    planes: int
-
-    @property
-    def group_inputs(self) -> int:
-        return self.conv.in_channels // self.conv.groups
-
-    @property
-    def group_outputs(self) -> int:
-        return self.conv.out_channels // self.conv.groups
-
-    @property
-    def words(self) -> int:
-        """Words of input channels of a group; bytes that lie behind the last channel have weight 0."""
-        return -(-self.group_inputs // WORD)
+class Dp4aGeometry(TileGeometry):
+    """A convolution cut into the tiles of threads."""
 
     @property
     def channels(self) -> int:
         """Output channels of a tile."""
         return min(_CHANNELS, self.group_outputs)
-
-    @property
-    def blocks(self) -> int:
-        """Tiles over the output channels of a group; the last one overlaps the one before it."""
-        return -(-self.group_outputs // self.channels)
-
-    @property
-    def output_size(self) -> tuple[int, int]:
-        return self.conv.window.output_size(*self.conv.input_shape[1:3])
-
-    @property
-    def positions(self) -> int:
-        """Output pixels of all images."""
-        height, width = self.output_size
-        return self.conv.input_shape[0] * height * width
 
     @property
     def pixels(self) -> int:
@@ -93,17 +60,6 @@ class Dp4aGeometry:
     def threads(self) -> int:
         """Threads that have a tile."""
         return -(-self.positions // self.pixels) * self.conv.groups * self.blocks
-
-    @cached_property
-    def channel_rows(self) -> npt.NDArray[np.int64]:
-        """Output channel of every packed channel, [groups · blocks · channels]."""
-        starts = np.minimum(np.arange(self.blocks) * self.channels, self.group_outputs - self.channels)
-        within = (starts[:, None] + np.arange(self.channels)).reshape(-1)
-        return (np.arange(self.conv.groups)[:, None] * self.group_outputs + within).reshape(-1)
-
-    def pack_channels(self, values: Array, fill: float = 0) -> Array:
-        """[..., out_channels] in the order of the tiles."""
-        return np.ascontiguousarray(values[..., self.channel_rows])
 
     @property
     def weight_elements(self) -> int:
@@ -128,17 +84,11 @@ def dp4a_kernel(request: KernelRequest) -> Kernel | None:
     assert isinstance(operator, (Conv2D, Dense))
     planes = 2 if request.inputs[0] == "uint16" else 1
     geometry = Dp4aGeometry(as_conv2d(operator), request.weight_points, planes)
-    lanes, passes = len(geometry.channel_rows), geometry.points * planes
-    types = integer_array_types(geometry.weight_elements * geometry.points, "int8", lanes, passes, planes, "int32")
 
-    def pack(constants: LayerConstants) -> tuple[Array, ...]:
-        return pack_integer(constants, geometry, _OFFSET, "int32")
+    def write(inputs: Sequence[Buffer], arrays: Sequence[Buffer], output: Buffer) -> None:
+        _Thread(request, geometry, inputs, arrays, output).emit()
 
-    def emit(inputs: Sequence[Buffer], arrays: Sequence[Buffer], output: Buffer) -> None:
-        _Thread(request, geometry, [flat(b) for b in inputs], arrays, flat(output)).emit()
-
-    function = kernel_function(request, types, emit).with_attr("tirx.is_scheduled", True)
-    return Kernel(request, f"cuda.conv2d[dp4a {geometry.pixels}x{geometry.channels}]", function, pack)
+    return integer_kernel(request, geometry, _OFFSET, f"dp4a {geometry.pixels}x{geometry.channels}", write)
 
 
 @dataclass(frozen=True)
