@@ -28,6 +28,7 @@ from tvm_hquant.kernels.interface import (
     Tile,
 )
 from tvm_hquant.kernels.kernel_function import input_shapes
+from tvm_hquant.kernels.patches import conv_of_patches
 from tvm_hquant.kernels.registry import ANCHOR_FAMILIES, families_for_target, host_instruction_sets, select_kernel
 from tvm_hquant.kernels.saturation import centred_products, saturation_free_pairs
 from tvm_hquant.operators import Conv2D, Dense, Epilogue, Window
@@ -383,6 +384,14 @@ def test_first_layers_take_patches() -> None:
         geometry = conv2d_geometry(request, dot)
         assert (geometry.patches, geometry.steps) == (request.operator, steps)
     assert conv2d_geometry(request, x86_avx2.WordDot()).patches is None
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_patches_of_a_few_rows_exist_at_a_time(family: str) -> None:
+    """A large map goes through little memory, two output rows of 82 here, in both images and beside their borders."""
+    conv = Conv2D((2, 82, 180, 3), 16, Window((3, 3), (2, 2), (1, 1, 0, 0)))
+    assert conv_of_patches(conv).input_shape == (1, 41, 180, 27)
+    check(family, KernelRequest(conv, ("uint8",), "uint8", "int8"))
 
 
 @pytest.mark.skipif("avx2" not in HOST, reason="this CPU has no AVX2")

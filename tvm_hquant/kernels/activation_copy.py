@@ -66,7 +66,6 @@ class ActivationCopy:
     def emit(self) -> None:
         """Writes the loops."""
         n, height, width, channels = self.conv.input_shape
-        top, _, bottom, _ = self.conv.window.padding
         if self.padded_inputs == self._group_inputs and not any(self.conv.window.padding):
             length = n * height * width * channels
             lanes = fitting_lanes(length, _COPY_LANES)
@@ -76,15 +75,20 @@ class ActivationCopy:
         rows = self._padded_rows
         with row_loop(n * rows, n * rows * self._row_elements) as row:
             image, y = row // rows, row % rows
-            start = T.bind(row * self._row_elements)
-            if not (top or bottom):
-                self._copy_row(image, y, start)
-                return
-            with T.If(T.And(y >= top, y < top + height)):
-                with T.Then():
-                    self._copy_row(image, y - top, start)
-                with T.Else():
-                    self._fill(start, self._row_elements)
+            self.emit_row(image, y, T.bind(row * self._row_elements))
+
+    def emit_row(self, image: Expression, y: Expression, start: Expression) -> None:
+        """Writes the loops for one row of the padded map, which goes to ``start`` of the target."""
+        height = self.conv.input_shape[1]
+        top, _, bottom, _ = self.conv.window.padding
+        if not (top or bottom):
+            self._copy_row(image, y, start)
+            return
+        with T.If(T.And(y >= top, y < top + height)):
+            with T.Then():
+                self._copy_row(image, y - top, start)
+            with T.Else():
+                self._fill(start, self._row_elements)
 
     def _copy_row(self, image: Expression, y: Expression, start: Expression) -> None:
         """One row of the source with the padding beside it."""

@@ -332,7 +332,6 @@ class AnchorGeometry:
         """Whether activations have to be copied before the steps can read them."""
         return (
             any(self.copied_padding)
-            or self.patches is not None
             or self.dot.groups > 1
             or self.planes > 1
             or self.padded_inputs != self.group_inputs

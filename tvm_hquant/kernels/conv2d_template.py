@@ -27,7 +27,7 @@ from tvm_hquant.kernels.interface import Array, Kernel, KernelRequest, LayerCons
 from tvm_hquant.kernels.interleaved_groups import InterleavedGroups
 from tvm_hquant.kernels.kernel_function import Buffer, imported_functions, kernel_function
 from tvm_hquant.kernels.packed_epilogue import PackedEpilogue, vector_groups
-from tvm_hquant.kernels.patches import PatchCopy, conv_of_patches, takes_patches
+from tvm_hquant.kernels.patches import PatchCopy, conv_of_patches, padded_elements, takes_patches
 from tvm_hquant.kernels.primitives import Expression
 from tvm_hquant.kernels.row_tiles import TileRun
 from tvm_hquant.kernels.vector_loops import CACHE_LINE, flat, load, prefetch, store
@@ -166,22 +166,13 @@ class _Emitter:
 
     def emit(self) -> None:
         geometry = self.geometry
+        if geometry.patches is not None:
+            self._rows_of_patches(geometry.patches)
+            return
         if geometry.needs_copy(STORAGE_DTYPE[self.request.inputs[0]]):
             size = geometry.plane_elements * geometry.planes
             self.source = T.alloc_buffer((size,), self.dot.operand_dtype)
-            if geometry.patches is not None:
-                assert self.zero_points is not None
-                fill = T.Cast("uint8", self.zero_points[2])
-                PatchCopy(
-                    geometry.patches,
-                    geometry.padded_inputs,
-                    self.dot.operand_dtype,
-                    self.inputs[0],
-                    self.source,
-                    fill,
-                    geometry.copy_offset,
-                ).emit()
-            elif self.dot.groups > 1:
+            if self.dot.groups > 1:
                 InterleavedGroups(geometry.conv, self.dot, self.inputs[0], self.source).emit()
             else:
                 self._copy_activations()
@@ -209,6 +200,31 @@ class _Emitter:
                 last = first + per_item if geometry.tiles % per_item == 0 else T.min(first + per_item, geometry.tiles)
                 with T.serial(first, last) as tile:
                     self._tile_of_row(row, tile, channel_block, geometry.row_tiles)
+
+    def _rows_of_patches(self, patches: Conv2D) -> None:
+        """Every row of the map of patches from a copy of its own."""
+        geometry = self.geometry
+        assert self.zero_points is not None
+        (_, rows, pixels, _), width = geometry.conv.input_shape, patches.output_shape[2]
+        loop = T.parallel if geometry.conv.macs > _PARALLEL_MACS and rows > 1 else T.serial
+        with loop(rows) as row:
+            self.source = T.alloc_buffer((pixels * geometry.padded_inputs,), self.dot.operand_dtype)
+            self.steps = StepEmitter(geometry, self.weights, self.source)
+            padded = padded_elements(patches)
+            copy = PatchCopy(
+                patches,
+                geometry.padded_inputs,
+                self.dot.operand_dtype,
+                self.inputs[0],
+                self.source,
+                T.alloc_buffer((padded,), "uint8") if padded else None,
+                T.Cast("uint8", self.zero_points[2]),
+                geometry.copy_offset,
+            )
+            with T.serial(pixels // width) as part:
+                copy.emit(row * (pixels // width) + part, T.bind(part * (width * geometry.padded_inputs)))
+            with T.serial(geometry.groups * geometry.blocks) as channel_block, T.serial(geometry.tiles) as tile:
+                self._tile_of_row(row, tile, channel_block, geometry.row_tiles)
 
     def _copy_activations(self) -> None:
         geometry = self.geometry
@@ -356,8 +372,10 @@ class _Emitter:
             at = start_base + (sections[i] * part_lanes + j * dot.lanes)
             store(accumulator, 0, dot.start(load(self.starts, at, dot.lanes)), dot.lanes * dot.pixels)
         top, left = (a - b for a, b in zip(window.padding[:2], geometry.copied_padding[:2], strict=True))
+        # Patches of one row are in memory at a time.
+        first = 0 if geometry.patches is not None else (image * padded_height + (y * sh - top)) * padded_width
         corner = T.bind(
-            ((image * padded_height + (y * sh - top)) * padded_width + (x * sw - left)) * pixel
+            (first + (x * sw - left)) * pixel
             + group * (dot.groups * geometry.padded_inputs)
             + plane * geometry.plane_elements
         )

@@ -1,7 +1,8 @@
 """First layers: the few channels that all positions of a small window take are copied side by side, pixel by pixel.
 
 A 3×3 window over three channels takes 27 codes for an output pixel. Row by row, they need nine steps of four products, parts of
-them idle; as one patch they need seven. To the dot products the layer is a 1×1 convolution over patches.
+them idle; as one patch they need seven. To the dot products the layer is a 1×1 convolution over patches. Those of a few output
+rows exist at a time.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ from tvm_hquant.kernels.activation_copy import ActivationCopy
 from tvm_hquant.kernels.interface import Array
 from tvm_hquant.kernels.kernel_function import Buffer
 from tvm_hquant.kernels.primitives import Expression, broadcast, convert, lanes_of
-from tvm_hquant.kernels.vector_loops import fitting_lanes, load, row_loop, store, vector_loop
+from tvm_hquant.kernels.vector_loops import fitting_lanes, load, store, vector_loop
 from tvm_hquant.operators import Conv2D, Window
 
 _MOST_CHANNELS = 4
 _MOST_ELEMENTS = 36
 _VECTOR_BYTES = 16
+_PATCH_BYTES = 16 * 1024
+"""Patches that exist at a time: they stay in the first-level cache."""
 _CLEAR_GAIN = 0.8
 """Patches have to save this share of the steps of rows at least, for copying them takes a little longer."""
 
@@ -51,10 +54,13 @@ def takes_patches(conv: Conv2D, products: int, splits_pixels: bool) -> bool:
 
 
 def conv_of_patches(conv: Conv2D) -> Conv2D:
-    """The 1×1 convolution over the patches of all output pixels."""
+    """The 1×1 convolution over patches. A row of its map has the patches of some output rows, as many as the cache holds."""
     n, height, width, _ = conv.output_shape
     elements = conv.in_channels * conv.window.kernel[0] * conv.window.kernel[1]
-    return Conv2D((1, 1, n * height * width, elements), conv.out_channels, Window((1, 1)), 1, conv.epilogue)
+    fitting = (r for r in range(1, n * height + 1) if n * height % r == 0 and r * width * elements <= _PATCH_BYTES)
+    rows = max(fitting, default=1)
+    shape = (1, n * height // rows, rows * width, elements)
+    return Conv2D(shape, conv.out_channels, Window((1, 1)), 1, conv.epilogue)
 
 
 def weights_of_patches(weights: Array) -> Array:
@@ -63,12 +69,19 @@ def weights_of_patches(weights: Array) -> Array:
     return np.ascontiguousarray(ordered.reshape(*weights.shape[:-3], -1, 1, 1))
 
 
+def padded_elements(conv: Conv2D) -> int:
+    """Elements of the input rows that the windows of an output row reach, with the padding beside them; 0 without padding."""
+    _, _, width, channels = conv.input_shape
+    _, left, _, right = conv.window.padding
+    return conv.window.kernel[0] * (left + width + right) * channels if any(conv.window.padding) else 0
+
+
 @dataclass(frozen=True)
 class PatchCopy:
     """Copies uint8 activations, flat, to ``target``: a patch for each output pixel, ``stride`` elements apart.
 
-    What lies between patches is not defined; its weights are zero. ``fill`` is the stored code of padding, ``offset`` −128
-    where codes are made signed on the way, else 0.
+    What lies between patches is not defined; its weights are zero. ``rows`` is memory for ``padded_elements(conv)`` codes.
+    ``fill`` is the stored code of padding, ``offset`` −128 where codes are made signed on the way, else 0.
     """
 
     conv: Conv2D
@@ -76,35 +89,35 @@ class PatchCopy:
     operand_dtype: str
     source: Buffer
     target: Buffer
+    rows: Buffer | None
     fill: Expression
     offset: int = 0
 
-    def emit(self) -> None:
-        """Writes the loops."""
+    def emit(self, row: Expression, place: Expression) -> None:
+        """Writes the loops for an output row, counted over all images, whose patches go to ``place``."""
         conv, window = self.conv, self.conv.window
-        n, height, width, channels = conv.input_shape
-        top, left, bottom, right = window.padding
-        rows, columns = height + top + bottom, width + left + right
-        source = self.source
-        if any(window.padding):
-            source = T.alloc_buffer((n * rows * columns * channels,), "uint8")
-            ActivationCopy(conv, channels, "uint8", "uint8", self.source, source, (self.fill,)).emit()
-        (kernel_height, kernel_width), (row_step, column_step) = window.kernel, window.strides
+        _, height, width, channels = conv.input_shape
         _, out_height, out_width, _ = conv.output_shape
+        (kernel_height, kernel_width), (row_step, column_step) = window.kernel, window.strides
+        image, y = T.bind(row // out_height), T.bind(row % out_height * row_step)
+        if self.rows is None:
+            source, row_elements = self.source, width * channels
+            first = T.bind((image * height + y) * row_elements)
+        else:
+            source, row_elements, first = self.rows, padded_elements(conv) // kernel_height, T.int32(0)
+            copy = ActivationCopy(conv, channels, "uint8", "uint8", self.source, source, (self.fill,))
+            with T.serial(kernel_height) as ky:
+                copy.emit_row(image, y + ky, ky * row_elements)
         run = kernel_width * channels
-        with row_loop(n * out_height, n * out_height * out_width * self.stride) as row:
-            image, y = row // out_height, row % out_height
-            first = T.bind((image * rows + y * row_step) * (columns * channels))
-            place = T.bind(row * (out_width * self.stride))
-            exact = min(self._exact_pixels(run, column_step * channels), out_width)
-            for begin, count, lanes in ((0, out_width - exact, self._wide(run)), (out_width - exact, exact, 0)):
-                if not count:
-                    continue
-                with T.serial(count) as index:
-                    x = begin + index
-                    for ky in range(kernel_height):
-                        start = first + ky * columns * channels + x * (column_step * channels)
-                        self._copy(source, start, place + x * self.stride + ky * run, run, lanes)
+        exact = min(self._exact_pixels(run, column_step * channels), out_width)
+        for begin, count, lanes in ((0, out_width - exact, self._wide(run)), (out_width - exact, exact, 0)):
+            if not count:
+                continue
+            with T.serial(count) as index:
+                x = begin + index
+                for ky in range(kernel_height):
+                    start = first + ky * row_elements + x * (column_step * channels)
+                    self._copy(source, start, place + x * self.stride + ky * run, run, lanes)
 
     def _wide(self, run: int) -> int:
         """Lanes that hold a kernel row."""
