@@ -6,7 +6,7 @@ import os
 import pickle
 import platform
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_args
@@ -19,11 +19,11 @@ from typer.testing import CliRunner
 
 from tvm_hquant.cli.targets import targets_app
 from tvm_hquant.errors import PrecisionError, TargetSpecError
+from tvm_hquant.kernels.instruction_set import instruction_set_names, load_instruction_sets
 from tvm_hquant.layers import Layer
 from tvm_hquant.operators import Conv2D, Movement, Operator, Window
 from tvm_hquant.precision import REALIZED, parse_precision
 from tvm_hquant.target_spec import (
-    INSTRUCTION_SETS,
     OPERATOR_KINDS,
     OPERATORS_WITH_WEIGHTS,
     STORED_FORMATS,
@@ -41,7 +41,7 @@ from tvm_hquant.target_spec import (
     normalize_feature,
     read_target_spec,
 )
-from tvm_hquant.target_spec.detect import base_spec_name, cache_sizes_kib
+from tvm_hquant.target_spec.detect import best_host, cache_sizes_kib
 from tvm_hquant.target_spec.load import spec_from
 from tvm_hquant.target_spec.toml_text import toml_text
 
@@ -478,7 +478,9 @@ class TestDocumentation:
         text = GUIDE.read_text(encoding="utf-8")
         tables = (TargetSpec, Target, Unit, Conversion, Memory, Rules, Forbidden)
         fields = {field.alias or name for table in tables for name, field in table.model_fields.items()}
-        missing = [word for word in (*fields, *OPERATOR_KINDS, *INSTRUCTION_SETS, *SHIPPED) if f"`{word}`" not in text]
+        missing = [
+            word for word in (*fields, *OPERATOR_KINDS, *instruction_set_names(), *SHIPPED) if f"`{word}`" not in text
+        ]
         assert [word for word in missing if f"[{word}]" not in text] == []
 
 
@@ -591,8 +593,8 @@ class TestVocabulary:
 
     def test_families_need_features_as_linux_spells_them(self) -> None:
         """Protects the table of kernel families against a spelling that no CPU would match."""
-        for features in INSTRUCTION_SETS.values():
-            assert {normalize_feature(feature) for feature in features} == features
+        for found in load_instruction_sets():
+            assert {normalize_feature(feature) for feature in found.cpu_features} == found.cpu_features
 
 
 class TestDetection:
@@ -610,17 +612,21 @@ class TestDetection:
 
     def test_base_follows_flags(self) -> None:
         """Protects the choice of kernels: by what the flags say, the best set whose whole level is there."""
+
+        def base_spec(machine: str, features: Set[str]) -> str:
+            return best_host(machine, features)[1].name
+
         v3 = {"avx", "avx2", "fma", "bmi1", "bmi2", "f16c", "abm", "movbe"}
         v4 = v3 | {"avx512f", "avx512bw", "avx512vl", "avx512cd", "avx512dq"}
-        assert base_spec_name("x86_64", v3) == "x86-64-avx2"
-        assert base_spec_name("x86_64", v4) == "x86-64-avx2"
-        assert base_spec_name("x86_64", v4 | {"avx512_vnni"}) == "x86-64-avx512-vnni"
-        assert base_spec_name("x86_64", v4 | {"avx512_vnni", "avx512_bf16"}) == "x86-64-avx512-bf16"
-        assert base_spec_name("x86_64", v3 | {"avx_vnni"}) == "x86-64-avx-vnni"
-        assert base_spec_name("x86_64", {"sse4_2"}) == "portable-cpu"
-        assert base_spec_name("aarch64", {"asimd"}) == "cortex-a72"
-        assert base_spec_name("aarch64", {"asimd", "asimddp"}) == "cortex-a76"
-        assert base_spec_name("riscv64", frozenset()) == "portable-cpu"
+        assert base_spec("x86_64", v3) == "x86-64-avx2"
+        assert base_spec("x86_64", v4) == "x86-64-avx2"
+        assert base_spec("x86_64", v4 | {"avx512_vnni"}) == "x86-64-avx512-vnni"
+        assert base_spec("x86_64", v4 | {"avx512_vnni", "avx512_bf16"}) == "x86-64-avx512-bf16"
+        assert base_spec("x86_64", v3 | {"avx_vnni"}) == "x86-64-avx-vnni"
+        assert base_spec("x86_64", {"sse4_2"}) == "portable-cpu"
+        assert base_spec("aarch64", {"asimd"}) == "cortex-a72"
+        assert base_spec("aarch64", {"asimd", "asimddp"}) == "cortex-a76"
+        assert base_spec("riscv64", frozenset()) == "portable-cpu"
 
     def test_cache_sizes(self, tmp_path: Path) -> None:
         """Protects the reading of Linux's cache files: no instruction caches, megabytes understood, gaps allowed."""

@@ -24,8 +24,8 @@ from tests.kernels.test_anchor_kernels import CASES, random_case
 from tvm_hquant import numerics
 from tvm_hquant.cuda_compilation import NUMERICAL_OPTIONS, find_nvcc, kernel_source, source_kept
 from tvm_hquant.errors import ToolchainError
-from tvm_hquant.kernels.cuda_dp4a import dp4a_kernel
-from tvm_hquant.kernels.cuda_mma import mma_kernel
+from tvm_hquant.kernels.instruction_sets.cuda import dp4a_kernel
+from tvm_hquant.kernels.instruction_sets.cuda_mma import mma_kernel
 from tvm_hquant.kernels.interface import Kernel, KernelRequest, Placement
 from tvm_hquant.operators import Conv2D, Dense, Epilogue, Window
 from tvm_hquant.stored_outputs import in_channel_order

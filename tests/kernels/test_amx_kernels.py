@@ -17,10 +17,10 @@ import tvm
 from test_anchor_kernels import CASES, random_case
 
 from tvm_hquant import numerics
-from tvm_hquant.kernels import x86_amx
+from tvm_hquant.kernels.instruction_sets import amx
+from tvm_hquant.kernels.instruction_sets.amx import amx_kernel
 from tvm_hquant.kernels.interface import KernelRequest, Placement
 from tvm_hquant.kernels.registry import families_for_target, host_instruction_sets, select_kernel
-from tvm_hquant.kernels.x86_amx import amx_kernel
 from tvm_hquant.operators import Conv2D, Dense, Epilogue, Window
 from tvm_hquant.stored_outputs import in_channel_order
 from tvm_hquant.target_spec import load_target_spec
@@ -50,8 +50,8 @@ def requests() -> list[KernelRequest]:
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="no C compiler")
 def test_kernels_match_the_contract(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every request, with full-range codes and weights; the shapes of all tiles fit each other."""
-    monkeypatch.setattr(x86_amx, "INSTRUCTIONS", "emulated_")
-    monkeypatch.setattr(x86_amx, "ASK_PERMISSION", "add i64 0, 0")
+    monkeypatch.setattr(amx, "INSTRUCTIONS", "emulated_")
+    monkeypatch.setattr(amx, "ASK_PERMISSION", "add i64 0, 0")
     cases = {f"layer_{i}": random_case(np.random.default_rng(i), request) for i, request in enumerate(requests())}
     kernels = {name: amx_kernel(request) for name, (request, _, _) in cases.items()}
     functions = {name: kernel.function.with_attr("global_symbol", name) for name, kernel in kernels.items()}

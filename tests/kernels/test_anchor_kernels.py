@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from tvm_hquant import numerics
 from tvm_hquant.errors import KernelError
-from tvm_hquant.kernels import x86_avx2, x86_avx512_vnni
 from tvm_hquant.kernels.conv2d_template import conv2d_geometry
+from tvm_hquant.kernels.instruction_sets import avx2, avx512_vnni
 from tvm_hquant.kernels.interface import (
     FloatAnchorConstants,
     IntegerAnchorConstants,
@@ -264,7 +264,7 @@ def test_where_codes_need_no_padding() -> None:
     Nor may sums over a part of the window be beyond what the contract's check of weights covers.
     """
     padded = Window((3, 3), padding=(1, 1, 1, 1))
-    vnni, pairs, chains = x86_avx512_vnni.VnniDot(), x86_avx2.ByteDot(1), x86_avx2.ByteDot(16)
+    vnni, pairs, chains = avx512_vnni.VnniDot(), avx2.ByteDot(1), avx2.ByteDot(16)
     for channels, dot, skips in (
         (64, vnni, True),
         (64, chains, True),
@@ -352,7 +352,7 @@ def test_odd_channels_need_no_copy() -> None:
         for c in (34, 35)
     )
     stem = KernelRequest(Conv2D((1, 21, 21, 3), 16, Window((7, 7), (2, 2))), ("uint8",), "uint8", "int8")
-    vnni, proven = x86_avx512_vnni.VnniDot(), x86_avx2.ByteDot(1)
+    vnni, proven = avx512_vnni.VnniDot(), avx2.ByteDot(1)
     for request, steps, is_copied in ((grouped, 9, False), (three, 9, True), (stem, 6, True)):
         geometry = conv2d_geometry(request, vnni)
         assert not geometry.needs_copy("uint8")
@@ -380,10 +380,10 @@ def test_windows_of_few_channels_are_exact(family, size, channels, kernel, strid
 def test_first_layers_take_patches() -> None:
     """3×3 over three channels: seven steps of four products in place of nine, but no patches where few steps are saved."""
     request = KernelRequest(CASES["stem, three channels"], ("uint8",), "uint8", "int8")
-    for dot, steps in ((x86_avx512_vnni.VnniDot(), 7), (x86_avx2.ByteDot(1), 7)):
+    for dot, steps in ((avx512_vnni.VnniDot(), 7), (avx2.ByteDot(1), 7)):
         geometry = conv2d_geometry(request, dot)
         assert (geometry.patches, geometry.steps) == (request.operator, steps)
-    assert conv2d_geometry(request, x86_avx2.WordDot()).patches is None
+    assert conv2d_geometry(request, avx2.WordDot()).patches is None
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -13,6 +13,7 @@ from tvm import IRModule, relax
 from tvm import cpu as cpu_device
 
 from tvm_hquant.compilation import build_module
+from tvm_hquant.kernels.instruction_set import instruction_set_names
 from tvm_hquant.kernels.interface import Kernel, KernelFamily, KernelRequest
 from tvm_hquant.kernels.registry import select_kernel
 from tvm_hquant.layers import LayerGraph, read_layers
@@ -22,7 +23,6 @@ from tvm_hquant.relax_ir.kernel_calls import is_view, kernel_symbol
 from tvm_hquant.simulator.machine import BoundKernel, Call, CallProgram, KernelMachine, Schedule
 from tvm_hquant.simulator.program import Program, Step
 from tvm_hquant.simulator.worker import Library, exported
-from tvm_hquant.target_spec.vocabulary import INSTRUCTION_SETS
 from tvm_hquant.tensor_format import STORAGE_DTYPE
 
 Array = npt.NDArray[Any]
@@ -53,7 +53,7 @@ class SimulationEngine:
         self._compiled: set[KernelRequest] = set()
         self._symbols: set[str] = set()
         self._has_machine = False
-        self.instruction_sets = tuple(f.name for f in families if f.name in INSTRUCTION_SETS)
+        self.instruction_sets = tuple(f.name for f in families if f.name in instruction_set_names())
         self.machine = KernelMachine([(t.shape, t.dtype) for t in self.graph.inputs.values()])
         self._schedules: dict[tuple[str, ...], Schedule] = {}
 

@@ -8,14 +8,12 @@ from tvm_hquant.target_spec.load import list_target_specs, load_target_spec, rea
 from tvm_hquant.target_spec.schema import Conversion, Forbidden, Memory, Rules, Target, TargetConfiguration, Unit
 from tvm_hquant.target_spec.spec import TargetSpec
 from tvm_hquant.target_spec.vocabulary import (
-    INSTRUCTION_SETS,
     OPERATOR_KINDS,
     OPERATORS_WITH_WEIGHTS,
     STORED_FORMATS,
 )
 
 __all__ = [
-    "INSTRUCTION_SETS",
     "OPERATORS_WITH_WEIGHTS",
     "OPERATOR_KINDS",
     "STORED_FORMATS",

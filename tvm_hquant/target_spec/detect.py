@@ -19,30 +19,12 @@ import numpy as np
 
 from tvm_hquant.cpu_features import cpu_features, cpuinfo_entries
 from tvm_hquant.errors import TargetSpecError
+from tvm_hquant.kernels.instruction_set import Host, load_instruction_sets
 from tvm_hquant.target_spec.load import load_target_spec, spec_from
 from tvm_hquant.target_spec.spec import TargetSpec
-from tvm_hquant.target_spec.vocabulary import INSTRUCTION_SETS
 
-_BASES = {
-    "x86_64": (
-        ("avx512_bf16", "x86-64-avx512-bf16"),
-        ("avx512_vnni", "x86-64-avx512-vnni"),
-        ("avx_vnni", "x86-64-avx-vnni"),
-        ("avx2", "x86-64-avx2"),
-    ),
-    "aarch64": (("arm_bf16", "neoverse-v1"), ("arm_dotprod", "cortex-a76"), ("arm_neon", "cortex-a72")),
-}
-"""For each architecture, instruction sets with the shipped spec whose rates are taken, best first."""
-_X86_LEVELS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "avx512_bf16": ("x86-64-v4", ("+avx512vnni", "+avx512bf16")),
-    "avx512_vnni": ("x86-64-v4", ("+avx512vnni",)),
-    "avx_vnni": ("x86-64-v3", ("+avxvnni",)),
-    "avx2": ("x86-64-v3", ()),
-}
-"""LLVM's name of the level of a CPU whose best instruction set this is, and the features beyond that level."""
-_ARM_FEATURES = {"arm_bf16": ("+dotprod", "+fp16fml", "+i8mm", "+bf16"), "arm_dotprod": ("+dotprod",)}
-"""LLVM's features of AArch64 beyond NEON that an instruction set needs."""
-_FALLBACK = "portable-cpu"
+_OLDEST = {"x86_64": "x86-64", "aarch64": "generic"}
+"""LLVM's name for the oldest CPU of an architecture."""
 
 _BANDWIDTH_BUFFER_BYTES = 64 * 2**20
 _BANDWIDTH_SECONDS = 0.3
@@ -56,7 +38,7 @@ def detect_host() -> TargetSpec:
     """
     features = cpu_features()
     machine = _architecture()
-    base = load_target_spec(base_spec_name(machine, features))
+    host, base = best_host(machine, features)
     content: dict[str, Any] = base.model_dump(mode="json", by_alias=True, exclude_none=True)
     cores = usable_cores()
     clock = clock_ghz()
@@ -65,7 +47,7 @@ def detect_host() -> TargetSpec:
         f"This machine ({machine}, {cores} cores), detected from its CPU's flags. Memory bandwidth and sizes are its "
         f"own; the rates per cycle are those of {base.name}."
     )
-    content["target"] = _target(machine, base.instruction_sets, cores)
+    content["target"] = _target(machine, host, cores)
     for unit in content["units"]:
         unit["count"] = cores
         if clock is not None:
@@ -78,12 +60,21 @@ def detect_host() -> TargetSpec:
     return spec_from(content, "the detected spec of this machine")
 
 
-def base_spec_name(machine: str, features: Set[str]) -> str:
-    """The shipped spec whose rates stand for a CPU of architecture ``machine`` with ``features``."""
-    for instruction_set, name in _BASES.get(machine, ()):
-        if features >= INSTRUCTION_SETS[instruction_set] and not load_target_spec(name).missing_features(features):
-            return name
-    return _FALLBACK
+def best_host(machine: str, features: Set[str]) -> tuple[Host, TargetSpec]:
+    """How a machine of an architecture is described whose CPU has ``features``, and the shipped spec with its rates.
+
+    Raises:
+        TargetSpecError: no instruction set is for such a machine.
+    """
+    for instruction_set in load_instruction_sets():
+        host = instruction_set.host
+        if host is None or host.spec is None or host.architecture not in (None, machine):
+            continue
+        if instruction_set.cpu_features <= features:
+            spec = load_target_spec(host.spec)
+            if not spec.missing_features(features):
+                return host, spec
+    raise TargetSpecError(f"no instruction set is for a machine of architecture {machine}; write a spec by hand")
 
 
 def usable_cores() -> int:
@@ -157,19 +148,15 @@ def _architecture() -> str:
     return {"amd64": "x86_64", "arm64": "aarch64"}.get(machine, machine)
 
 
-def _target(machine: str, instruction_sets: tuple[str, ...], cores: int) -> dict[str, Any]:
+def _target(machine: str, host: Host, cores: int) -> dict[str, Any]:
     """A TVM target that names what the flags prove, not the CPU."""
-    best = instruction_sets[0]
-    target: dict[str, Any] = {"kind": "llvm", "mtriple": f"{machine}-linux-gnu", "num-cores": cores}
-    if machine == "x86_64":
-        target["mcpu"], features = _X86_LEVELS.get(best, ("x86-64", ()))
-        if features:
-            target["mattr"] = list(features)
-    elif machine == "aarch64":
-        target["mcpu"] = "generic"
-        target["mattr"] = ["+neon", *_ARM_FEATURES.get(best, ())]
+    target: dict[str, Any] = {"kind": "llvm", "num-cores": cores}
+    mcpu = host.mcpu or _OLDEST.get(machine)
+    if mcpu is not None:
+        target |= {"mtriple": f"{machine}-linux-gnu", "mcpu": mcpu}
     elif platform.system() != "Linux":
         raise TargetSpecError(f"detection knows Linux only, this is {platform.system()}; write a spec by hand")
-    else:
-        del target["mtriple"]  # LLVM's own default fits a machine that nothing is known of
+    # Otherwise LLVM's own default fits a machine that nothing is known of.
+    if host.mattr:
+        target["mattr"] = list(host.mattr)
     return target

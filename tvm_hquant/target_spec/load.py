@@ -8,7 +8,10 @@ import tomllib
 import types
 import typing
 from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib import resources
+from importlib.metadata import entry_points
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +24,13 @@ HOST = "host"
 """The name under which :func:`load_target_spec` detects this machine."""
 
 
+ENTRY_POINTS = "tvm_hquant.target_specs"
+"""Entry point group in which other distributions name packages with specs of theirs: ``name = "package"``."""
+
+
 def list_target_specs() -> tuple[str, ...]:
-    """Names of the specs that ship with the package, in alphabetical order."""
-    files = resources.files("tvm_hquant.target_specs").iterdir()
-    return tuple(sorted(file.name.removesuffix(".toml") for file in files if file.name.endswith(".toml")))
+    """Names of the specs that ship with the package, or with another distribution, in alphabetical order."""
+    return tuple(_shipped())
 
 
 def load_target_spec(name_or_path: str | Path) -> TargetSpec:
@@ -41,7 +47,7 @@ def load_target_spec(name_or_path: str | Path) -> TargetSpec:
     if isinstance(name_or_path, Path) or name.endswith(".toml") or "/" in name:
         path = Path(name_or_path)
         return read_target_spec(_text(path), str(path))
-    shipped = list_target_specs()
+    shipped = _shipped()
     if name not in shipped:
         close = difflib.get_close_matches(name, shipped, n=1)
         guess = f" (did you mean {close[0]}?)" if close else ""
@@ -49,8 +55,7 @@ def load_target_spec(name_or_path: str | Path) -> TargetSpec:
             f"no target spec is called {name!r}{guess}; there are {', '.join(shipped)}, {HOST} for this machine, "
             "and any file NAME.toml (docs/target-spec.md says how to write one)"
         )
-    file = resources.files("tvm_hquant.target_specs").joinpath(f"{name}.toml")
-    return read_target_spec(file.read_text(encoding="utf-8"), f"{name}.toml")
+    return read_target_spec(shipped[name].read_text(encoding="utf-8"), f"{name}.toml")
 
 
 def read_target_spec(text: str, file: str) -> TargetSpec:
@@ -81,6 +86,22 @@ def spec_from(content: Mapping[str, Any], file: str) -> TargetSpec:
         problems = [_describe(problem) for problem in errors]
         heading = f"{file}: " if len(problems) == 1 else f"{file}: {len(problems)} wrong fields:\n  "
         raise TargetSpecError(heading + "\n  ".join(problems)) from None
+
+
+@cache
+def _shipped() -> Mapping[str, Traversable]:
+    """Files of the specs that can be had by name."""
+    packages = ["tvm_hquant.target_specs", *sorted({point.value for point in entry_points(group=ENTRY_POINTS)})]
+    files: dict[str, Traversable] = {}
+    for package in packages:
+        for file in resources.files(package).iterdir():
+            name = file.name.removesuffix(".toml")
+            if name == file.name:
+                continue
+            if name in files:
+                raise TargetSpecError(f"two target specs are called {name}: {files[name]} and {file}; rename one")
+            files[name] = file
+    return types.MappingProxyType(dict(sorted(files.items())))
 
 
 def _text(path: Path) -> str:

@@ -22,8 +22,9 @@ from pydantic import (
 
 from tvm_hquant.cpu_features import normalize_feature
 from tvm_hquant.errors import PrecisionError
+from tvm_hquant.kernels.instruction_set import instruction_set_names
 from tvm_hquant.precision import REALIZED, parse_precision
-from tvm_hquant.target_spec.vocabulary import INSTRUCTION_SETS, OPERATOR_KINDS, STORED_FORMATS
+from tvm_hquant.target_spec.vocabulary import OPERATOR_KINDS, STORED_FORMATS
 
 Text = Annotated[str, StringConstraints(min_length=1, strip_whitespace=True)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -74,8 +75,8 @@ def _format_pattern(pattern: str) -> str:
 
 
 def _instruction_set(name: str) -> str:
-    if name not in INSTRUCTION_SETS:
-        raise ValueError(f"is no kernel family; use one of {', '.join(INSTRUCTION_SETS)}")
+    if name not in instruction_set_names():
+        raise ValueError(f"is no instruction set; use one of {', '.join(instruction_set_names())}")
     return name
 
 

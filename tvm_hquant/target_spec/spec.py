@@ -12,6 +12,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from tvm_hquant.cpu_features import normalize_features
 from tvm_hquant.errors import PrecisionError, TargetSpecError
+from tvm_hquant.kernels.instruction_set import load_instruction_set
 from tvm_hquant.precision import Arithmetic, Precision, parse_precision
 from tvm_hquant.target_spec.schema import (
     Conversion,
@@ -29,7 +30,6 @@ from tvm_hquant.target_spec.schema import (
 from tvm_hquant.target_spec.toml_text import toml_text
 from tvm_hquant.target_spec.tvm_target import build_target, host_problems
 from tvm_hquant.target_spec.vocabulary import (
-    INSTRUCTION_SETS,
     OPERATOR_KINDS,
     OPERATORS_WITH_WEIGHTS,
     STORED_FORMATS,
@@ -44,7 +44,7 @@ class TargetSpec(Table):
         name: short, unique among the specs in use.
         description: for people; no part of :meth:`spec_hash`.
         target: the TVM target and the compiler that links for it.
-        instruction_sets: kernel families, best first; the first that has a kernel for a layer computes it.
+        instruction_sets: best first; the first that has a kernel for a layer computes it.
         required_cpu_features: what the CPU must have beyond what units and instruction sets need.
         units, conversions, memory, rules: see the classes of :mod:`tvm_hquant.target_spec.schema`.
     """
@@ -168,10 +168,10 @@ class TargetSpec(Table):
         return self._keep_float_pattern(operator_kind, layer_name) is not None
 
     def cpu_features_needed(self) -> frozenset[str]:
-        """Every CPU feature, in Linux's spelling, that the spec, its units or its kernel families need."""
+        """Every CPU feature, in Linux's spelling, that the spec, its units or its instruction sets need."""
         return frozenset(self.required_cpu_features).union(
             *(unit.required_features for unit in self.units),
-            *(INSTRUCTION_SETS[name] for name in self.instruction_sets),
+            *(load_instruction_set(name).cpu_features for name in self.instruction_sets),
         )
 
     def missing_features(self, cpu_flags: Set[str]) -> frozenset[str]:
@@ -190,7 +190,7 @@ class TargetSpec(Table):
         """The ``tvm.target.Target``.
 
         Raises:
-            TargetSpecError: TVM or its LLVM does not know the target, or the kernel families do not fit it.
+            TargetSpecError: TVM or its LLVM does not know the target, or the instruction sets do not fit it.
         """
         return build_target(self.name, self.target.options(), self.instruction_sets)
 

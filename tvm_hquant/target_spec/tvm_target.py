@@ -14,23 +14,17 @@ from typing import Any
 
 from tvm_hquant.cpu_features import cpu_features, normalize_features
 from tvm_hquant.errors import TargetSpecError
-from tvm_hquant.target_spec.vocabulary import INSTRUCTION_SETS
+from tvm_hquant.kernels.instruction_set import InstructionSet, load_instruction_set, load_instruction_sets
 
 _OTHER_ARCHITECTURE_NAMES = re.compile(r"amd64|x86|i[456]86|arm64|armv\w+|thumbv\w+|riscv64gc")
 """Spellings that LLVM's triple parser takes beside the names of its targets."""
-
-
-_KIND_OF_FAMILY = {"cuda": "cuda", "cuda_mma": "cuda", "c": "c"}
-"""Kernel families whose code is for another kind of target than LLVM."""
-_FIRST_GPU = {"cuda_mma": 80}
-"""The compute capability, times ten, from which GPUs have what a kernel family needs."""
 
 
 def build_target(name: str, options: Mapping[str, Any], instruction_sets: Sequence[str]) -> Any:
     """The ``tvm.target.Target`` for the options of spec ``name``.
 
     Raises:
-        TargetSpecError: unknown tag, architecture, CPU or feature, or kernel families that do not fit the target.
+        TargetSpecError: unknown tag, architecture, CPU or feature, or instruction sets that do not fit the target.
     """
     from tvm.target import Target  # here, so that reading and listing specs does not wait for TVM
 
@@ -42,17 +36,18 @@ def build_target(name: str, options: Mapping[str, Any], instruction_sets: Sequen
     except (ValueError, TypeError) as error:
         raise TargetSpecError(f"target spec {name}, target: TVM refuses {dict(options)}: {error}") from error
     kind = str(target.kind.name)
-    unfit = [family for family in instruction_sets if _KIND_OF_FAMILY.get(family, "llvm") != kind]
+    named = [load_instruction_set(name) for name in instruction_sets]
+    unfit = [found.name for found in named if found.target_kind != kind]
     if unfit:
-        own = [family for family, needed in _KIND_OF_FAMILY.items() if needed == kind]
-        advice = f'use instruction_sets = ["{own[0]}"]' if own else "leave it to specs of another kind of target"
+        fit = [found.name for found in load_instruction_sets() if found.target_kind == kind]
+        advice = f"use some of {', '.join(fit)}" if fit else "leave it to specs of another kind of target"
         raise TargetSpecError(
             f"target spec {name}, instruction_sets: {', '.join(unfit)} does not fit a target of kind {kind}; {advice}"
         )
     if kind == "llvm":
-        _check_families(name, target, instruction_sets)
+        _check_features(name, target, named)
     elif kind == "cuda":
-        _check_gpu(name, str(target.attrs["arch"]), instruction_sets)
+        _check_gpu(name, str(target.attrs["arch"]), named)
     return target
 
 
@@ -117,27 +112,27 @@ def _check_llvm_names(where: str, options: Mapping[str, Any]) -> None:
             )
 
 
-def _check_families(name: str, target: Any, instruction_sets: Sequence[str]) -> None:
+def _check_features(name: str, target: Any, instruction_sets: Sequence[InstructionSet]) -> None:
     from tvm.target import codegen
 
     enabled = normalize_features(str(feature) for feature in codegen.llvm_get_cpu_features(target))
-    for family in instruction_sets:
-        lacking = sorted(INSTRUCTION_SETS[family] - enabled)
+    for found in instruction_sets:
+        lacking = sorted(found.cpu_features - enabled)
         if lacking:
             raise TargetSpecError(
-                f"target spec {name}, instruction_sets: the kernels of {family} need {', '.join(lacking)}, which the "
+                f"target spec {name}, instruction_sets: the kernels of {found.name} need {', '.join(lacking)}, which the "
                 "target does not switch on; name a CPU that has it in target.mcpu, add it to target.mattr (as LLVM "
-                f"spells it), or drop {family}"
+                f"spells it), or drop {found.name}"
             )
 
 
-def _check_gpu(name: str, arch: str, instruction_sets: Sequence[str]) -> None:
+def _check_gpu(name: str, arch: str, instruction_sets: Sequence[InstructionSet]) -> None:
     number = int(re.sub(r"\D", "", arch))
-    for family in instruction_sets:
-        if number < (first := _FIRST_GPU.get(family, 0)):
+    for found in instruction_sets:
+        if number < found.first_gpu:
             raise TargetSpecError(
-                f"target spec {name}, instruction_sets: the kernels of {family} need a GPU of sm_{first} or later, the "
-                f"target is {arch}; drop {family}"
+                f"target spec {name}, instruction_sets: the kernels of {found.name} need a GPU of sm_{found.first_gpu} or "
+                f"later, the target is {arch}; drop {found.name}"
             )
 
 

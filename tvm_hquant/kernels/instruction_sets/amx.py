@@ -28,6 +28,7 @@ from tvm_hquant.kernels.activation_copy import ActivationCopy
 from tvm_hquant.kernels.anchor_constants import integer_array_types, pack_integer
 from tvm_hquant.kernels.anchor_geometry import as_conv2d
 from tvm_hquant.kernels.epilogue import Epilogue, scale_accumulator
+from tvm_hquant.kernels.instruction_set import InstructionSet
 from tvm_hquant.kernels.interface import Array, Kernel, KernelRequest, LayerConstants
 from tvm_hquant.kernels.kernel_function import Buffer, imported_functions, kernel_function
 from tvm_hquant.kernels.primitives import Expression
@@ -350,3 +351,11 @@ class AmxFamily:
     def kernel(self, request: KernelRequest) -> Kernel | None:
         """The kernel for a request, or None."""
         return amx_kernel(request)
+
+
+INSTRUCTION_SET = InstructionSet(
+    (AmxFamily(),),
+    frozenset({"avx512f", "avx512bw", "avx512vl", "amx_tile", "amx_int8"}),
+    preference=60,
+)
+"""For specs that name it: detection leaves it out until it has run on its processor."""

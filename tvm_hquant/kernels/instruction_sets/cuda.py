@@ -28,9 +28,11 @@ from tvm_hquant.kernels.cuda_convolution import (
     is_served,
     load_word,
 )
+from tvm_hquant.kernels.instruction_set import InstructionSet
 from tvm_hquant.kernels.interface import Array, Kernel, KernelRequest
 from tvm_hquant.kernels.kernel_function import Buffer
 from tvm_hquant.kernels.primitives import Expression
+from tvm_hquant.kernels.reference import ReferenceFamily
 from tvm_hquant.operators import Conv2D, Dense
 
 _OFFSET = -128
@@ -184,3 +186,6 @@ class Dp4aFamily:
     def kernel(self, request: KernelRequest) -> Kernel | None:
         """The kernel for a request, or None."""
         return dp4a_kernel(request)
+
+
+INSTRUCTION_SET = InstructionSet((Dp4aFamily(), ReferenceFamily("cuda")), target_kind="cuda")

@@ -18,7 +18,9 @@ from tvm.tirx.script import builder as T
 
 from tvm_hquant.kernels.anchor_family import AnchorFamily
 from tvm_hquant.kernels.arm_operands import LANES, REGISTERS, ElementOperands, element_in_all_lanes
+from tvm_hquant.kernels.common import CommonFamily
 from tvm_hquant.kernels.dot_product import DotProduct
+from tvm_hquant.kernels.instruction_set import Host, InstructionSet
 from tvm_hquant.kernels.interface import KernelRequest
 from tvm_hquant.kernels.kernel_function import Buffer
 from tvm_hquant.kernels.primitives import Expression, vector_type
@@ -85,5 +87,9 @@ def _dot(request: KernelRequest) -> DotProduct | None:
     return BFloatElementDot() if isinstance(operator, Dense) and operator.in_features % 2 == 0 else None
 
 
-FAMILY = AnchorFamily("arm_bf16", _dot, LANES)
-"""The kernel family of this instruction set."""
+INSTRUCTION_SET = InstructionSet(
+    (AnchorFamily("arm_bf16", _dot, LANES), CommonFamily(LANES)),
+    frozenset({"asimd", "bf16"}),
+    host=Host("aarch64", "neoverse-v1", "generic", ("+neon", "+dotprod", "+fp16fml", "+i8mm", "+bf16")),
+    preference=50,
+)

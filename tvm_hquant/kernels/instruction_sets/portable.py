@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from tvm_hquant.kernels.anchor_family import AnchorFamily
+from tvm_hquant.kernels.common import CommonFamily
 from tvm_hquant.kernels.dot_product import DotProduct, FloatDot, WideDot, WideningDot
+from tvm_hquant.kernels.instruction_set import Host, InstructionSet
 from tvm_hquant.kernels.interface import KernelRequest
 
 _LANES = 4
@@ -18,5 +20,9 @@ def _dot(request: KernelRequest) -> DotProduct:
     return FloatDot(_LANES, _REGISTERS, request.weights)
 
 
-FAMILY = AnchorFamily("portable", _dot, _LANES)
-"""The kernel family of any LLVM target."""
+INSTRUCTION_SET = InstructionSet(
+    (AnchorFamily("portable", _dot, _LANES), CommonFamily(_LANES)),
+    host=Host(None, "portable-cpu"),
+    preference=10,
+)
+"""What is left when nothing better fits."""

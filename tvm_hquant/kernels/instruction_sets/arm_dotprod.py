@@ -14,7 +14,9 @@ from tvm.tirx.script import builder as T
 from tvm_hquant.kernels.anchor_family import AnchorFamily
 from tvm_hquant.kernels.arm_floats import arm_float_dot
 from tvm_hquant.kernels.arm_operands import LANES, REGISTERS, TOP_BITS, ElementOperands, word_operands
+from tvm_hquant.kernels.common import CommonFamily
 from tvm_hquant.kernels.dot_product import DotProduct, WideDot
+from tvm_hquant.kernels.instruction_set import Host, InstructionSet
 from tvm_hquant.kernels.interface import KernelRequest
 from tvm_hquant.kernels.kernel_function import Buffer
 from tvm_hquant.kernels.primitives import Expression
@@ -53,5 +55,9 @@ def _dot(request: KernelRequest) -> DotProduct:
     return arm_float_dot(request)
 
 
-FAMILY = AnchorFamily("arm_dotprod", _dot, LANES)
-"""The kernel family of this instruction set."""
+INSTRUCTION_SET = InstructionSet(
+    (AnchorFamily("arm_dotprod", _dot, LANES), CommonFamily(LANES)),
+    frozenset({"asimd", "asimddp"}),
+    host=Host("aarch64", "cortex-a76", "generic", ("+neon", "+dotprod")),
+    preference=30,
+)

@@ -31,6 +31,7 @@ from tvm_hquant.kernels.cuda_convolution import (
     is_served,
     load_word,
 )
+from tvm_hquant.kernels.instruction_set import InstructionSet
 from tvm_hquant.kernels.interface import Array, Kernel, KernelRequest
 from tvm_hquant.kernels.kernel_function import Buffer
 from tvm_hquant.kernels.primitives import Expression
@@ -245,3 +246,6 @@ class MmaFamily:
     def kernel(self, request: KernelRequest) -> Kernel | None:
         """The kernel for a request, or None."""
         return mma_kernel(request)
+
+
+INSTRUCTION_SET = InstructionSet((MmaFamily(),), target_kind="cuda", first_gpu=80)

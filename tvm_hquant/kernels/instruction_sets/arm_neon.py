@@ -22,7 +22,9 @@ from tvm_hquant.kernels.arm_operands import (
     halves,
     word_operands,
 )
+from tvm_hquant.kernels.common import CommonFamily
 from tvm_hquant.kernels.dot_product import DotProduct, RepeatedOperand, WideDot
+from tvm_hquant.kernels.instruction_set import Host, InstructionSet
 from tvm_hquant.kernels.interface import KernelRequest
 from tvm_hquant.kernels.kernel_function import Buffer
 from tvm_hquant.kernels.primitives import Expression, convert, vector_type
@@ -110,5 +112,9 @@ def _dot(request: KernelRequest) -> DotProduct:
     return arm_float_dot(request)
 
 
-FAMILY = AnchorFamily("arm_neon", _dot, LANES)
-"""The kernel family of this instruction set."""
+INSTRUCTION_SET = InstructionSet(
+    (AnchorFamily("arm_neon", _dot, LANES), CommonFamily(LANES)),
+    frozenset({"asimd"}),
+    host=Host("aarch64", "cortex-a72", "generic", ("+neon",)),
+    preference=20,
+)

@@ -15,7 +15,9 @@ from dataclasses import dataclass, replace
 from tvm.tirx.script import builder as T
 
 from tvm_hquant.kernels.anchor_family import AnchorFamily
+from tvm_hquant.kernels.common import CommonFamily
 from tvm_hquant.kernels.dot_product import DotProduct, FloatDot, RepeatedOperand, ShortSums, WideDot, repeated_words
+from tvm_hquant.kernels.instruction_set import Host, InstructionSet
 from tvm_hquant.kernels.interface import KernelRequest
 from tvm_hquant.kernels.kernel_function import Buffer
 from tvm_hquant.kernels.primitives import Expression
@@ -145,5 +147,9 @@ def _word_product(request: KernelRequest) -> WordProduct:
     return "vpmaddubsw" if request.saturation_free_pairs else "vpmaddwd"
 
 
-FAMILY = AnchorFamily("avx2", _dot, _LANES, _word_product, (16, 32))
-"""The kernel family of this instruction set."""
+INSTRUCTION_SET = InstructionSet(
+    (AnchorFamily("avx2", _dot, _LANES, _word_product, (16, 32)), CommonFamily(_LANES)),
+    frozenset({"avx2", "fma"}),
+    host=Host("x86_64", "x86-64-avx2", "x86-64-v3"),
+    preference=20,
+)

@@ -17,7 +17,9 @@ from dataclasses import dataclass
 from tvm.tirx.script import builder as T
 
 from tvm_hquant.kernels.anchor_family import AnchorFamily
+from tvm_hquant.kernels.common import CommonFamily
 from tvm_hquant.kernels.dot_product import DotProduct, RepeatedOperand
+from tvm_hquant.kernels.instruction_set import Host, InstructionSet
 from tvm_hquant.kernels.interface import KernelRequest
 from tvm_hquant.kernels.kernel_function import Buffer
 from tvm_hquant.kernels.primitives import Expression
@@ -82,5 +84,9 @@ def _dot(request: KernelRequest) -> DotProduct | None:
     return BFloatDot() if isinstance(operator, Dense) and operator.in_features % 2 == 0 else None
 
 
-FAMILY = AnchorFamily("avx512_bf16", _dot, _LANES)
-"""The kernel family of this instruction set."""
+INSTRUCTION_SET = InstructionSet(
+    (AnchorFamily("avx512_bf16", _dot, _LANES), CommonFamily(_LANES)),
+    frozenset({"avx512f", "avx512bw", "avx512vl", "avx512_bf16"}),
+    host=Host("x86_64", "x86-64-avx512-bf16", "x86-64-v4", ("+avx512vnni", "+avx512bf16")),
+    preference=50,
+)

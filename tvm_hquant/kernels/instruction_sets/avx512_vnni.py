@@ -1,8 +1,6 @@
-"""AVX-VNNI (Alder Lake, Arrow Lake, Zen 5 and later): ``vpdpbusd`` on 256-bit vectors, for CPUs with or without AVX-512.
+"""AVX512-VNNI: ``vpdpbusd`` adds four products of u8 and s8 codes to each of 16 int32 sums.
 
-Everything but 8-bit codes is as on plain AVX2.
-Source: Intel 64 and IA-32 Architectures Software Developer's Manual, VPDPBUSD (VEX.256). LLVM has one intrinsic for it and for
-the EVEX form of AVX512-VL; which one is emitted follows from the target's features.
+Source: Intel 64 and IA-32 Architectures Software Developer's Manual, VPDPBUSD. LLVM 22 wants its operands as <64 x i8>.
 """
 
 from __future__ import annotations
@@ -13,13 +11,15 @@ from dataclasses import dataclass, replace
 from tvm.tirx.script import builder as T
 
 from tvm_hquant.kernels.anchor_family import AnchorFamily
-from tvm_hquant.kernels.dot_product import DotProduct, RepeatedOperand, repeated_words
+from tvm_hquant.kernels.common import CommonFamily
+from tvm_hquant.kernels.dot_product import DotProduct, FloatDot, RepeatedOperand, WideDot, repeated_words
+from tvm_hquant.kernels.instruction_set import Host, InstructionSet
 from tvm_hquant.kernels.interface import KernelRequest
 from tvm_hquant.kernels.kernel_function import Buffer
 from tvm_hquant.kernels.primitives import Expression
 
-_LANES = 8
-_REGISTERS = 16
+_LANES = 16
+_REGISTERS = 32
 
 
 @dataclass(frozen=True)
@@ -48,12 +48,20 @@ class VnniDot(RepeatedOperand):
     def accumulate(
         self, accumulator: Expression, operands: Sequence[Expression], weights: Sequence[Expression]
     ) -> Expression:
-        return T.call_llvm_pure_intrin("int32x8", "llvm.x86.avx512.vpdpbusd.256", accumulator, operands[0], weights[0])
+        return T.call_llvm_pure_intrin("int32x16", "llvm.x86.avx512.vpdpbusd.512", accumulator, operands[0], weights[0])
 
 
-def _dot(request: KernelRequest) -> DotProduct | None:
-    return VnniDot() if request.weights == "int8" else None
+def _dot(request: KernelRequest) -> DotProduct:
+    if request.weights == "int8":
+        return VnniDot()
+    if request.weights == "int16":
+        return WideDot(8, _REGISTERS)
+    return FloatDot(_LANES, _REGISTERS, request.weights)
 
 
-FAMILY = AnchorFamily("avx_vnni", _dot, _LANES, lambda _: "vpdpbusd", (16, 32))
-"""The kernel family of this instruction set."""
+INSTRUCTION_SET = InstructionSet(
+    (AnchorFamily("avx512_vnni", _dot, _LANES, lambda _: "vpdpbusd", (16, 32, 64)), CommonFamily(_LANES)),
+    frozenset({"avx512f", "avx512bw", "avx512vl", "avx512_vnni"}),
+    host=Host("x86_64", "x86-64-avx512-vnni", "x86-64-v4", ("+avx512vnni",)),
+    preference=40,
+)

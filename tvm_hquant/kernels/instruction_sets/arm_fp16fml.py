@@ -16,7 +16,9 @@ from tvm.tirx.script import builder as T
 
 from tvm_hquant.kernels.anchor_family import AnchorFamily
 from tvm_hquant.kernels.arm_operands import LANES, REGISTERS, ElementOperands, element_in_all_lanes, halves
+from tvm_hquant.kernels.common import CommonFamily
 from tvm_hquant.kernels.dot_product import DotProduct
+from tvm_hquant.kernels.instruction_set import Host, InstructionSet
 from tvm_hquant.kernels.interface import KernelRequest
 from tvm_hquant.kernels.kernel_function import Buffer
 from tvm_hquant.kernels.primitives import Expression, vector_type
@@ -72,5 +74,9 @@ def _dot(request: KernelRequest) -> DotProduct | None:
     return HalfDot() if isinstance(operator, Dense) and operator.out_features >= _HALVES else None
 
 
-FAMILY = AnchorFamily("arm_fp16fml", _dot, LANES)
-"""The kernel family of this instruction set."""
+INSTRUCTION_SET = InstructionSet(
+    (AnchorFamily("arm_fp16fml", _dot, LANES), CommonFamily(LANES)),
+    frozenset({"asimd", "asimdhp", "asimdfhm"}),
+    host=Host("aarch64"),
+    preference=40,
+)
