@@ -23,9 +23,11 @@ from tvm_hquant.kernels.interface import (
     IntegerElementwiseConstants,
     KernelRequest,
     NoConstants,
+    ProvenEnding,
     QuantizeConstants,
     TableConstants,
 )
+from tvm_hquant.kernels.proven_endings import proven_ending
 from tvm_hquant.kernels.saturation import centred_products, saturation_free_pairs
 from tvm_hquant.layers import Layer
 from tvm_hquant.operators import (
@@ -81,7 +83,7 @@ def test_integer_layer_asks_for_an_integer_kernel(name: str, storage: TensorForm
     precision = parse_precision(name)
     codes = quantize_layer_weights(layer, precision)
     request, constants = realize_layer(layer, precision, [storage], BYTE, codes)
-    proven = (request.saturation_free_pairs, request.centred_products)
+    proven = (request.saturation_free_pairs, request.centred_products, False, request.ending)
     assert request == KernelRequest(layer.operator, (storage.storage,), "uint8", weights, points, *proven)
     assert isinstance(constants, IntegerAnchorConstants)
     np.testing.assert_array_equal(constants.weight_codes, codes.codes)
@@ -109,6 +111,18 @@ def test_request_says_what_narrow_weights_prove() -> None:
     assert proofs[-1] > proofs[1]
     wide = parse_precision("a8w12")
     assert realize_layer(layer, wide, [BYTE], BYTE, quantize_layer_weights(layer, wide))[0].saturation_free_pairs == 0
+
+
+def test_request_says_what_constants_prove_of_the_clamp() -> None:
+    """What saves most of the clamp on x86, where activations and outputs are bytes; nothing is said of others."""
+    layer, precision = random_convolution(), A8W8
+    codes = quantize_layer_weights(layer, precision)
+    request, constants = realize_layer(layer, precision, [BYTE], BYTE, codes)
+    assert isinstance(constants, IntegerAnchorConstants)
+    assert request.ending == proven_ending(constants)
+    assert request.ending.fits_int32
+    for inputs, output in (([WIDE], BYTE), ([BYTE], WIDE), ([BYTE], FLOAT32_FORMAT)):
+        assert realize_layer(layer, precision, inputs, output, codes)[0].ending == ProvenEnding()
 
 
 def test_sums_that_could_leave_int32_are_refused() -> None:

@@ -21,8 +21,10 @@ from tvm_hquant.kernels.interface import (
     KernelRequest,
     LayerConstants,
     NoConstants,
+    ProvenEnding,
     TableConstants,
 )
+from tvm_hquant.kernels.proven_endings import proven_ending
 from tvm_hquant.kernels.saturation import centred_products, saturation_free_pairs
 from tvm_hquant.layers import Layer
 from tvm_hquant.operators import (
@@ -116,6 +118,7 @@ def _integer_anchor(
     constants = numerics.integer_anchor_constants(
         weights.codes, weights.scales, weights.bias, inputs[0], output, operator.epilogue, residual
     )
+    ends_in_bytes = all(f.storage == "uint8" for f in (*inputs, output))
     request = KernelRequest(
         operator,
         tuple(f.storage for f in inputs),
@@ -124,6 +127,7 @@ def _integer_anchor(
         len(weights.codes),
         saturation_free_pairs(weights.codes) if is_int8 else 0,
         centred_products(weights.codes) if is_int8 else 2,
+        ending=proven_ending(constants) if is_int8 and ends_in_bytes else ProvenEnding(),
     )
     return request, constants
 

@@ -29,6 +29,7 @@ from tvm_hquant.kernels.interface import (
 )
 from tvm_hquant.kernels.kernel_function import input_shapes
 from tvm_hquant.kernels.patches import conv_of_patches
+from tvm_hquant.kernels.proven_endings import proven_ending
 from tvm_hquant.kernels.registry import ANCHOR_FAMILIES, families_for_target, host_instruction_sets, select_kernel
 from tvm_hquant.kernels.saturation import centred_products, saturation_free_pairs
 from tvm_hquant.operators import Conv2D, Dense, Epilogue, Window
@@ -110,6 +111,8 @@ def random_case(rng: np.random.Generator, request: KernelRequest, weight_limit: 
                 "saturation_free_pairs": saturation_free_pairs(codes),
                 "centred_products": centred_products(codes),
             }
+            if set(request.inputs) | {request.output} == {"uint8"}:
+                proven["ending"] = proven_ending(constants)
             request = replace(request, **proven)
         return request, constants, inputs
     weights = numerics.narrow(rng.normal(size=conv.weight_shape).astype(np.float32), request.weights)

@@ -13,10 +13,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.kernels.code_endings import CodeEnding, code_endings
 from tests.kernels.test_anchor_kernels import HOST, TARGETS, random_case, run_kernel
 from tvm_hquant import numerics
-from tvm_hquant.kernels.interface import IntegerAnchorConstants, KernelRequest, Requantization
+from tvm_hquant.kernels.interface import IntegerAnchorConstants, KernelRequest
 from tvm_hquant.kernels.interleaved_depthwise import interleaved_depthwise_kernel
+from tvm_hquant.kernels.proven_endings import proven_ending
 from tvm_hquant.kernels.x86_byte_vectors import WordProduct
 from tvm_hquant.operators import Conv2D, Window
 
@@ -40,20 +42,20 @@ def _convolutions(draw: st.DrawFn) -> Conv2D:
 
 @pytest.mark.parametrize(("product", "family", "limit"), PRODUCTS)
 @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
-@given(operator=_convolutions(), seed=st.integers(0, 2**32 - 1), width=st.sampled_from([16, 32, 64]))
-def test_is_exact(product: WordProduct, family: str, limit: int, operator: Conv2D, seed: int, width: int) -> None:
-    """Any window, channels of all widths, limits inside the codes on both sides."""
+@given(
+    operator=_convolutions(), seed=st.integers(0, 2**32 - 1), width=st.sampled_from([16, 32, 64]), ends=code_endings()
+)
+def test_is_exact(
+    product: WordProduct, family: str, limit: int, operator: Conv2D, seed: int, width: int, ends: CodeEnding
+) -> None:
+    """Any window, channels of all widths, every end of the values."""
     if family not in HOST:
         pytest.skip(f"this CPU has no {family}")
     rng = np.random.default_rng(seed)
     request, constants, inputs = random_case(rng, KernelRequest(operator, ("uint8",), "uint8", "int8"), limit)
     assert isinstance(constants, IntegerAnchorConstants)
-    zero_point = int(rng.integers(0, 256))
-    lower, upper = sorted(int(v) for v in rng.integers(-zero_point, 255 - zero_point, 2, endpoint=True))
-    end = Requantization(float(lower), float(upper), zero_point)
-    # Some channels leave int16, and some int32, before they are clamped.
-    steep = rng.choice(np.array([1, 1e3, 1e8], np.float32), constants.multiplier.shape)
-    constants = replace(constants, requantization=end, multiplier=constants.multiplier * steep)
+    constants = ends.of(constants)
+    request = replace(request, ending=proven_ending(constants))
     widths = (min(width, 32) if family == "avx2" else width, 16)
     kernel = interleaved_depthwise_kernel(request, product, widths, family)
     assert kernel is not None

@@ -161,7 +161,9 @@ class _Emitter:
             assert vectors is not None
             assert self.zero_points is not None
             residual = self.inputs[1] if has_residual else None
-            self.packed_epilogue = PackedEpilogue(vectors, residual, limits, self.zero_points, flat(output))
+            self.packed_epilogue = PackedEpilogue(
+                vectors, residual, limits, self.zero_points, flat(output), request.ending
+            )
         self.source: Buffer = self.inputs[0]
 
     def emit(self) -> None:

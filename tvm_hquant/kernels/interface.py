@@ -33,6 +33,21 @@ class Placement:
 
 
 @dataclass(frozen=True)
+class ProvenEnding:
+    """What the constants of an integer layer prove about its end, where it has uint8 codes (:mod:`.proven_endings`).
+
+    Attributes:
+        fits_int32: every value lies within int32 before it is clamped, and none is NaN.
+        starts_at_zero: the output's stored zero point is 0.
+        is_whole_range: the clamp is that of uint8: it leaves stored codes from 0 to 255.
+    """
+
+    fits_int32: bool = False
+    starts_at_zero: bool = False
+    is_whole_range: bool = False
+
+
+@dataclass(frozen=True)
 class KernelRequest:
     """What a kernel has to compute.
 
@@ -47,6 +62,7 @@ class KernelRequest:
             0: not even one pair. Kernels may use it to be faster, never to compute other values.
         centred_products: likewise, how many products of codes less 128 (s8·s8) surely fit int16: 2, 4 or 8.
         finite_weights: what the weights prove: none of a float layer is infinite or NaN, so products with zeros are zeros.
+        ending: what the constants prove about the clamp of an integer layer, which may then be done by saturation.
         placement: where the output goes in a wider buffer, which the kernel then gets in place of its own output and leaves
             unchanged elsewhere; None for an output of its own.
         shuffled: whether the output's channels are stored as a channel shuffle orders them: channel j of group g of a
@@ -61,6 +77,7 @@ class KernelRequest:
     saturation_free_pairs: int = 0
     centred_products: int = 2
     finite_weights: bool = False
+    ending: ProvenEnding = ProvenEnding()
     placement: Placement | None = None
     shuffled: bool = False
 

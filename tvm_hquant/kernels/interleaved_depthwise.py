@@ -18,7 +18,8 @@ from tvm.tirx.script import builder as T
 from tvm_hquant.kernels.anchor_constants import integer_array_types, pack_integer
 from tvm_hquant.kernels.interface import Array, Kernel, KernelRequest, LayerConstants
 from tvm_hquant.kernels.kernel_function import Buffer, kernel_function
-from tvm_hquant.kernels.primitives import Expression, LlvmPrimitives, broadcast, convert, select
+from tvm_hquant.kernels.primitives import Expression, LlvmPrimitives, broadcast, convert
+from tvm_hquant.kernels.saturating_clamp import SaturatingClamp
 from tvm_hquant.kernels.vector_loops import flat, load, store
 from tvm_hquant.kernels.x86_byte_vectors import GROUPS, ByteVectors, WordProduct
 from tvm_hquant.operators import Conv2D
@@ -174,7 +175,8 @@ class _Emitter:
         self.output_channels, self.output_offset = request.output_shape[-1], request.output_offset
         self.geometry, self.vectors = geometry, geometry.vectors
         self.source, self.output = flat(source), flat(output)
-        self.weights, self.starts, self.multipliers, self.offsets, self.limits, self.zero_points = arrays
+        self.weights, self.starts, self.multipliers, self.offsets, limits, self.zero_points = arrays
+        self.clamp = SaturatingClamp(self.vectors, limits, self.zero_points, request.ending)
 
     def emit(self) -> None:
         geometry, conv = self.geometry, self.geometry.conv
@@ -245,9 +247,6 @@ class _Emitter:
     def _tiles(self, words: Buffer, output_row: Expression, block: Expression, channel: Expression) -> None:
         geometry, width = self.geometry, self.geometry.output_size[1]
         pixels = geometry.pixels
-        zero_point = T.bind(broadcast(T.Cast("int16", self.zero_points[0]), self.vectors.width // 2))
-        lowest = T.Cast("uint8", T.Cast("int32", self.limits[0]) + self.zero_points[0])
-        floor = T.bind(broadcast(lowest, self.vectors.width))
         with T.serial(-(-width // pixels)) as tile:
             x = T.bind(tile * pixels if width % pixels == 0 else T.min(tile * pixels, width - pixels))
             places = [(r, i) for i in range(pixels) for r in range(geometry.group_rows)]
@@ -257,20 +256,16 @@ class _Emitter:
                 for r, i in places:
                     sums[group, r, i] = self._codes(words, x, block, group, r, i)
                     if group % 2:
-                        half = self.vectors.pack_words(sums.pop((group - 1, r, i)), sums.pop((group, r, i)))
-                        halves[group // 2, r, i] = T.bind(half + zero_point)
+                        half = self.clamp.half(sums.pop((group - 1, r, i)), sums.pop((group, r, i)))
+                        halves[group // 2, r, i] = half
             for r, i in places:
-                codes = T.bind(self.vectors.pack_halves(halves[0, r, i], halves[1, r, i]))
+                codes = self.clamp.codes(halves[0, r, i], halves[1, r, i])
                 pixel = (output_row + r) * width + x + i
                 index = pixel * self.output_channels + self.output_offset + channel
-                store(self.output, index, T.max(codes, floor), self.vectors.width)
+                store(self.output, index, codes, self.vectors.width)
 
     def _codes(self, words: Buffer, x: Expression, block: Expression, group: int, row: int, pixel: int) -> Expression:
-        """int32 codes less the zero point of the channels of a group at an output, not yet limited from below.
-
-        Whatever is too small for int32 converts to something small, which packing saturates; what is too large is cut off
-        by the upper limit before it is converted.
-        """
+        """int32 codes less the zero point of the channels of a group at an output, not yet limited."""
         geometry, vectors, p = self.geometry, self.vectors, LlvmPrimitives()
         window, lanes = geometry.conv.window, vectors.operand_lanes
         constants = (block * GROUPS + group) * vectors.words
@@ -291,6 +286,4 @@ class _Emitter:
             load(self.multipliers, constants, vectors.words),
             load(self.offsets, constants, vectors.words),
         )
-        value = p.bind(p.fma(convert(total, "float32"), multiplier, offset))
-        upper = broadcast(self.limits[1], vectors.words)
-        return T.bind(p.round_to_int32(select(value < upper, value, upper)))
+        return self.clamp.rounded(p.fma(convert(total, "float32"), multiplier, offset))

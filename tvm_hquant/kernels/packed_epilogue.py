@@ -1,8 +1,8 @@
 """The end of an anchor's kernel on x86 where the output has uint8 codes: four vectors of sums become one vector of bytes.
 
-``vpackssdw`` and ``vpackuswb`` saturate, which is most of the clamp, and leave a quarter of the stores. They work within
-parts of 16 bytes; the order in which channels are packed into vectors makes up for it. The four vectors are those of one,
-two or four pixels, with four, two or one vectors of channels each.
+``vpackssdw`` and ``vpackuswb`` saturate, which is most of the clamp (:mod:`tvm_hquant.kernels.saturating_clamp`), and leave
+a quarter of the stores. They work within parts of 16 bytes; the order in which channels are packed into vectors makes up
+for it. The four vectors are those of one, two or four pixels, with four, two or one vectors of channels each.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ import numpy as np
 import numpy.typing as npt
 from tvm.tirx.script import builder as T
 
+from tvm_hquant.kernels.interface import ProvenEnding
 from tvm_hquant.kernels.kernel_function import Buffer
-from tvm_hquant.kernels.primitives import Expression, LlvmPrimitives, broadcast, select
+from tvm_hquant.kernels.primitives import Expression, LlvmPrimitives, broadcast
+from tvm_hquant.kernels.saturating_clamp import SaturatingClamp
 from tvm_hquant.kernels.vector_loops import load, store
 from tvm_hquant.kernels.x86_byte_vectors import GROUPS, ByteVectors
 
@@ -56,6 +58,7 @@ class PackedEpilogue:
     limits: Buffer
     zero_points: Buffer
     output: Buffer
+    ending: ProvenEnding
 
     def finish(self, values: Sequence[Sequence[Expression]], places: Sequence[Expression]) -> None:
         """Adds the residual to float32 values, clamps, rounds and stores.
@@ -70,12 +73,9 @@ class PackedEpilogue:
         flat += [flat[-1]] * (GROUPS - len(flat))
         if self.residual is not None:
             flat = self._add_residual(flat, size, places)
-        sums = [self._rounded(value) for value in flat]
-        zero_point = broadcast(T.Cast("int16", self.zero_points[0]), self.vectors.width // 2)
-        low = self.vectors.pack_words(sums[0], sums[1]) + zero_point
-        high = self.vectors.pack_words(sums[2], sums[3]) + zero_point
-        lowest = T.Cast("uint8", T.Cast("int32", self.limits[0]) + self.zero_points[0])
-        codes = T.bind(T.max(self.vectors.pack_halves(low, high), broadcast(lowest, self.vectors.width)))
+        clamp = SaturatingClamp(self.vectors, self.limits, self.zero_points, self.ending)
+        sums = [clamp.rounded(value) for value in flat]
+        codes = clamp.codes(clamp.half(sums[0], sums[1]), clamp.half(sums[2], sums[3]))
         if size == GROUPS:
             store(self.output, places[0], codes, self.vectors.width)
             return
@@ -84,17 +84,6 @@ class PackedEpilogue:
             chosen = T.Shuffle([units], [part * GROUPS // size + number for part in range(self.vectors.width // 16)])
             count = self.vectors.width * size // GROUPS
             store(self.output, place, T.reinterpret(f"uint8x{count}", chosen), count)
-
-    def _rounded(self, value: Expression) -> Expression:
-        """int32 codes less the zero point, not yet limited from below.
-
-        What is too large is cut off before it is converted. What is too small for int32, and a NaN, converts to −2³¹, which
-        saturates.
-        """
-        p = LlvmPrimitives()
-        upper = broadcast(self.limits[1], self.vectors.words)
-        value = p.bind(value)
-        return T.bind(p.round_to_int32(select(upper < value, upper, value)))
 
     def _add_residual(self, values: Sequence[Expression], size: int, places: Sequence[Expression]) -> list[Expression]:
         assert self.residual is not None
