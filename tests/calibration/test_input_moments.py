@@ -9,6 +9,7 @@ from tvm_hquant.calibration import input_moments
 from tvm_hquant.calibration.input_moments import InputMomentsCollector
 from tvm_hquant.layers import Layer
 from tvm_hquant.operators import Conv2D, Dense, Window
+from tvm_hquant.rounding.output_error import regularized
 
 
 def convolution(groups: int, window: Window) -> Layer:
@@ -73,10 +74,22 @@ def test_layers_with_many_columns_are_cut_at_channels(monkeypatch: pytest.Monkey
     np.testing.assert_allclose(moments.covariances[1][0], whole[45:90, 45:90], atol=1e-5)
 
 
-def test_covariance_of_one_row_is_not_indefinite() -> None:
-    """One sample, with values whose squares float32 cannot hold exactly: rounding weights takes the matrix's square root."""
+def test_means_that_are_large_against_the_spread() -> None:
+    """A difference of second moments in float32 would be noise, and indefinite: rounding takes the matrix's square root."""
+    layer = Layer("head", "head", Dense(48, 64, 8), ("x",))
+    collector = InputMomentsCollector([layer])
+    rng = np.random.default_rng(0)
+    arrays = [(1e4 + rng.normal(size=(48, 1)) + 0.1 * rng.normal(size=(48, 64))).astype(np.float32) for _ in range(5)]
+    for array in arrays:
+        collector.observe("x", array)
+    moments = collector.moments()["head"]
+    exact = np.cov(np.concatenate(arrays).astype(np.float64).T, bias=True)
+    np.testing.assert_allclose(moments.covariances[0][0], exact, rtol=0, atol=1e-3)
+    assert np.linalg.eigvalsh(regularized(moments.covariances[0], moments.count)).min() > 0
+
+
+def test_one_row_has_no_spread() -> None:
     layer = Layer("head", "head", Dense(1, 64, 8), ("x",))
     collector = InputMomentsCollector([layer])
     collector.observe("x", np.random.default_rng(0).normal(1e4, 1e3, (1, 64)).astype(np.float32))
-    covariance = collector.moments()["head"].covariances[0][0]
-    assert np.linalg.eigvalsh(covariance).min() > 0
+    assert not collector.moments()["head"].covariances[0].any()

@@ -8,6 +8,10 @@ say nearly the same.
 
 Memory does not depend on the number of samples. It would grow with the square of the number of columns, so layers with many
 columns are cut into blocks of whole input channels, and correlations between blocks are taken for zero.
+
+Rows are centred, some samples at a time, before they are multiplied, and what the means of these differ by is added (T. Chan,
+G. Golub, R. LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances", 1979, eq. 2.1): where the
+means are large against the spread, a difference of second moments in float32 would be no covariance at all.
 """
 
 from __future__ import annotations
@@ -30,7 +34,6 @@ LARGEST_BLOCK = 1536
 """Columns up to which all correlations of a layer are kept."""
 BLOCK_OF_LARGE_LAYERS = 512
 _ROWS_AT_ONCE = 512
-_EPSILON = float(np.finfo(np.float32).eps)
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +72,7 @@ class InputMomentsCollector:
 
 
 class _ColumnSums:
-    """Sums of the columns of one layer and of their products."""
+    """Means of the columns of one layer, and sums of the products of their deviations."""
 
     def __init__(self, layer: Layer) -> None:
         operator = layer.operator
@@ -83,7 +86,8 @@ class _ColumnSums:
         columns = math.prod(operator.weight_shape[1:])
         size = columns if columns <= LARGEST_BLOCK else max(1, BLOCK_OF_LARGE_LAYERS // taps) * taps
         self._blocks = [slice(start, min(start + size, columns)) for start in range(0, columns, size)]
-        self._sums = np.zeros((groups, columns))
+        self._taken_in = 0
+        self._means = np.zeros((groups, columns))
         self._products = [np.zeros((groups, b.stop - b.start, b.stop - b.start), np.float32) for b in self._blocks]
         self._waiting: list[Array] = []
 
@@ -98,24 +102,25 @@ class _ColumnSums:
         """Few rows make a product as large as many do, so some samples are waited for."""
         rows = np.concatenate(self._waiting, axis=1)
         self._waiting = []
-        self._sums += rows.sum(axis=1, dtype=np.float64)
+        count = rows.shape[1]
+        total = self._taken_in + count
+        means = rows.mean(axis=1, dtype=np.float64)
+        away = means - self._means
+        centred = rows - means[:, None, :].astype(np.float32)
         for block, products in zip(self._blocks, self._products, strict=True):
-            part = rows[:, :, block]
+            part = centred[:, :, block]
             products += part.transpose(0, 2, 1) @ part
+            if self._taken_in:
+                between = (away[:, block] * math.sqrt(self._taken_in * count / total)).astype(np.float32)
+                products += between[:, :, None] * between[:, None, :]
+        self._means += away * (count / total)
+        self._taken_in = total
 
     def moments(self) -> InputMoments:
         if self._waiting:
             self._take_in()
-        means = self._sums / self.count
-        covariances = []
-        for block, products in zip(self._blocks, self._products, strict=True):
-            part = means[:, block]
-            covariance = products.astype(np.float64) / self.count - part[:, :, None] * part[:, None, :]
-            # The products are summed in float32. Where the means are large against the spread, what that loses could make
-            # the difference indefinite; it is at most this much of any direction.
-            np.einsum("gii->gi", covariance)[...] += _EPSILON * (part**2).sum(axis=1, keepdims=True)
-            covariances.append(covariance)
-        return InputMoments(self.count, means, tuple(covariances))
+        covariances = tuple(products.astype(np.float64) / self.count for products in self._products)
+        return InputMoments(self.count, self._means, covariances)
 
     def _rows(self, values: Array) -> Array:
         """Some rows of columns: float32 [groups, rows, columns]."""
