@@ -35,6 +35,24 @@ def list_command() -> None:
     print_table(("name", "description", "runs on this machine"), rows)
 
 
+@targets_app.command("instruction-sets")
+def instruction_sets_command() -> None:
+    """List the instruction sets that a spec can name, the preferred first."""
+    from tvm_hquant.cpu_features import cpu_features
+    from tvm_hquant.kernels.instruction_set import load_instruction_sets
+
+    features = cpu_features()
+    rows = []
+    for found in load_instruction_sets():
+        lacking = sorted(found.cpu_features - features)
+        has = "no" if lacking else "yes" if found.target_kind == "llvm" else ""
+        needs = ", ".join(sorted(found.cpu_features)) or (
+            f"sm_{found.first_gpu} or later" if found.first_gpu else "none"
+        )
+        rows.append((found.name, found.target_kind, needs, has))
+    print_table(("name", "target kind", "needs", "this CPU has it"), rows)
+
+
 @targets_app.command("show")
 def show_command(name: Annotated[str, typer.Argument(help="Name of a shipped spec, a TOML file, or 'host'.")]) -> None:
     """Show what a target computes, what it costs and what it forbids."""

@@ -188,4 +188,4 @@ class Dp4aFamily:
         return dp4a_kernel(request)
 
 
-INSTRUCTION_SET = InstructionSet((Dp4aFamily(), ReferenceFamily("cuda")), target_kind="cuda")
+INSTRUCTION_SET = InstructionSet((Dp4aFamily(), ReferenceFamily("cuda")), target_kind="cuda", first_gpu=61)
