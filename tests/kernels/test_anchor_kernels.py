@@ -335,7 +335,7 @@ def test_narrow_weights_take_fewer_instructions(limit: int, chain: int) -> None:
 
 
 @pytest.mark.skipif("avx2" not in HOST, reason="this CPU has no AVX2")
-@pytest.mark.parametrize("channels", [17, 34, 35, 44, 68])
+@pytest.mark.parametrize("channels", [12, 17, 24, 34, 35, 44, 68])
 @pytest.mark.parametrize("limit", [7, 64])
 def test_channels_left_over_by_chains_are_exact(channels: int, limit: int) -> None:
     """What a chain leaves makes shorter ones; one or two channels left are a step that reads others once more."""

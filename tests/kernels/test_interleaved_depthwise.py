@@ -23,7 +23,7 @@ from tvm_hquant.kernels.x86_byte_vectors import WordProduct
 from tvm_hquant.operators import Conv2D, Window
 
 PRODUCTS: list[tuple[WordProduct, str, int]] = [
-    ("vpdpbusd", "avx512_vnni", 127), ("vpmaddubsw", "avx2", 64), ("vpmaddwd", "avx2", 127)
+    ("vpdpbusd", "avx512_vnni", 127), ("vpmaddubsw", "avx2", 64), ("vpmaddubsw", "avx2", 7), ("vpmaddwd", "avx2", 127)
 ]  # fmt: skip
 
 
@@ -59,6 +59,8 @@ def test_is_exact(
     widths = (min(width, 32) if family == "avx2" else width, 16)
     kernel = interleaved_depthwise_kernel(request, product, widths, family)
     assert kernel is not None
+    if limit == 7:
+        assert ("chain" in kernel.name) == (operator.window.kernel[1] > 1)
     actual = run_kernel(kernel, constants, inputs, TARGETS[family])
     np.testing.assert_array_equal(actual, numerics.evaluate(request, constants, inputs), kernel.name)
 

@@ -91,6 +91,17 @@ def test_depthwise_pairs_are_kernel_rows() -> None:
     assert saturation_free_pairs(codes) == 0
 
 
+def test_depthwise_chains_take_all_columns() -> None:
+    """The sums of rows j and j + 2 over the whole width of the window, however large its middle row is."""
+    codes = np.full((1, 4, 1, 3, 3), 21, np.int8)
+    assert saturation_free_pairs(codes) == 3
+    codes[0, :, 0, 1] = 42
+    assert saturation_free_pairs(codes) == 3
+    codes[0, 2, 0, 2, 1] = 24
+    assert saturation_free_pairs(codes) == 1
+    assert saturation_free_pairs(np.full((1, 4, 1, 5, 5), -12, np.int8)) == 5
+
+
 def test_any_point_can_forbid() -> None:
     """All points of a multipoint layer run through the same kernel."""
     codes = np.ones((2, 3, 8, 1, 1), np.int8)

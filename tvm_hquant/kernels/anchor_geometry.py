@@ -102,10 +102,13 @@ class AnchorGeometry:
     def chain(self) -> int:
         """Steps in a chain: as many as the dot product allows; the steps that are left make shorter ones.
 
-        A chain stays within a pixel: where a run takes several, it has to divide the steps of one.
+        A chain stays within a pixel: where a run takes several, it has to divide the steps of one. Where operands come several
+        at a time, it has to be a power of two like them.
         """
         chain, steps = self.dot.chain, -(-self.group_inputs // self.dot.products)
         takes_one_pixel = self.runs == self.conv.window.kernel[1]
+        if takes_one_pixel and self.dot.operand_steps == 1:
+            return min(chain, steps)
         while chain > steps or (steps % chain and not takes_one_pixel):
             chain //= 2
         return chain
@@ -129,6 +132,8 @@ class AnchorGeometry:
         """How ``steps`` steps are cut: so many full loads of operands, and the steps of the shorter loads after them."""
         full = max(self.dot.operand_steps, self.chain)
         count, left = divmod(steps, full)
+        if self.dot.operand_steps == 1:
+            return count, (left,) if left else ()
         return count, tuple(size for size in _powers_of_two_below(full) if left & size)
 
     @property

@@ -59,8 +59,15 @@ def interleaved_depthwise_kernel(
     def emit(inputs: Sequence[Buffer], arrays: Sequence[Buffer], output: Buffer) -> None:
         _Emitter(request, geometry, inputs[0], arrays, output).emit()
 
-    name = f"{family}.depthwise_conv2d[{product} {geometry.group_rows}x{geometry.pixels}x{width}]"
+    chain = f" chain {conv.window.kernel[1]}" if _adds_columns(request, geometry) else ""
+    name = f"{family}.depthwise_conv2d[{product} {geometry.group_rows}x{geometry.pixels}x{width}{chain}]"
     return Kernel(request, name, kernel_function(request, types, emit), pack)
+
+
+def _adds_columns(request: KernelRequest, geometry: InterleavedGeometry) -> bool:
+    """Whether the products of all columns of the window fit int16 together."""
+    width = geometry.conv.window.kernel[1]
+    return geometry.vectors.product == "vpmaddubsw" and request.saturation_free_pairs >= width > 1
 
 
 @dataclass(frozen=True)
@@ -176,6 +183,7 @@ class _Emitter:
         self.geometry, self.vectors = geometry, geometry.vectors
         self.source, self.output = flat(source), flat(output)
         self.weights, self.starts, self.multipliers, self.offsets, limits, self.zero_points = arrays
+        self.adds_columns = _adds_columns(request, geometry)
         self.clamp = SaturatingClamp(self.vectors, limits, self.zero_points, request.ending)
 
     def emit(self) -> None:
@@ -272,6 +280,7 @@ class _Emitter:
         kernel_width = window.kernel[1]
         total = load(self.starts, constants, vectors.words)
         for tap in range(geometry.taps):
+            operands, weights = [], []
             for column in range(kernel_width):
                 place = (x + pixel) * window.strides[1] + column * window.dilation[1]
                 for operand in range(vectors.operands):
@@ -281,7 +290,13 @@ class _Emitter:
                     weight += (
                         ((row * geometry.taps + tap) * kernel_width + column) * vectors.operands + operand
                     ) * lanes
-                    total = vectors.multiply(total, load(words, at, lanes), load(self.weights, weight, lanes))
+                    operands.append(load(words, at, lanes))
+                    weights.append(load(self.weights, weight, lanes))
+            if self.adds_columns:
+                total = vectors.multiply_chain(total, operands, weights)
+                continue
+            for word, code in zip(operands, weights, strict=True):
+                total = vectors.multiply(total, word, code)
         multiplier, offset = (
             load(self.multipliers, constants, vectors.words),
             load(self.offsets, constants, vectors.words),

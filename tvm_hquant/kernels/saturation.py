@@ -21,7 +21,7 @@ _INT16 = np.iinfo(np.int16)
 
 
 def saturation_free_pairs(weight_codes: npt.NDArray[Any]) -> int:
-    """How many chained pair sums of u8·s8 products surely fit int16, for every output channel: 0, 1, 2, 4, 8 or 16.
+    """How many chained pair sums of u8·s8 products surely fit int16, for every output channel: mostly 0, 1, 2, 4, 8 or 16.
 
     Args:
         weight_codes: int8 [points, out_channels, in_channels / groups, kernel_h, kernel_w].
@@ -32,14 +32,16 @@ def saturation_free_pairs(weight_codes: npt.NDArray[Any]) -> int:
     A window of few channels (:func:`tvm_hquant.kernels.patches.is_patch`) has its products taken as one patch, rows, then
     columns, then channels: chains go by the order in it, and single pairs by that of the channels, too.
 
-    Where groups have one input channel, as in depthwise layers, pairs are made of kernel rows instead, j and j + 2, and the
-    answer is 0 or 1.
+    Where groups have one input channel, as in depthwise layers, pairs are made of kernel rows instead, j and j + 2, and a
+    chain takes all columns of the window: the answer is 0, 1, or the window's width.
     """
     in_channels, height, width = weight_codes.shape[2:]
     if in_channels == 1:
         rows = weight_codes[:, :, 0].astype(np.int32)
         rows = np.pad(rows, ((0, 0), (0, 0), (0, 2), (0, 0)))
-        return int(_fits(np.stack([rows[:, :, :-2], rows[:, :, 2:]], axis=-1)))
+        pairs = np.stack([rows[:, :, :-2], rows[:, :, 2:]], axis=-1)
+        # [points, channels, first row of the pair, column and member of the pair]
+        return width if _fits(pairs.reshape(*pairs.shape[:3], -1)) else int(_fits(pairs))
     if is_patch(in_channels, height, width):
         return saturation_free_pairs(weights_of_patches(weight_codes)) if _longest_chain(weight_codes) else 0
     return _longest_chain(weight_codes)

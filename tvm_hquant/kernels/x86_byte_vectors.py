@@ -109,10 +109,24 @@ class ByteVectors:
         """The int32 sums plus the products of an operand's words and weights."""
         if self.product == "vpmaddwd":
             return total + self._call("vpmaddwd", f"int32x{self.words}", operand, weights)
-        codes = T.reinterpret(f"int8x{self.width}", operand)
         if self.product == "vpdpbusd":
+            codes = T.reinterpret(f"int8x{self.width}", operand)
             return self._call("vpdpbusd", f"int32x{self.words}", total, codes, weights)
-        pairs = self._call("vpmaddubsw", f"int16x{self.width // 2}", codes, weights)
+        return self._widen(total, self._pairs(operand, weights))
+
+    def multiply_chain(
+        self, total: Expression, operands: Sequence[Expression], weights: Sequence[Expression]
+    ) -> Expression:
+        """The same for several operands, whose products of ``vpmaddubsw`` are known to fit int16 together."""
+        first, *others = (self._pairs(x, w) for x, w in zip(operands, weights, strict=True))
+        return self._widen(total, sum(others, first))
+
+    def _pairs(self, operand: Expression, weights: Expression) -> Expression:
+        """int16 sums of two products each."""
+        codes = T.reinterpret(f"int8x{self.width}", operand)
+        return self._call("vpmaddubsw", f"int16x{self.width // 2}", codes, weights)
+
+    def _widen(self, total: Expression, pairs: Expression) -> Expression:
         ones = T.broadcast(T.int16(1), self.width // 2)
         return total + self._call("vpmaddwd", f"int32x{self.words}", pairs, ones)
 
