@@ -27,7 +27,7 @@ BOARDS = [
     (("arm_bf16", "arm_fp16fml", "arm_i8mm"), "neoverse-v1"),
 ]
 INSTRUCTIONS = {
-    "cortex-a53": ("smlal", "chain 4", "chain 8"),
+    "cortex-a53": ("smlal2", "smlal ", "chain 2", "chain 4"),
     "cortex-a76": ("sdot",),
     "neoverse-v1": ("usmmla", "sudot", "fmlal", "bfmlal"),
 }

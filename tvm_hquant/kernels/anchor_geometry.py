@@ -253,7 +253,7 @@ class AnchorGeometry:
             multiplications = max(sums, (sums + _LATENCY) / 2, self.dot.row_vectors)
             operand_cost = self.dot.operand_cost
         crowded = 1 + _CROWDED * max(0, self._pixels_of_a_set(pixels) - _LINES_OF_A_SET)
-        return crowded * (multiplications + operand_cost * pixels + vectors)
+        return crowded * (multiplications + operand_cost * pixels + self.dot.weight_cost * vectors)
 
     def _pixels_of_a_set(self, pixels: int) -> int:
         """How many neighbouring pixels lie in the same set of the first-level cache, at most."""

@@ -56,6 +56,11 @@ def word_operands(buffer: Buffer, index: Expression, words: int, dtype: str, fli
     return [T.reinterpret(f"{dtype}x16", element_in_all_lanes(value, word, LANES)) for word in range(words)]
 
 
+def add_neighbours(pairs: Expression) -> Expression:
+    """int16x8 to int32x4; with the addition of an accumulator LLVM makes ``sadalp`` of it."""
+    return T.call_llvm_pure_intrin("int32x4", "llvm.aarch64.neon.saddlp", pairs)
+
+
 def halves(vector: Expression) -> tuple[Expression, Expression]:
     """The two halves of a vector of two registers."""
     vector = T.bind(vector)

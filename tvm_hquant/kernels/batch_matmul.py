@@ -195,13 +195,13 @@ class _Emitter:
         """Where the sums of a vector of columns start."""
         sums = self._sums(1, 1)
         self._accumulate(sums, zero_points, T.int32(0), 0, packed, [place])
-        total = self.dot.rows(load(sums[0, 0], 0, self.dot.lanes * self.dot.pixels))[0]
+        total = self.dot.rows(load(sums[0, 0], 0, self.dot.accumulator_elements))[0]
         zero = broadcast(T.int32(0), self.dot.lanes)
         store(starts, at, zero - total, self.dot.lanes)
 
     def _sums(self, rows: int, vectors: int) -> Mapping[tuple[int, int], Buffer]:
         """Accumulators that hold zero, for rows (by the first of those that share one) and vectors."""
-        dot, size = self.dot, self.dot.lanes * self.dot.pixels
+        dot, size = self.dot, self.dot.accumulator_elements
         sums = {}
         for i in range(0, rows, dot.pixels):
             for j in range(vectors):
@@ -242,14 +242,14 @@ class _Emitter:
         if starts is not None:
             for (_, j), accumulator in sums.items():
                 at = start + (vector + j) * dot.lanes
-                store(accumulator, 0, dot.start(load(starts, at, dot.lanes)), dot.lanes * dot.pixels)
+                store(accumulator, 0, dot.start(load(starts, at, dot.lanes)), dot.accumulator_elements)
         elements = self.geometry.steps * dot.lanes * dot.products
         weights = [T.bind(matrix + (vector + j) * elements) for j in range(tile.vectors)]
         first = T.bind(left + row * self.left_view.row_stride)
         self._accumulate(sums, self.left, first, self.left_view.row_stride, packed, weights, tile.pixels)
         for (i, j), accumulator in sums.items():
             column = self._column(vector + j)
-            for k, total in enumerate(dot.rows(load(accumulator, 0, dot.lanes * dot.pixels))):
+            for k, total in enumerate(dot.rows(load(accumulator, 0, dot.accumulator_elements))):
                 if i + k < tile.pixels:
                     place = output + (row + i + k) * view.row_stride + column * view.column_stride
                     self._finish(total, place)
@@ -300,7 +300,7 @@ class _Emitter:
         steps: int,
         rows: int,
     ) -> None:
-        dot, size = self.dot, self.dot.lanes * self.dot.pixels
+        dot, size = self.dot, self.dot.accumulator_elements
         vector_weights = dot.lanes * dot.products
         weight_type = vector_type(dot.weight_dtype, vector_weights)
         first, offset = T.bind(first), T.bind(offset)

@@ -131,7 +131,7 @@ class StepEmitter:
         activation, weight = T.bind(activation), T.bind(weight)
         operands: dict[int, list[Expression]] = {}
         weight_type = vector_type(dot.weight_dtype, vector_weights)
-        size = dot.lanes * dot.pixels
+        size = dot.accumulator_elements
         short_sums = dot.short_sums(chain)
         for first in range(0, steps, chain):
             if short_sums is not None:

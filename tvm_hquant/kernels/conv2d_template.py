@@ -276,11 +276,11 @@ class _Emitter:
         constants = T.bind(channel_block * geometry.block)
         # An accumulator is named by its first pixel; of its pixels, those beyond the tile are left out in the end.
         places = [(i, j) for i in range(0, pixels, dot.pixels) for j in range(vectors)]
-        accumulators = {place: register(dot.accumulator_dtype, dot.lanes * dot.pixels) for place in places}
+        accumulators = {place: register(dot.accumulator_dtype, dot.accumulator_elements) for place in places}
 
         def sums(i: int, j: int) -> Expression:
             first = i - i % dot.pixels
-            return dot.rows(load(accumulators[first, j], 0, dot.lanes * dot.pixels))[i - first]
+            return dot.rows(load(accumulators[first, j], 0, dot.accumulator_elements))[i - first]
 
         def output_index(i: int, j: int) -> Expression:
             pixel = row * width + x + i
@@ -372,7 +372,7 @@ class _Emitter:
         start_base = T.bind(start_base)
         for (i, j), accumulator in accumulators.items():
             at = start_base + (sections[i] * part_lanes + j * dot.lanes)
-            store(accumulator, 0, dot.start(load(self.starts, at, dot.lanes)), dot.lanes * dot.pixels)
+            store(accumulator, 0, dot.start(load(self.starts, at, dot.lanes)), dot.accumulator_elements)
         top, left = (a - b for a, b in zip(window.padding[:2], geometry.copied_padding[:2], strict=True))
         # Patches of one row are in memory at a time.
         first = 0 if geometry.patches is not None else (image * padded_height + (y * sh - top)) * padded_width

@@ -50,7 +50,9 @@ class DotProduct(Protocol):
         operand_steps: steps whose operands come from memory at once, a power of two (a chain takes its own steps at least).
         groups: groups of channels that the lanes take turns among. The ``products`` channels of every group that a step takes
             then lie side by side in memory, group after group.
-        pixels: neighbouring pixels that share an accumulator; it has ``lanes · pixels`` elements.
+        weight_cost: what loading a vector of weights costs, likewise.
+        pixels: neighbouring pixels that share an accumulator.
+        accumulator_elements: elements of an accumulator, ``lanes · pixels`` or, where a channel has several sums, a multiple.
         accumulator_registers: vector registers of an accumulator.
         row_vectors: vectors of channels that a tile of one pixel may have: sums enough to hide the latency of wide cores.
         splits_pixels: whether a step may take the last channels of a pixel with the first of the next one, and channels
@@ -84,11 +86,15 @@ class DotProduct(Protocol):
     @property
     def operand_cost(self) -> float: ...
     @property
+    def weight_cost(self) -> float: ...
+    @property
     def operand_steps(self) -> int: ...
     @property
     def groups(self) -> int: ...
     @property
     def pixels(self) -> int: ...
+    @property
+    def accumulator_elements(self) -> int: ...
     @property
     def accumulator_registers(self) -> int: ...
     @property
@@ -132,6 +138,7 @@ class DotProduct(Protocol):
 class OnePixel:
     """The part of a dot product whose accumulators are vectors of channels of one pixel."""
 
+    lanes: int
     splits_pixels: bool = False
     last_channels: tuple[int, ...] = ()
     groups: int = 1
@@ -146,6 +153,14 @@ class OnePixel:
     @property
     def pixels(self) -> int:
         return 1
+
+    @property
+    def weight_cost(self) -> float:
+        return 1.0
+
+    @property
+    def accumulator_elements(self) -> int:
+        return self.lanes
 
     def short_sums(self, chain: int) -> ShortSums | None:
         return None

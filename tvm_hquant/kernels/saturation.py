@@ -17,6 +17,8 @@ from tvm_hquant.kernels.patches import is_patch, weights_of_patches
 LONGEST_CHAIN = 16
 """Pair sums of a chain, at most."""
 _MOST_CENTRED = 8
+_OCTET = 8
+"""int16 lanes of a register of NEON: every eighth channel meets in a lane."""
 _INT16 = np.iinfo(np.int16)
 
 
@@ -64,9 +66,9 @@ def _longest_chain(weight_codes: npt.NDArray[Any]) -> int:
 def centred_products(weight_codes: npt.NDArray[Any]) -> int:
     """How many products of activation codes less 128 with weights surely fit int16 when added: 2, 4 or 8.
 
-    Two always do, since weights are within −127…127. The products of a sum are, at one kernel position, those of n consecutive
-    even or n consecutive odd channels, starting at a multiple of 2n. Missing channels at the end count as zero weights. A patch
-    counts as one position.
+    Two always do, since weights are within −127…127. The products of a sum are, at one kernel position, those of every eighth
+    channel of 8n, starting at a multiple of 8n. Missing channels at the end count as zero weights. A patch counts as one
+    position.
 
     Args:
         weight_codes: int8 [points, out_channels, in_channels / groups, kernel_h, kernel_w].
@@ -76,10 +78,10 @@ def centred_products(weight_codes: npt.NDArray[Any]) -> int:
         weight_codes = weights_of_patches(weight_codes)
     in_channels = weight_codes.shape[2]
     rows = np.moveaxis(weight_codes, 2, -1).reshape(-1, in_channels).astype(np.int32)
-    rows = np.pad(rows, ((0, 0), (0, -in_channels % (2 * _MOST_CENTRED))))
+    rows = np.pad(rows, ((0, 0), (0, -in_channels % (_OCTET * _MOST_CENTRED))))
     longest = 2
     for count in (4, _MOST_CENTRED):
-        if not _fits(rows.reshape(len(rows), -1, count, 2).swapaxes(2, 3).reshape(-1, count), (-128, 127)):
+        if not _fits(rows.reshape(len(rows), -1, count, _OCTET).swapaxes(2, 3).reshape(-1, count), (-128, 127)):
             break
         longest = count
     return longest

@@ -44,8 +44,10 @@ class UsmmlaDot:
     accumulator_dtype: str = "int32"
     name: str = "usmmla"
     operand_cost: float = 1.0
+    weight_cost: float = 1.0
     operand_steps: int = 2
     pixels: int = 2
+    accumulator_elements: int = 2 * LANES
     splits_pixels: bool = False
     last_channels: tuple[int, ...] = ()
     groups: int = 1

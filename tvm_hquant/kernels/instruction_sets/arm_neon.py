@@ -1,7 +1,8 @@
 """Plain AArch64 NEON (Cortex-A53, A72): ``smull`` and ``smlal`` sum products of bytes in int16, ``sadalp`` widens.
 
 Activations less 128 and weights within −127…127 make products of at most 2¹⁴ − 128, so two of them always fit int16. Narrower
-weights let more products meet there before they are widened.
+weights let more products meet there before they are widened. Layers of some channels take sixteen at a time
+(:mod:`tvm_hquant.kernels.arm_octets`); where a group has few, pairs of them are repeated for all outputs.
 """
 
 from __future__ import annotations
@@ -12,12 +13,15 @@ from dataclasses import dataclass
 from tvm.tirx.script import builder as T
 
 from tvm_hquant.kernels.anchor_family import AnchorFamily
+from tvm_hquant.kernels.anchor_geometry import as_conv2d
 from tvm_hquant.kernels.arm_floats import arm_float_dot
+from tvm_hquant.kernels.arm_octets import OctetDot
 from tvm_hquant.kernels.arm_operands import (
     LANES,
     REGISTERS,
     TOP_BITS,
     ElementOperands,
+    add_neighbours,
     element_in_all_lanes,
     halves,
     word_operands,
@@ -27,13 +31,17 @@ from tvm_hquant.kernels.dot_product import DotProduct, RepeatedOperand, WideDot
 from tvm_hquant.kernels.instruction_set import Host, InstructionSet
 from tvm_hquant.kernels.interface import KernelRequest
 from tvm_hquant.kernels.kernel_function import Buffer
+from tvm_hquant.kernels.patches import takes_patches
 from tvm_hquant.kernels.primitives import Expression, convert, vector_type
-from tvm_hquant.operators import Conv2D
+from tvm_hquant.operators import Conv2D, Dense
+
+_FEWEST_CHANNELS = 8
+"""Of fewer channels in a group, most of a step of sixteen would be empty."""
 
 
 @dataclass(frozen=True)
 class PairDot(ElementOperands):
-    """Two channels a step for eight output channels; ``chain`` steps are summed in int16, lane by lane, then widened."""
+    """Two channels a step for eight output channels; ``chain`` steps, two at most, are summed in int16, then widened."""
 
     chain: int = 2
     lanes: int = 2 * LANES
@@ -49,11 +57,11 @@ class PairDot(ElementOperands):
 
     @property
     def operand_steps(self) -> int:
-        return max(4, self.chain)
+        return 4
 
     def spare_registers(self, groups: int, vectors: int, chain: int) -> int:
-        # Counted in assembly: with more, LLVM puts sums on the stack. It loads the weights of long chains late.
-        return 5 * groups // 2 + (min(chain, 4) + 1) * vectors
+        # Counted in assembly: with more, LLVM puts sums on the stack.
+        return 5 * groups // 2 + (chain + 1) * vectors
 
     def operands(self, buffer: Buffer, indices: Sequence[Expression], steps: int) -> Sequence[Expression]:
         loaded = buffer.vload([indices[0]], vector_type("int8", 2 * steps))
@@ -69,7 +77,7 @@ class PairDot(ElementOperands):
         total = products[0]
         for other in products[1:]:
             total = total + other
-        return accumulator + T.Shuffle([_add_neighbours(half) for half in halves(total)], list(range(8)))
+        return accumulator + T.Shuffle([add_neighbours(half) for half in halves(total)], list(range(8)))
 
 
 @dataclass(frozen=True)
@@ -95,21 +103,29 @@ class QuadDot(RepeatedOperand):
     ) -> Expression:
         products = convert(operands[0], "int16") * convert(weights[0], "int16")
         pairs = T.call_llvm_pure_intrin("int16x8", "llvm.aarch64.neon.addp", *halves(products))
-        return accumulator + _add_neighbours(pairs)
-
-
-def _add_neighbours(pairs: Expression) -> Expression:
-    """int16x8 to int32x4; with the addition of an accumulator LLVM makes ``sadalp`` of it."""
-    return T.call_llvm_pure_intrin("int32x4", "llvm.aarch64.neon.saddlp", pairs)
+        return accumulator + add_neighbours(pairs)
 
 
 def _dot(request: KernelRequest) -> DotProduct:
     if request.weights == "int8":
-        is_depthwise = isinstance(request.operator, Conv2D) and request.operator.is_depthwise
-        return QuadDot() if is_depthwise else PairDot(request.centred_products)
+        if isinstance(request.operator, Conv2D) and request.operator.is_depthwise:
+            return QuadDot()
+        if _has_octets(request):
+            return OctetDot(request.centred_products // 2)
+        return PairDot(min(2, request.centred_products))
     if request.weights == "int16":
         return WideDot(2, REGISTERS)
     return arm_float_dot(request)
+
+
+def _has_octets(request: KernelRequest) -> bool:
+    """Whether steps of sixteen channels are worth it: not for few channels, nor where products fit alone only."""
+    assert isinstance(request.operator, (Conv2D, Dense))
+    conv, dot = as_conv2d(request.operator), OctetDot(request.centred_products // 2)
+    if request.centred_products == 1:
+        return False
+    has_patches = request.inputs[0] == "uint8" and takes_patches(conv, dot.products, dot.splits_pixels)
+    return has_patches or conv.in_channels // conv.groups >= _FEWEST_CHANNELS
 
 
 INSTRUCTION_SET = InstructionSet(

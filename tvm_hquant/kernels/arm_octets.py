@@ -1,0 +1,94 @@
+"""Products of codes on plain NEON without repeating an activation: sixteen channels of a pixel times sixteen of each output.
+
+``smull`` and ``smlal2`` multiply the two halves of a register of activations with those of a register of weights and add
+eight pairs of products in int16; ``sadalp`` adds neighbours of these to four int32 sums of the output. So every register of
+activations serves all outputs as it was loaded; the four sums are added up once, in the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tvm.tirx.script import builder as T
+
+from tvm_hquant.kernels.arm_operands import LANES, REGISTERS, add_neighbours, halves
+from tvm_hquant.kernels.dot_product import OnePixel
+from tvm_hquant.kernels.kernel_function import Buffer
+from tvm_hquant.kernels.primitives import Expression, convert
+
+_STEP = 16
+"""Channels of a step: the bytes of a register."""
+
+
+@dataclass(frozen=True)
+class OctetDot(OnePixel):
+    """Sixteen channels a step for four output channels, each with a register of four sums.
+
+    ``chain`` steps are summed in int16, lane by lane, two products each.
+    """
+
+    chain: int
+    lanes: int = LANES
+    registers: int = REGISTERS
+    products: int = _STEP
+    operand_dtype: str = "int8"
+    operand_offset: int = -128
+    weight_dtype: str = "int8"
+    accumulator_dtype: str = "int32"
+    name: str = "smlal2"
+    operand_cost: float = 0.5
+    operand_steps: int = 2
+    accumulator_registers: int = LANES
+    accumulator_elements: int = LANES * LANES
+    # Four loads, which cores that work in order do not hide.
+    weight_cost: float = 3.0
+    row_vectors: int = 3
+
+    @property
+    def splits_pixels(self) -> bool:
+        # Any two products fit int16; what longer chains may hold was proven for the channels of a pixel.
+        return self.chain == 1
+
+    def spare_registers(self, groups: int, vectors: int, chain: int) -> int:
+        # Counted in assembly: with more sums, LLVM puts some on the stack.
+        return chain * groups + (8 + 4 * vectors if groups > 1 else 12 + 2 * chain)
+
+    def operands(self, buffer: Buffer, indices: Sequence[Expression], steps: int) -> Sequence[Expression]:
+        return [buffer.vload([indices[0] + step * _STEP], f"int8x{_STEP}") for step in range(steps)]
+
+    def accumulate(
+        self, accumulator: Expression, operands: Sequence[Expression], weights: Sequence[Expression]
+    ) -> Expression:
+        accumulator = T.bind(accumulator)
+        of_lanes = []
+        for lane in range(LANES):
+            of_lane = [T.Shuffle([w], [lane * _STEP + i for i in range(_STEP)]) for w in weights]
+            factors = [
+                (convert(x, "int16"), convert(w, "int16"))
+                for operand, weight in zip(operands, of_lane, strict=True)
+                for x, w in zip(halves(operand), halves(weight), strict=True)
+            ]
+            total = factors[0][0] * factors[0][1]
+            for x, w in factors[1:]:
+                total = total + x * w
+            sums = T.Shuffle([accumulator], [lane * LANES + i for i in range(LANES)])
+            of_lanes.append(sums + add_neighbours(total))
+        return T.Shuffle(of_lanes, list(range(self.accumulator_elements)))
+
+    def start(self, values: Expression) -> Expression:
+        """The value of each channel in the first of its sums, and zero in the others."""
+        zeros = T.broadcast(T.int32(0), LANES)
+        order = [i // LANES if i % LANES == 0 else LANES + i % LANES for i in range(self.accumulator_elements)]
+        # TVM wants no more lanes to come out of a shuffle than go into it.
+        return T.Shuffle([T.bind(values), zeros, zeros, zeros], order)
+
+    def rows(self, accumulator: Expression) -> Sequence[Expression]:
+        lower, upper = halves(accumulator)
+        pairs = [_add_pairs(*halves(part)) for part in (lower, upper)]
+        return [_add_pairs(*pairs)]
+
+
+def _add_pairs(a: Expression, b: Expression) -> Expression:
+    """Sums of neighbours: those of ``a``, then those of ``b``."""
+    return T.call_llvm_pure_intrin("int32x4", "llvm.aarch64.neon.addp", a, b)
