@@ -29,6 +29,7 @@ class OctetDot(OnePixel):
     """
 
     chain: int
+    splits_pixels: bool
     lanes: int = LANES
     registers: int = REGISTERS
     products: int = _STEP
@@ -44,11 +45,6 @@ class OctetDot(OnePixel):
     # Four loads, which cores that work in order do not hide.
     weight_cost: float = 3.0
     row_vectors: int = 3
-
-    @property
-    def splits_pixels(self) -> bool:
-        # Any two products fit int16; what longer chains may hold was proven for the channels of a pixel.
-        return self.chain == 1
 
     def spare_registers(self, groups: int, vectors: int, chain: int) -> int:
         # Counted in assembly: with more sums, LLVM puts some on the stack.
@@ -87,6 +83,13 @@ class OctetDot(OnePixel):
         lower, upper = halves(accumulator)
         pairs = [_add_pairs(*halves(part)) for part in (lower, upper)]
         return [_add_pairs(*pairs)]
+
+
+def octet_dot(centred_products: int) -> OctetDot:
+    """The dot product where so many products surely fit int16, two at least."""
+    chain = centred_products // 2
+    # Any two products fit; what longer chains may hold was proven for the channels of a pixel.
+    return OctetDot(chain, splits_pixels=chain == 1)
 
 
 def _add_pairs(a: Expression, b: Expression) -> Expression:

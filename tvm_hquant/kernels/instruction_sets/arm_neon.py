@@ -15,7 +15,7 @@ from tvm.tirx.script import builder as T
 from tvm_hquant.kernels.anchor_family import AnchorFamily
 from tvm_hquant.kernels.anchor_geometry import as_conv2d
 from tvm_hquant.kernels.arm_floats import arm_float_dot
-from tvm_hquant.kernels.arm_octets import OctetDot
+from tvm_hquant.kernels.arm_octets import octet_dot
 from tvm_hquant.kernels.arm_operands import (
     LANES,
     REGISTERS,
@@ -111,7 +111,7 @@ def _dot(request: KernelRequest) -> DotProduct:
         if isinstance(request.operator, Conv2D) and request.operator.is_depthwise:
             return QuadDot()
         if _has_octets(request):
-            return OctetDot(request.centred_products // 2)
+            return octet_dot(request.centred_products)
         return PairDot(min(2, request.centred_products))
     if request.weights == "int16":
         return WideDot(2, REGISTERS)
@@ -121,9 +121,9 @@ def _dot(request: KernelRequest) -> DotProduct:
 def _has_octets(request: KernelRequest) -> bool:
     """Whether steps of sixteen channels are worth it: not for few channels, nor where products fit alone only."""
     assert isinstance(request.operator, (Conv2D, Dense))
-    conv, dot = as_conv2d(request.operator), OctetDot(request.centred_products // 2)
     if request.centred_products == 1:
         return False
+    conv, dot = as_conv2d(request.operator), octet_dot(request.centred_products)
     has_patches = request.inputs[0] == "uint8" and takes_patches(conv, dot.products, dot.splits_pixels)
     return has_patches or conv.in_channels // conv.groups >= _FEWEST_CHANNELS
 
