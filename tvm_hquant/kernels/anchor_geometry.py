@@ -365,6 +365,11 @@ class AnchorGeometry:
         size = np.dtype(self.dot.weight_dtype).itemsize
         return self.points * int(np.prod(self.conv.weight_shape)) * size > _WEIGHTS_IN_CACHE
 
+    @property
+    def tile_weights(self) -> int:
+        """Elements of the weights of a tile, for one point. Those of the next tile over channels lie behind them."""
+        return self.all_steps * self.block * self.dot.products
+
     # Constants.
 
     @cached_property
@@ -445,4 +450,4 @@ class AnchorGeometry:
     @property
     def weight_elements(self) -> int:
         """Elements of the packed weights of one point."""
-        return len(self.channel_rows) * self.conv.window.kernel[0] * self.runs * self.steps * self.dot.products
+        return self.groups * self.blocks * self.tile_weights

@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from tvm.tirx.script import builder as T
 
 from tvm_hquant.kernels.anchor_geometry import AnchorGeometry
 from tvm_hquant.kernels.dot_product import ShortSums
 from tvm_hquant.kernels.kernel_function import Buffer
 from tvm_hquant.kernels.primitives import STACK, Expression, vector_type
-from tvm_hquant.kernels.vector_loops import load, store
+from tvm_hquant.kernels.vector_loops import CACHE_LINE, load, prefetch, store
 
 
 def register(dtype: str, lanes: int) -> Buffer:
@@ -147,12 +148,22 @@ class StepEmitter:
                 ]
                 for j in range(vectors)
             ]
+            if dot.prefetches_weights:
+                self._prefetch_weights(weight + first * vectors * vector_weights, chain * vectors * vector_weights)
             for (i, j), accumulator in accumulators.items():
                 if i not in operands:
                     indices = [activation + min(i + k, pixels - 1) * pixel for k in range(dot.pixels)]
                     operands[i] = [T.bind(operand) for operand in dot.operands(self.source, indices, steps)]
                 value = dot.accumulate(load(accumulator, 0, size), operands[i][first : first + chain], of_vectors[j])
                 store(accumulator, 0, value, size)
+
+    def _prefetch_weights(self, weight: Expression, count: int) -> None:
+        """Asks for the weights that the next tile over channels reads in place of these ``count``; every tile does, as it is
+        not known which is the first. Behind the last one lies what belongs to others, often the weights of the next layer.
+        """
+        line = CACHE_LINE // np.dtype(self.geometry.dot.weight_dtype).itemsize
+        for offset in range(0, count, line):
+            prefetch(self.weights, weight + (self.geometry.tile_weights + offset), level=2)
 
     def _add_chain(
         self,

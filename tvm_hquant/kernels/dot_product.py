@@ -62,6 +62,8 @@ class DotProduct(Protocol):
             channels before them once more, with weights of zero. All numbers may where ``splits_pixels``.
         groups_steps: whether any steps may make a chain that :mod:`tvm_hquant.kernels.step_groups` finds to fit together.
         reverses_products: whether the weights of a step stand in the reverse order of its channels.
+        prefetches_weights: whether a step asks for weights that are read later: where steps are so fast that weights
+            from behind the second-level cache would come too late.
         llvm_functions: definitions, in LLVM's language, of the functions that ``accumulate`` calls.
     """
 
@@ -108,6 +110,8 @@ class DotProduct(Protocol):
     @property
     def reverses_products(self) -> bool: ...
     @property
+    def prefetches_weights(self) -> bool: ...
+    @property
     def llvm_functions(self) -> str: ...
 
     def for_groups(self, groups: int) -> DotProduct | None:
@@ -144,6 +148,7 @@ class OnePixel:
     groups: int = 1
     groups_steps: bool = False
     reverses_products: bool = False
+    prefetches_weights: bool = False
     llvm_functions: str = ""
 
     @property

@@ -62,10 +62,14 @@ def store(buffer: Buffer, start: Expression, value: Expression, lanes: int) -> N
     T.buffer_store(buffer, value, [start if lanes == 1 else T.ramp(start, 1, lanes)])
 
 
-def prefetch(buffer: Buffer, index: Expression) -> None:
-    """Asks for the cache line of an element of a flat buffer, which is read or written later."""
+def prefetch(buffer: Buffer, index: Expression, level: int = 1) -> None:
+    """Asks for the cache line of an element of a flat buffer, which is read or written later.
+
+    ``level``: the cache that it comes to. The index may lie behind the buffer: an address that nothing has does no harm.
+    """
+    locality = 4 - level
     intrinsic = T.call_llvm_intrin(
-        "void", "llvm.prefetch", T.address_of(buffer[index]), T.int32(0), T.int32(3), T.int32(1)
+        "void", "llvm.prefetch", T.address_of(buffer[index]), T.int32(0), T.int32(locality), T.int32(1)
     )
     T.evaluate(intrinsic)
 

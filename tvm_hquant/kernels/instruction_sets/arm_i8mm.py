@@ -53,6 +53,7 @@ class UsmmlaDot:
     groups: int = 1
     groups_steps: bool = False
     reverses_products: bool = False
+    prefetches_weights: bool = False
     llvm_functions: str = ""
     accumulator_registers: int = 2
     row_vectors: int = 8

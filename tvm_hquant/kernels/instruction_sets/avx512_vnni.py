@@ -36,6 +36,7 @@ class VnniDot(RepeatedOperand):
     accumulator_dtype: str = "int32"
     name: str = "vpdpbusd"
     splits_pixels: bool = True
+    prefetches_weights: bool = True
     operand_cost: float = 0.5
     groups: int = 1
 
