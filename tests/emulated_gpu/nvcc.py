@@ -19,7 +19,7 @@ from pathlib import Path
 KERNEL = re.compile(r'extern "C" __global__ void __launch_bounds__\(\d+\) (\w+)\(([^)]*)\) \{')
 BETWEEN_THREADS = re.compile(r"__shared__|__sync\w+|__shfl\w*|atomic\w+|\bwarpSize\b")
 ASSEMBLY = re.compile(r"\basm volatile\((.*?)\);", re.DOTALL)
-OPERAND = re.compile(r'"\+?r"\(([^()]*)\)')
+OPERAND = re.compile(r'"\+?[rf]"\(([^()]*)\)')
 LOOPS = """
 extern "C" void emulate_{name}(const unsigned *n, void **a) {{
   for (blockIdx.z = 0; blockIdx.z < n[2]; ++blockIdx.z)

@@ -1,4 +1,4 @@
-"""What the CUDA kernels of integer convolutions have in common: tiles, how activations are read, and how a sum ends."""
+"""What the CUDA kernels of convolutions and dense layers have in common: tiles, how a sum starts and ends, the function."""
 
 from __future__ import annotations
 
@@ -6,29 +6,21 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 from tvm.tirx.script import builder as T
 
-from tvm_hquant.kernels.anchor_constants import integer_array_types, pack_integer
+from tvm_hquant.kernels.anchor_constants import float_array_types, integer_array_types, pack_float, pack_integer
 from tvm_hquant.kernels.interface import Array, Kernel, KernelRequest, LayerConstants
 from tvm_hquant.kernels.kernel_function import Buffer, kernel_function
-from tvm_hquant.kernels.primitives import CudaPrimitives, Expression, centred, clamp, convert, narrow, requantize
+from tvm_hquant.kernels.primitives import CudaPrimitives, Expression, centred, clamp, convert, narrow, requantize, widen
 from tvm_hquant.kernels.vector_loops import flat
 from tvm_hquant.operators import Conv2D, Dense
 
-WORD = 4
-"""Bytes that are read and multiplied at once."""
-_EVERY_BYTE = 0x01010101
 PRIMITIVES = CudaPrimitives(in_blocks=False)
 """Arithmetic of kernels that bind their threads themselves."""
-
-
-def load_word(buffer: Buffer, index: Any) -> Expression:
-    """Four bytes from an index that is a multiple of four, as int32."""
-    return T.reinterpret("int32", buffer.vload([index], f"{buffer.dtype}x{WORD}"))
 
 
 @dataclass(frozen=True)
@@ -39,11 +31,13 @@ class TileGeometry(ABC):
         conv: the convolution; dense layers are 1×1 ones.
         points: weight tensors.
         planes: byte planes of the activations.
+        word: input channels that are read and multiplied at once.
     """
 
     conv: Conv2D
     points: int
     planes: int
+    word: int
 
     @property
     def group_inputs(self) -> int:
@@ -55,8 +49,8 @@ class TileGeometry(ABC):
 
     @property
     def words(self) -> int:
-        """Words of input channels of a group; bytes that lie behind the last channel have weight 0."""
-        return -(-self.group_inputs // WORD)
+        """Words of input channels of a group; channels that lie behind the last one have weight 0."""
+        return -(-self.group_inputs // self.word)
 
     @property
     @abstractmethod
@@ -99,21 +93,73 @@ class TileGeometry(ABC):
         """[points, out, in / groups, kh, kw] in the order in which the kernel reads them, flat."""
 
 
+@dataclass(frozen=True)
+class Cell:
+    """A register of a thread: an element of a small array that the compiler keeps there."""
+
+    buffer: Buffer
+    index: int = 0
+
+    @property
+    def value(self) -> Expression:
+        return self.buffer[self.index]
+
+    def store(self, value: Expression) -> None:
+        T.buffer_store(self.buffer, value, [self.index])
+
+
+def register(dtype: str) -> Cell:
+    """A register of its own."""
+    return Cell(T.alloc_buffer((1,), dtype, scope="local"))
+
+
+@dataclass(frozen=True)
+class TileSum:
+    """Which sum a thread computes.
+
+    Attributes:
+        position: output pixel, counted over all images.
+        lane: packed channel.
+        channel: output channel within its group.
+    """
+
+    position: Expression
+    lane: Expression
+    channel: Expression
+
+
+class Tile(Protocol):
+    """The sums of a thread."""
+
+    @property
+    def group(self) -> Expression:
+        """The group of channels that all of them belong to."""
+
+    @property
+    def sums(self) -> Sequence[TileSum]: ...
+
+    def registers(self, dtype: str) -> Sequence[Cell]:
+        """A register for each of them."""
+
+    def accumulate(self, totals: Sequence[Cell], point: int, plane: int) -> None:
+        """Adds the products of one point of the weights with one byte plane of the activations."""
+
+
+Launch = Callable[[Sequence[Buffer], Sequence[Buffer], Callable[[Tile], None]], None]
+"""Binds blocks and threads of a kernel of flat inputs and of arrays; calls its last argument where a thread has its tile."""
+
+
 def integer_kernel(
-    request: KernelRequest,
-    geometry: TileGeometry,
-    operand_offset: int,
-    name: str,
-    write: Callable[[Sequence[Buffer], Sequence[Buffer], Buffer], None],
+    request: KernelRequest, geometry: TileGeometry, operand_offset: int, name: str, launch: Launch
 ) -> Kernel:
-    """A kernel that binds its threads itself.
+    """A kernel that sums products of codes.
 
     Args:
         request: codes with int8 weights.
         geometry: packs its constants.
         operand_offset: what is added to the codes that it multiplies.
         name: what the tiles are called in reports.
-        write: writes the body for flat inputs, arrays and output.
+        launch: binds the threads.
     """
     lanes, passes = len(geometry.channel_rows), geometry.points * geometry.planes
     count = geometry.weight_elements * geometry.points
@@ -123,121 +169,127 @@ def integer_kernel(
         return pack_integer(constants, geometry, operand_offset, "int32")
 
     def emit(inputs: Sequence[Buffer], arrays: Sequence[Buffer], output: Buffer) -> None:
-        write([flat(b) for b in inputs], arrays, flat(output))
+        sources = [flat(b) for b in inputs]
+        layer = _IntegerLayer(request, geometry, arrays, sources[-1], flat(output))
+        launch(sources, arrays, layer.write)
 
     function = kernel_function(request, types, emit).with_attr("tirx.is_scheduled", True)
     return Kernel(request, f"cuda.conv2d[{name}]", function, pack)
 
 
-@dataclass(frozen=True)
-class ActivationWords:
-    """Reads four neighbouring channels of a pixel as the bytes of an int32.
+def float_kernel(
+    request: KernelRequest,
+    geometry: TileGeometry,
+    name: str,
+    launch: Launch,
+    weight_dtype: str,
+    is_bit_exact: bool = True,
+) -> Kernel:
+    """A kernel that sums products of floats in float32.
 
-    Attributes:
-        conv: the convolution.
-        planes: byte planes of the activations: 2 for uint16 codes.
-        source: flat activations.
-        zero_points: int32 [output, residual, planes…].
-        flip: bits that are inverted in every word.
+    Args:
+        request: floats.
+        geometry: packs its constants.
+        name: what the tiles are called in reports.
+        launch: binds the threads.
+        weight_dtype: in which the kernel gets the bits of the weights.
+        is_bit_exact: whether it adds in the contract's order.
     """
+    types = float_array_types(geometry.weight_elements, weight_dtype, len(geometry.channel_rows))
 
-    conv: Conv2D
-    planes: int
-    source: Buffer
-    zero_points: Buffer
-    flip: int = 0
+    def pack(constants: LayerConstants) -> tuple[Array, ...]:
+        weights, *others = pack_float(constants, geometry)
+        return weights.view(weight_dtype), *others
 
-    @property
-    def _group_inputs(self) -> int:
-        return self.conv.in_channels // self.conv.groups
+    def emit(inputs: Sequence[Buffer], arrays: Sequence[Buffer], output: Buffer) -> None:
+        sources = [flat(b) for b in inputs]
+        layer = _FloatLayer(request, geometry, arrays, sources[-1], flat(output))
+        launch(sources, arrays, layer.write)
 
-    def padding(self, plane: int) -> Expression:
-        """The word that padding holds."""
-        return self._flipped(self.zero_points[2 + plane] * T.int32(_EVERY_BYTE))
-
-    def read(
-        self,
-        position: Expression,
-        tap: tuple[Expression, Expression],
-        channel: tuple[Expression, Expression],
-        plane: int,
-        padding: Expression,
-    ) -> Expression:
-        """The word for an output pixel.
-
-        Args:
-            position: of the output pixel, counted over all images.
-            tap: row and column of the kernel.
-            channel: the group, and the number of the word in it. Bytes behind the group's last channel are unspecified.
-            plane: of the activations.
-            padding: what :meth:`padding` gives for it.
-        """
-        _, height, width, channels = self.conv.input_shape
-        window = self.conv.window
-        out_height, out_width = window.output_size(height, width)
-        top, left, _, _ = window.padding
-        row = position // out_width % out_height * window.strides[0] + tap[0] * window.dilation[0] - top
-        column = position % out_width * window.strides[1] + tap[1] * window.dilation[1] - left
-        image, (group, word) = position // (out_height * out_width), channel
-        at = ((image * height + row) * width + column) * channels + group * self._group_inputs + word * WORD
-        value = self._flipped(self._load(at, word, plane))
-        if not any(window.padding):
-            return value
-        exists = T.And(T.And(row >= 0, row < height), T.And(column >= 0, column < width))
-        return T.if_then_else(exists, value, padding)
-
-    def _load(self, at: Expression, word: Expression, plane: int) -> Expression:
-        if self._group_inputs % WORD == 0 and self.planes == 1:
-            return load_word(self.source, at)
-        # Bytes behind the last channel have weight 0; those behind the last element do not exist.
-        last = self._group_inputs - 1 - word * WORD
-        parts = [T.Cast("int32", self.source[at + T.min(byte, last)]) for byte in range(WORD)]
-        if self.planes == 2:
-            parts = [part >> T.int32(8) if plane else part & T.int32(255) for part in parts]
-        value = parts[0]
-        for byte, part in enumerate(parts[1:], 1):
-            value = value | (part << T.int32(8 * byte))
-        return value
-
-    def _flipped(self, word: Expression) -> Expression:
-        return word ^ T.int32(self.flip) if self.flip else word
+    function = kernel_function(request, types, emit).with_attr("tirx.is_scheduled", True)
+    return Kernel(request, f"cuda.conv2d[{name}]", function, pack, is_bit_exact)
 
 
 @dataclass(frozen=True)
-class SumFinish:
-    """The end of a sum: residual, clamp, rounding, store.
-
-    ``conv`` is what the kernel computes; ``arrays`` are those of ``anchor_constants.integer_array_types``; ``residual`` is read
-    if the operator has one.
-    """
+class _Layer(ABC):
+    """Writes what becomes of a thread's sums. ``residual`` is read if the operator has one."""
 
     request: KernelRequest
-    conv: Conv2D
+    geometry: TileGeometry
     arrays: Sequence[Buffer]
     residual: Buffer
     output: Buffer
 
-    def finish(self, value: Expression, position: Expression, group: Expression, within: Expression) -> None:
-        """Finishes the float32 value of an output pixel, counted over all images, and a channel of a group."""
-        p, request, limits, zero_points = PRIMITIVES, self.request, self.arrays[4], self.arrays[5]
-        groups, outputs = self.conv.groups, self.conv.out_channels // self.conv.groups
-        channel = within * groups + group if request.shuffled else group * outputs + within
-        index = position * request.output_shape[-1] + request.output_offset + channel
-        if len(request.inputs) > 1:
+    @abstractmethod
+    def write(self, tile: Tile) -> None:
+        """Writes all that a thread does."""
+
+    def index(self, tile: Tile, place: TileSum) -> Expression:
+        """Where a sum's result goes in the flat output, and where the residual comes from."""
+        groups, request = self.geometry.conv.groups, self.request
+        within, outputs = place.channel, self.geometry.group_outputs
+        channel = within * groups + tile.group if request.shuffled else tile.group * outputs + within
+        return place.position * request.output_shape[-1] + request.output_offset + channel
+
+
+class _IntegerLayer(_Layer):
+    """Sums of codes: ``arrays`` are those of ``anchor_constants.integer_array_types``."""
+
+    def write(self, tile: Tile) -> None:
+        _, starts, multipliers, offsets, _, _ = self.arrays
+        lanes, planes = len(self.geometry.channel_rows), self.geometry.planes
+        values, totals = tile.registers("float32"), tile.registers("int32")
+        for value, place in zip(values, tile.sums, strict=True):
+            value.store(offsets[place.lane])
+        # In the contract's order: points ascending, within a point the low plane before the high one.
+        for number in range(self.geometry.points * planes):
+            for total, place in zip(totals, tile.sums, strict=True):
+                total.store(starts[number * lanes + place.lane])
+            tile.accumulate(totals, *divmod(number, planes))
+            for value, total, place in zip(values, totals, tile.sums, strict=True):
+                multiplier = multipliers[number * lanes + place.lane]
+                value.store(PRIMITIVES.fma(T.Cast("float32", total.value), multiplier, value.value))
+        for value, place in zip(values, tile.sums, strict=True):
+            self._finish(value.value, self.index(tile, place))
+
+    def _finish(self, value: Expression, index: Expression) -> None:
+        p, output, limits, zero_points = PRIMITIVES, self.request.output, self.arrays[4], self.arrays[5]
+        if len(self.request.inputs) > 1:
             difference = convert(centred(self.residual[index], zero_points[1]), "float32")
             value = p.fma(difference, limits[2], value)
-        if request.output in ("uint8", "uint16"):
-            result = requantize(p, value, limits[0], limits[1], zero_points[0], request.output)
+        if output in ("uint8", "uint16"):
+            result = requantize(p, value, limits[0], limits[1], zero_points[0], output)
         else:
-            result = narrow(p, clamp(p, value, limits[0], limits[1]), request.output)
+            result = narrow(p, clamp(p, value, limits[0], limits[1]), output)
         T.buffer_store(self.output, result, [index])
 
 
-def is_served(request: KernelRequest) -> bool:
-    """Whether a request is for an integer convolution or dense layer, not a depthwise one, that these kernels can write."""
-    operator = request.operator
-    if not isinstance(operator, (Conv2D, Dense)) or request.weights != "int8":
-        return False
+class _FloatLayer(_Layer):
+    """Sums of floats: ``arrays`` are those of ``anchor_constants.float_array_types``."""
+
+    def write(self, tile: Tile) -> None:
+        totals = tile.registers("float32")
+        for total, place in zip(totals, tile.sums, strict=True):
+            total.store(self.arrays[1][place.lane] if self.geometry.conv.epilogue.has_bias else T.float32(0))
+        tile.accumulate(totals, 0, 0)
+        for total, place in zip(totals, tile.sums, strict=True):
+            self._finish(total.value, self.index(tile, place))
+
+    def _finish(self, value: Expression, index: Expression) -> None:
+        p, request, limits = PRIMITIVES, self.request, self.arrays[2]
+        if len(request.inputs) > 1:
+            value = p.add(value, widen(self.residual[index], request.inputs[-1]))
+        result = narrow(p, clamp(p, value, limits[0], limits[1]), request.output)
+        T.buffer_store(self.output, result, [index])
+
+
+def served_convolution(request: KernelRequest) -> Conv2D | Dense | None:
+    """The convolution or dense layer, not a depthwise one, of a request that these kernels can write; else None."""
+    operator: Any = request.operator
+    if not isinstance(operator, (Conv2D, Dense)):
+        return None
     # A residual is read at the place where the result is written.
     is_apart = (request.placement is not None or request.shuffled) and len(request.inputs) > 1
-    return not is_apart and not (isinstance(operator, Conv2D) and operator.is_depthwise)
+    if is_apart or (isinstance(operator, Conv2D) and operator.is_depthwise):
+        return None
+    return operator

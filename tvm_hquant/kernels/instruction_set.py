@@ -51,6 +51,7 @@ class InstructionSet:
         cpu_features: what the CPU needs, in Linux's spelling (:func:`tvm_hquant.cpu_features.normalize_feature`).
         target_kind: the kind of TVM target that its kernels are compiled for.
         first_gpu: the compute capability, times ten, from which GPUs have it.
+        is_bit_exact: whether all of its kernels compute the contract's bits; else some lie within a bound of it.
         host: how to describe a machine that has it; None where it is only for specs that name it.
         preference: of the sets that a CPU has, the one with the greatest number is its best.
     """
@@ -59,6 +60,7 @@ class InstructionSet:
     cpu_features: frozenset[str] = frozenset()
     target_kind: Literal["llvm", "cuda", "c"] = "llvm"
     first_gpu: int = 0
+    is_bit_exact: bool = True
     host: Host | None = None
     preference: int = 0
 

@@ -217,12 +217,15 @@ class Kernel:
             in destination-passing style. Activation and output buffers have exactly the shapes of the operator and the
             dtypes ``STORAGE_DTYPE[storage]``.
         pack: gives the constant arguments as NumPy arrays of fixed shape and dtype, in the order of the arguments.
+        is_bit_exact: whether it computes the contract's bits; else what it computes lies within the bound of
+            ``numerics.tensor_core_limits``.
     """
 
     request: KernelRequest
     name: str
     function: Any
     pack: Callable[[LayerConstants], tuple[Array, ...]]
+    is_bit_exact: bool = True
 
 
 @dataclass(frozen=True, order=True)

@@ -31,6 +31,7 @@ from tvm_hquant.numerics.functions import PARAMETER_COUNTS, clamp, unary_float32
 from tvm_hquant.numerics.integer_layers import requantize
 from tvm_hquant.numerics.samples import evaluate_samples
 from tvm_hquant.numerics.storage import narrow, widen
+from tvm_hquant.numerics.tensor_cores import ValueLimits, beyond_limits, tensor_core_limits
 from tvm_hquant.numerics.weights import (
     check_accumulator,
     dequantize_weights,
@@ -44,9 +45,11 @@ from tvm_hquant.numerics.weights import (
 
 __all__ = [
     "PARAMETER_COUNTS",
+    "ValueLimits",
     "activation_format",
     "activation_range_to_scale",
     "average_pool_constants",
+    "beyond_limits",
     "bfloat16_bits",
     "bfloat16_values",
     "canonical_codes",
@@ -75,6 +78,7 @@ __all__ = [
     "round_weights",
     "smallest_scale",
     "stored_codes",
+    "tensor_core_limits",
     "unary_float32",
     "unary_float64",
     "unary_table",

@@ -86,19 +86,34 @@ def _accumulate(steps: Array, factors: Array, start: FloatArray, denormal_sums: 
 
 
 def float_anchor(request: KernelRequest, constants: FloatAnchorConstants, inputs: Sequence[Array]) -> Array:
-    """A float convolution or dense layer: :func:`float_sums` from the bias, one addition of the residual, the clamp.
+    """A float convolution or dense layer: :func:`float_sums` from the bias, then :func:`float_epilogue`.
 
     Returns:
         The operator's output shape, rounded once to the output storage.
     """
+    sums = float_sums(*widened_convolution(request, constants, inputs))
+    return float_epilogue(request, constants, inputs, sums)
+
+
+def widened_convolution(
+    request: KernelRequest, constants: FloatAnchorConstants, inputs: Sequence[Array]
+) -> tuple[Conv2D, FloatArray, FloatArray, FloatArray]:
+    """The arguments of :func:`float_sums` for a request."""
     anchor: Anchor = request.operator  # type: ignore[assignment]
     assert isinstance(anchor, (Conv2D, Dense))
     operator = as_convolution(anchor)
     x = widen(inputs[0], request.inputs[0]).reshape(operator.input_shape)
     weights = widen(constants.weights, request.weights or "float32").reshape(operator.weight_shape)
     bias = np.asarray(constants.bias, np.float32)
-    start = bias if anchor.epilogue.has_bias else np.zeros_like(bias)
-    v = float_sums(operator, x, weights, start).reshape(anchor.output_shape)
+    return operator, x, weights, bias if anchor.epilogue.has_bias else np.zeros_like(bias)
+
+
+def float_epilogue(
+    request: KernelRequest, constants: FloatAnchorConstants, inputs: Sequence[Array], sums: FloatArray
+) -> Array:
+    """What becomes of the sums of a convolution or dense layer: one addition of the residual, the clamp, the storage."""
+    anchor: Anchor = request.operator  # type: ignore[assignment]
+    v = sums.reshape(anchor.output_shape)
     if anchor.epilogue.has_residual:
         with np.errstate(over="ignore", invalid="ignore"):
             v = v + widen(inputs[-1], request.inputs[-1]).reshape(anchor.output_shape)

@@ -12,6 +12,10 @@
 #define __launch_bounds__(...)
 #include "threads.h"
 
+struct __align__(4) ushort2 {
+    unsigned short x, y;
+};
+
 using std::max;
 using std::min;
 

@@ -1,12 +1,15 @@
 /* The threads of a block, one after the other, and what the threads of a warp do together.
  *
  * Each thread has a stack of its own and runs until it ends or reaches an instruction of its warp, where the next one goes on. The
- * last thread of the warp to arrive computes the result for all. Source of the layout: NVIDIA, PTX ISA, "Matrix Fragments for
- * mma.m16n8k32".
+ * last thread of the warp to arrive computes the result for all. Source of the layouts: NVIDIA, PTX ISA, "Matrix Fragments for
+ * mma.m16n8k32", "... mma.m16n8k16" and "... mma.m16n8k8".
  */
 #pragma once
+#include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <functional>
 #include <ucontext.h>
 #include <vector>
@@ -95,33 +98,120 @@ static inline void with_warp(void (*compute)(Warp &)) {
     while (warp.finished == number) swapcontext(&self->context, &scheduler);
 }
 
-static inline int byte_of(int word, int index, bool is_signed) {
-    unsigned value = (unsigned)word >> 8 * index & 255;
-    return is_signed ? (signed char)value : (int)value;
+/* The operands of an mma with 16 rows and 8 columns, in words. Row of an element of a: lane / 4, and 8 more for every second word;
+ * column of an element of b: lane / 4. A word holds neighbours along the depth, of which lane % 4 has the first ones. Rows of c:
+ * lane / 4 and 8 more; columns: 2 * (lane % 4) and the next one.
+ */
+template <int DEPTH, typename Element>
+static void fragments(const Warp &warp, Element element, double (*a)[DEPTH], double (*b)[8]) {
+    constexpr int IN_WORD = Element::IN_WORD, HELD = DEPTH / IN_WORD / 4;
+    for (int lane = 0; lane < WARP; ++lane)
+        for (int i = 0; i < 2 * HELD * IN_WORD; ++i) {
+            int part = i / IN_WORD, k = lane % 4 * IN_WORD + i % IN_WORD;
+            a[lane / 4 + part % 2 * 8][k + part / 2 * 4 * IN_WORD] = element.first(warp.a[lane][part], i % IN_WORD);
+            if (i < HELD * IN_WORD)
+                b[k + part * 4 * IN_WORD][lane / 4] = element.second(warp.b[lane][part], i % IN_WORD);
+        }
 }
 
-/* Rows of a and c: lane / 4 and 8 more; columns of b and c: lane / 4, and 2 · (lane % 4) and the next one. */
-static void multiply_u8_s8(Warp &warp) {
-    int a[16][32], b[32][8];
-    for (int lane = 0; lane < WARP; ++lane)
-        for (int i = 0; i < 16; ++i) {
-            int part = i / 4, k = lane % 4 * 4 + i % 4;
-            a[lane / 4 + part % 2 * 8][k + part / 2 * 16] = byte_of(warp.a[lane][part], i % 4, false);
-            if (i < 8) b[k + part * 16][lane / 4] = byte_of(warp.b[lane][part], i % 4, true);
-        }
+struct Codes {
+    enum { IN_WORD = 4 };
+    static double first(int word, int index) { return (double)((unsigned)word >> 8 * index & 255); }
+    static double second(int word, int index) { return (double)(signed char)((unsigned)word >> 8 * index & 255); }
+};
+struct Halves {
+    enum { IN_WORD = 2, SMALLEST = -14 };
+    static double first(int word, int index) {
+        unsigned short bits = (unsigned)word >> 16 * index;
+        _Float16 value;
+        memcpy(&value, &bits, sizeof value);
+        return value;
+    }
+    static double second(int word, int index) { return first(word, index); }
+};
+struct Bfloats {
+    enum { IN_WORD = 2, SMALLEST = -126 };
+    static double first(int word, int index) {
+        unsigned bits = (unsigned)word >> 16 * index << 16;
+        float value;
+        memcpy(&value, &bits, sizeof value);
+        return value;
+    }
+    static double second(int word, int index) { return first(word, index); }
+};
+
+static void multiply_codes(Warp &warp) {
+    double a[16][32], b[32][8];
+    fragments<32>(warp, Codes(), a, b);
     for (int lane = 0; lane < WARP; ++lane)
         for (int i = 0; i < 4; ++i)
             for (int k = 0; k < 32; ++k)
-                warp.c[lane][i] += a[lane / 4 + i / 2 * 8][k] * b[k][lane % 4 * 2 + i % 2];
+                warp.c[lane][i] += (int)(a[lane / 4 + i / 2 * 8][k] * b[k][lane % 4 * 2 + i % 2]);
 }
 
-static inline void emulate_mma_sync_aligned_m16n8k32_row_col_s32_u8_s8_s32(
-    int &c0, int &c1, int &c2, int &c3, int a0, int a1, int a2, int a3, int b0, int b1) {
+/* How a tensor core adds floats, by the coarsest model that was found (NVIDIA V100; Fasi, Higham, Mikaitis and Pranesh, "Numerical
+ * behavior of NVIDIA tensor cores", PeerJ Computer Science 7:e330, 2021): the sum and four exact products are aligned to the largest
+ * exponent, each is cut off behind 23 bits of fraction, and their sum is cut off to a float. Exponents of operands below the
+ * smallest normal number, zeros included, count as its own.
+ */
+enum { ADDED_AT_ONCE = 4, FRACTION = 23 };
+
+static int exponent_of(double value, int smallest) { return value == 0 ? smallest : std::max(std::ilogb(value), smallest); }
+
+static float add_products(float sum, const double *a, const double *b, int smallest) {
+    double terms[ADDED_AT_ONCE + 1] = {sum}, total = 0;
+    int largest = exponent_of(sum, -126);
+    for (int i = 0; i < ADDED_AT_ONCE; ++i) {
+        terms[i + 1] = a[i] * b[i];
+        largest = std::max(largest, exponent_of(a[i], smallest) + exponent_of(b[i], smallest));
+    }
+    for (double term : terms)
+        if (!std::isfinite(term)) return (float)(sum + a[0] * b[0] + a[1] * b[1] + a[2] * b[2] + a[3] * b[3]);
+    for (double term : terms) total += std::trunc(std::ldexp(term, FRACTION - largest));
+    total = std::ldexp(total, largest - FRACTION);
+    float rounded = (float)total;
+    return std::fabs(rounded) > std::fabs(total) ? std::nextafter(rounded, 0.0f) : rounded;
+}
+
+template <int DEPTH, typename Element> static void multiply_floats(Warp &warp) {
+    double a[16][DEPTH], b[DEPTH][8];
+    fragments<DEPTH>(warp, Element(), a, b);
+    for (int lane = 0; lane < WARP; ++lane)
+        for (int i = 0; i < 4; ++i) {
+            float sum;
+            double column[DEPTH];
+            memcpy(&sum, &warp.c[lane][i], sizeof sum);
+            for (int k = 0; k < DEPTH; ++k) column[k] = b[k][lane % 4 * 2 + i % 2];
+            for (int k = 0; k < DEPTH; k += ADDED_AT_ONCE)
+                sum = add_products(sum, a[lane / 4 + i / 2 * 8] + k, column + k, Element::SMALLEST);
+            memcpy(&warp.c[lane][i], &sum, sizeof sum);
+        }
+}
+
+/* An instruction of the warp: operands in, compute for all threads, sums out. */
+template <typename Sum>
+static void with_operands(Sum *const (&c)[4], const int *a, int a_count, const int *b, int b_count, void (*compute)(Warp &)) {
     Thread *self = current;
     Warp &warp = *self->warp;
-    int *c[] = {&c0, &c1, &c2, &c3}, a[] = {a0, a1, a2, a3}, b[] = {b0, b1};
-    for (int i = 0; i < 4; ++i) warp.a[self->lane][i] = a[i], warp.c[self->lane][i] = *c[i];
-    for (int i = 0; i < 2; ++i) warp.b[self->lane][i] = b[i];
-    with_warp(multiply_u8_s8);
-    for (int i = 0; i < 4; ++i) *c[i] = warp.c[self->lane][i];
+    for (int i = 0; i < 4; ++i) memcpy(&warp.c[self->lane][i], c[i], sizeof(int));
+    for (int i = 0; i < a_count; ++i) warp.a[self->lane][i] = a[i];
+    for (int i = 0; i < b_count; ++i) warp.b[self->lane][i] = b[i];
+    with_warp(compute);
+    for (int i = 0; i < 4; ++i) memcpy(c[i], &warp.c[self->lane][i], sizeof(int));
+}
+
+#define MMA_OF_SIX(name, Sum, compute)                                                                             \
+    static inline void emulate_mma_sync_aligned_##name(Sum &c0, Sum &c1, Sum &c2, Sum &c3, int a0, int a1, int a2, \
+                                                       int a3, int b0, int b1) {                                   \
+        int a[] = {a0, a1, a2, a3}, b[] = {b0, b1};                                                                \
+        with_operands<Sum>({&c0, &c1, &c2, &c3}, a, 4, b, 2, compute);                                             \
+    }
+MMA_OF_SIX(m16n8k32_row_col_s32_u8_s8_s32, int, multiply_codes)
+MMA_OF_SIX(m16n8k16_row_col_f32_f16_f16_f32, float, (multiply_floats<16, Halves>))
+MMA_OF_SIX(m16n8k16_row_col_f32_bf16_bf16_f32, float, (multiply_floats<16, Bfloats>))
+
+static inline void emulate_mma_sync_aligned_m16n8k8_row_col_f32_f16_f16_f32(float &c0, float &c1, float &c2, float &c3,
+                                                                             int a0, int a1, int b0) {
+    int a[] = {a0, a1}, b[] = {b0};
+    with_operands<float>({&c0, &c1, &c2, &c3}, a, 2, b, 1, (multiply_floats<8, Halves>));
 }

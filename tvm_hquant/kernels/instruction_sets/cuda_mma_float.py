@@ -1,0 +1,20 @@
+"""Tensor cores for layers from float16 and bfloat16, from sm_80 on; within a bound, not bit-exact.
+
+Source: NVIDIA, PTX ISA, "mma" (.f16 and .bf16 with m16n8k16: sm_80 and later).
+"""
+
+from __future__ import annotations
+
+from tvm_hquant.kernels.cuda_float_mma import FloatMmaFamily
+from tvm_hquant.kernels.cuda_warp_tile import MatrixInstruction
+from tvm_hquant.kernels.instruction_set import InstructionSet
+
+INSTRUCTIONS = {
+    "float16": MatrixInstruction("m16n8k16.row.col.f32.f16.f16.f32", word=2, step=16, accumulator="float32"),
+    "bfloat16": MatrixInstruction("m16n8k16.row.col.f32.bf16.bf16.f32", word=2, step=16, accumulator="float32"),
+}
+"""By the storage of what they multiply."""
+
+INSTRUCTION_SET = InstructionSet(
+    (FloatMmaFamily("cuda_mma_float", INSTRUCTIONS),), target_kind="cuda", first_gpu=80, is_bit_exact=False
+)
