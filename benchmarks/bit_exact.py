@@ -41,7 +41,7 @@ from tvm_hquant.relax_ir.kernel_calls import is_view
 from tvm_hquant.session import QuantizationSession
 from tvm_hquant.simulator.program import Program, Step
 from tvm_hquant.target_spec import TargetSpec, load_target_spec
-from tvm_hquant.verification import differences
+from tvm_hquant.tensor_comparison import differences
 
 Array = npt.NDArray[Any]
 

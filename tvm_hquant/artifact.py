@@ -31,7 +31,7 @@ from tvm_hquant.passes.expose_layers import expose_layers, exposed_functions
 from tvm_hquant.passes.lift_weights import lift_weights
 from tvm_hquant.plan import PrecisionPlan
 from tvm_hquant.precision import Arithmetic
-from tvm_hquant.relax_ir.kernel_calls import KERNEL_ATTRIBUTE
+from tvm_hquant.relax_ir.kernel_calls import BIT_EXACT_ATTRIBUTE, KERNEL_ATTRIBUTE
 from tvm_hquant.report.quantization_report import QuantizationReport
 from tvm_hquant.rounding.weight_rounding import rounding_for
 from tvm_hquant.runtime import LIBRARY_NAME, MANIFEST_VERSION, PACKED_WEIGHTS_NAME, Artifact
@@ -191,6 +191,7 @@ def _manifest(
                 "name": layer.name,
                 "precision": plan.layers[layer.name].precision if layer.name in plan.layers else "",
                 "kernel": _kernel_of(lowered, layer.function_name),
+                "bit_exact": BIT_EXACT_ATTRIBUTE not in (lowered[layer.function_name].attrs or {}),
                 "function": functions.get(layer.name, ""),
             }
             for layer in read_layers(lowered).layers

@@ -331,7 +331,12 @@ class Quantizer:
             layer.macs,
             size,
             losses,
+            self._is_bit_exact(decision.precision, layer.operator_kind),
         )
+
+    def _is_bit_exact(self, precision: str, operator_kind: str) -> bool:
+        spec = self.session.spec
+        return spec.reason_against(precision, operator_kind) is not None or spec.is_bit_exact(precision, operator_kind)
 
 
 def is_low_bit(precision: Precision) -> bool:

@@ -5,6 +5,10 @@ or over TVM's RPC on a board, with the constants that were compiled into it and 
 its result is compared bit for bit with what :func:`tvm_hquant.numerics.evaluate` says for the plan's constants and the
 same inputs. So a layer whose constants are not those of the plan is found by itself. Then the whole module runs, and its
 outputs are compared with those of the chain of its layers.
+
+Kernels that are not bit-exact (tensor cores on floats) have their results compared with :func:`numerics.tensor_core_limits`
+instead. What reads them is compared as everything else, for the inputs that they really made: so the bound of a layer never
+hides a difference in another.
 """
 
 from __future__ import annotations
@@ -33,6 +37,7 @@ from tvm_hquant.progress import Progress, silent_progress
 from tvm_hquant.relax_ir.kernel_calls import is_view
 from tvm_hquant.runtime import Artifact
 from tvm_hquant.simulator.program import Program, ProgramBuilder, Step
+from tvm_hquant.tensor_comparison import ExactValues, ExpectedTensor, WithinLimits, differences
 
 Array = npt.NDArray[Any]
 
@@ -44,8 +49,10 @@ class TensorCheck:
     """One tensor, over all samples that were compared.
 
     ``kernel`` is the compiled function, ``elements`` how many values were compared, ``different`` how many differ, and
-    ``largest`` the largest difference in stored units. ``note`` says why they differ: the constants in the library are not
-    those of the plan, or the kernel breaks the contract; or why a tensor was not compared.
+    ``largest`` the largest difference in stored units. ``by_bound`` says that values were not compared bit for bit: then
+    ``different`` counts those outside of their limits, and ``largest`` is the largest distance from these. ``note`` says why
+    they differ: the constants in the library are not those of the plan, or the kernel breaks the contract; or why a tensor was
+    not compared.
     """
 
     layer: str
@@ -54,6 +61,7 @@ class TensorCheck:
     elements: int
     different: int
     largest: float
+    by_bound: bool
     note: str = ""
 
 
@@ -68,7 +76,7 @@ class VerificationReport:
 
     @property
     def holds(self) -> bool:
-        """Whether everything that was compared is equal, bit for bit."""
+        """Whether everything that was compared is equal bit for bit, or within its limits where it was compared by bound."""
         return self.outputs_equal and all(check.different == 0 for check in self.checks)
 
 
@@ -201,27 +209,40 @@ def _compare_step(
     """Adds to the tally how what a layer made of its inputs differs from the contract, over some samples."""
     if step.request is None or is_view(step.request):
         return
-    assert step.constants is not None
     inputs = [[own[key] for key in step.inputs] for own in values]
-    expected = numerics.evaluate_samples(step.request, step.constants, inputs)
-    for own, read, right in zip(values, inputs, expected, strict=True):
-        different, largest = differences(own[step.key], right)
-        tally.elements += right.size
+    for own, read, right in zip(values, inputs, _expected(step, kernel, inputs), strict=True):
+        different, largest = right.differences(own[step.key])
+        tally.elements += own[step.key].size
         tally.different += different
         tally.largest = max(tally.largest, largest)
         if different and not tally.cause:
             tally.cause = _cause(step, kernel, library, read, right)
 
 
+def _expected(step: Step, kernel: Kernel | None, inputs: Sequence[Sequence[Array]]) -> Sequence[ExpectedTensor]:
+    """What a layer must make of its inputs, for each of some samples."""
+    assert step.request is not None
+    assert step.constants is not None
+    if _is_by_bound(kernel):
+        limits = [numerics.tensor_core_limits(step.request, step.constants, read) for read in inputs]
+        return [WithinLimits(found, step.request.output) for found in limits]
+    return [ExactValues(right) for right in numerics.evaluate_samples(step.request, step.constants, inputs)]
+
+
+def _is_by_bound(kernel: Kernel | None) -> bool:
+    """Whether what a kernel makes is compared by bound."""
+    return kernel is not None and not kernel.is_bit_exact
+
+
 def _cause(
-    step: Step, kernel: Kernel | None, library: DeployedLibrary, inputs: Sequence[Array], expected: Array
+    step: Step, kernel: Kernel | None, library: DeployedLibrary, inputs: Sequence[Array], expected: ExpectedTensor
 ) -> str:
     """Why a layer differs: its kernel is called once more, with the plan's constants in place of the compiled ones."""
     assert step.constants is not None
     actual = library.run_kernel(kernel, step.constants, inputs) if kernel is not None else None
     if actual is None:
         return "the library has another kernel than the plan asks for"
-    if differences(actual, expected)[0] == 0:
+    if expected.differences(actual)[0] == 0:
         return "the constants in the library are not those of the plan"
     return "the kernel computes something else than the contract"
 
@@ -229,26 +250,12 @@ def _cause(
 def _check(step: Step, kernel: Kernel | None, tally: _Tally) -> TensorCheck:
     layer = step.layer.name if step.layer is not None else f"convert to {step.format.dtype}"
     if step.request is None:
-        return TensorCheck(layer, step.tensor, "tvm", 0, 0, 0.0, "TVM's own operator, outside the contract")
+        return TensorCheck(layer, step.tensor, "tvm", 0, 0, 0.0, False, "TVM's own operator, outside the contract")
     if is_view(step.request):
-        return TensorCheck(layer, step.tensor, "view", 0, 0, 0.0, "the same memory in another shape")
-    name = kernel.name if kernel is not None else IN_PLACE
-    return TensorCheck(layer, step.tensor, name, tally.elements, tally.different, tally.largest, tally.cause)
-
-
-def differences(actual: Array, expected: Array) -> tuple[int, float]:
-    """How many elements differ in their bits (all NaN count as one value), and by how much at most."""
-    if actual.shape != expected.shape or actual.dtype != expected.dtype:
-        return max(actual.size, 1), float("inf")
-    both_nan = np.isnan(actual) & np.isnan(expected) if actual.dtype.kind == "f" else np.zeros(actual.shape, bool)
-    bits = f"u{actual.dtype.itemsize}"
-    different = (np.ascontiguousarray(actual).view(bits) != np.ascontiguousarray(expected).view(bits)) & ~both_nan
-    count = int(different.sum())
-    if count == 0:
-        return 0, 0.0
-    with np.errstate(invalid="ignore"):
-        gaps = np.abs(actual[different].astype(np.float64) - expected[different].astype(np.float64))
-    return count, float(np.nan_to_num(gaps, nan=np.inf).max())
+        return TensorCheck(layer, step.tensor, "view", 0, 0, 0.0, False, "the same memory in another shape")
+    name, by_bound = kernel.name if kernel is not None else IN_PLACE, _is_by_bound(kernel)
+    note = tally.cause or ("within the bound of tensor cores" if by_bound else "")
+    return TensorCheck(layer, step.tensor, name, tally.elements, tally.different, tally.largest, by_bound, note)
 
 
 def _input_names(manifest: Mapping[str, Any]) -> list[str]:

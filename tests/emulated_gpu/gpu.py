@@ -47,20 +47,21 @@ class EmulatedGpu:
             RuntimeError: the process failed; the message holds what it wrote.
         """
         np.savez(folder / "inputs.npz", allow_pickle=False, **inputs)
-        script = FOLDER / "run_artifact.py"
-        variables = {**os.environ, "LD_LIBRARY_PATH": str(self.libraries), "PYTHONPATH": str(PROJECT)}
-        result = subprocess.run(
-            [sys.executable, script, artifact, folder / "inputs.npz", folder / "outputs.npz"],
-            env=variables,
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
+        command = [FOLDER / "run_artifact.py", artifact, folder / "inputs.npz", folder / "outputs.npz"]
+        result = self._python(*command)
         if result.returncode != 0:
             raise RuntimeError(f"the process ended with exit code {result.returncode}:\n{result.stderr}")
         with np.load(folder / "outputs.npz") as archive:
             return {name: archive[name] for name in archive.files}
+
+    def hquant(self, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+        """The command ``hquant``, run where the emulated driver is the machine's."""
+        return self._python("-m", "tvm_hquant.cli.main", *arguments)
+
+    def _python(self, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+        variables = {**os.environ, "LD_LIBRARY_PATH": str(self.libraries), "PYTHONPATH": str(PROJECT)}
+        command = [sys.executable, *arguments]
+        return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=300, check=False)
 
 
 def build_gpu(folder: Path) -> EmulatedGpu:

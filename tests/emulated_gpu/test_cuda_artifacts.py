@@ -37,9 +37,13 @@ def _emulated_compiler(gpu: EmulatedGpu, monkeypatch: pytest.MonkeyPatch) -> Non
     ("model", "plan"), [("residual", "mixed"), ("residual", "a8w8"), ("residual", "float32"), ("branches", "mixed")]
 )
 def test_outputs_equal_the_simulation(gpu: EmulatedGpu, tmp_path: Path, model: str, plan: str) -> None:
-    """Integers, float32, bfloat16, float16, pools, softmax, sigmoid, two outputs: every bit is that of the simulator."""
+    """Integers, float32, bfloat16, float16, pools, softmax, sigmoid, two outputs: every bit is that of the simulator.
+
+    Without what is within a bound only: so ``rules.bit_exact`` has it.
+    """
     session, made = shared_session(model), named_plan(model, plan)
-    artifact = compile_artifact(partitioned(model), made, load_target_spec("cuda-sm90"), name=model)
+    artifact = compile_artifact(partitioned(model), made, load_target_spec("cuda-sm90").bit_exact_part(), name=model)
+    assert all(layer["bit_exact"] for layer in artifact.manifest["layers"])
     inputs = random_samples(session, SAMPLES)
     outputs = gpu.run(artifact.save(tmp_path / "artifact").folder, inputs, tmp_path)
     program = session.builder.program(made.precisions(), made.scales, made.layer_weights)
@@ -49,6 +53,36 @@ def test_outputs_equal_the_simulation(gpu: EmulatedGpu, tmp_path: Path, model: s
     for name, values in zip(session.graph.output_names, expected, strict=True):
         assert np.ptp(values) > 0
         np.testing.assert_array_equal(outputs[name].view(np.uint32), values.view(np.uint32))
+
+
+@pytest.mark.parametrize(("target", "bounded"), [("cuda-sm90", ["merge"]), ("cuda-sm75", ["stem", "merge"])])
+def test_layers_on_tensor_cores_are_verified_by_bound(
+    gpu: EmulatedGpu, tmp_path: Path, target: str, bounded: list[str]
+) -> None:
+    """Layers that tensor cores sum in float are compared with their limits and named; all others, behind them too, bit for bit.
+
+    A bound is no excuse: weights that are not those of the plan are found, and that it is them.
+    """
+    made = named_plan("branches", "float16")
+    artifact = compile_artifact(partitioned("branches"), made, load_target_spec(target)).save(tmp_path / "artifact")
+    assert [layer["name"] for layer in artifact.manifest["layers"] if not layer["bit_exact"]] == bounded
+    done = gpu.hquant("verify", artifact.folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"compared by bound, not bit for bit: {', '.join(bounded)}" in done.stdout
+    assert f"{len(bounded)} of {len(bounded)} within their bound" in done.stdout
+    assert "whole module equal" in done.stdout
+    _scale_weights(artifact.folder / "weights.npz", "merge", 1.02)
+    done = gpu.hquant("verify", artifact.folder)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "the constants in the library are not those of the plan" in done.stdout
+    assert f"{len(bounded) - 1} of {len(bounded)} within their bound" in done.stdout
+
+
+def _scale_weights(path: Path, layer: str, factor: float) -> None:
+    """Multiplies the weights of a layer in an artifact's file."""
+    with np.load(path) as archive:
+        arrays = {name: array * np.float32(factor if name.startswith(layer) else 1) for name, array in archive.items()}
+    np.savez(path, allow_pickle=False, **arrays)
 
 
 def test_kernels_that_share_memory_would_be_refused(gpu: EmulatedGpu, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import get_args
 import pytest
 
 from tvm_hquant.errors import PrecisionError
+from tvm_hquant.kernels.instruction_set import load_instruction_set
 from tvm_hquant.layers import Layer
 from tvm_hquant.operators import Conv2D, Movement, Operator, Window
 from tvm_hquant.precision import REALIZED, parse_precision
@@ -176,3 +177,19 @@ def test_every_layer_has_a_kind_that_specs_know() -> None:
 def test_spellings(spelling: str, feature: str) -> None:
     """Protects that Linux's, LLVM's and the manuals' spellings mean one feature."""
     assert normalize_feature(spelling) == feature == normalize_feature(feature)
+
+
+@pytest.mark.parametrize("name", ["cuda-sm75", "cuda-sm80", "cuda-sm90", "jetson-orin"])
+def test_a_rule_leaves_out_what_is_not_bit_exact(name: str) -> None:
+    """Protects whoever needs every bit: one rule takes units and kernels together, and precisions keep a unit."""
+    shipped = load_target_spec(name)
+    assert not shipped.is_bit_exact("float16", "conv2d")
+    assert shipped.is_bit_exact("a8w8", "conv2d")
+    assert shipped.is_bit_exact("float16", "depthwise_conv2d")
+    exact = read_target_spec(shipped.to_toml() + "\n[rules]\nbit_exact = true\n", "exact.toml")
+    assert all(unit.bit_exact for unit in exact.units)
+    assert all(load_instruction_set(found).is_bit_exact for found in exact.instruction_sets)
+    assert exact.macs_per_cycle("float16", "conv2d") < shipped.macs_per_cycle("float16", "conv2d")
+    assert exact.tvm_target().kind.name == "cuda"
+    assert read_target_spec(exact.to_toml(), "again.toml") == exact
+    assert exact.spec_hash() != shipped.spec_hash()

@@ -36,6 +36,10 @@ from tvm_hquant.errors import TargetSpecError
             {"target": {"kind": "cuda", "arch": "sm_75"}, "instruction_sets": ["cuda_mma", "cuda"]},
             r"the kernels of cuda_mma need a GPU of sm_80 or later, the target is sm_75",
         ),
+        (
+            {"target": {"kind": "cuda", "arch": "sm_80"}, "instruction_sets": ["cuda_mma_float", "cuda"]},
+            r"the kernels of cuda_mma_float are within a bound, .* bit_exact = false in the unit",
+        ),
         ({"instruction_sets": ["cuda"]}, r"instruction_sets: cuda does not fit a target of kind llvm"),
         ({"instruction_sets": ["arm_dotprod"]}, r"instruction_sets: the kernels of arm_dotprod need asimddp"),
         ({"instruction_sets": ["avx2"]}, r"instruction_sets: the kernels of avx2 need avx2, fma"),

@@ -101,9 +101,15 @@ def compile_command(
         progress=terminal_progress(),
         observe=observe,
     )
-    api.compile(result, name=model.name, observe=observe, tuning_records=tuning_records).save(output)
+    artifact = api.compile(result, name=model.name, observe=observe, tuning_records=tuning_records)
+    artifact.save(output)
     if result.report is not None:
         print_report(result.report, verbose)
+    if by_bound := [str(layer["name"]) for layer in artifact.manifest["layers"] if not layer["bit_exact"]]:
+        typer.echo(
+            f"within a bound of what was simulated, not bit for bit: {', '.join(by_bound)} (tensor cores add floats in an "
+            "order of their own; bit_exact = true in the spec's rules keeps them off)"
+        )
     elsewhere = "" if spec.is_host_compatible() else " --rpc HOST:PORT"
     typer.echo(
         f"wrote {output} for {result.spec.name}: 'hquant verify {output}{elsewhere}' checks it, "

@@ -129,12 +129,13 @@ def _print_summary(spec: TargetSpec) -> None:
     rules = [f"{spec.rules.weight_scales} weight scales"]
     rules += ["symmetric activations only"] if spec.rules.symmetric_activations_only else []
     rules += ["power-of-two scales"] if spec.rules.power_of_two_scales else []
+    rules += ["bit-exact only"] if spec.rules.bit_exact else []
     rules += [f"float kept for {', '.join(spec.rules.keep_float)}"] if spec.rules.keep_float else []
     problems = spec.host_problems()
     rows = (
         ("name", spec.name),
         ("description", spec.description),
-        ("kernels", ", ".join(spec.instruction_sets)),
+        ("kernels", ", ".join(map(_instruction_set, spec.instruction_sets))),
         ("target", ", ".join(f"{key} {value}" for key, value in spec.target.options().items())),
         ("cross compiler", spec.target.cross_compiler or "none: this machine's own"),
         ("CPU features", ", ".join(sorted(spec.cpu_features_needed())) or "none needed"),
@@ -144,6 +145,12 @@ def _print_summary(spec: TargetSpec) -> None:
         ("hash", spec.spec_hash()),
     )
     print_table(("field", "value"), rows)
+
+
+def _instruction_set(name: str) -> str:
+    from tvm_hquant.kernels.instruction_set import load_instruction_set
+
+    return name if load_instruction_set(name).is_bit_exact else f"{name} (within a bound, not bit-exact)"
 
 
 def _rates(spec: TargetSpec) -> list[tuple[str, str]]:

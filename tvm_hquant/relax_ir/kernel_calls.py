@@ -30,6 +30,8 @@ from tvm_hquant.tensor_format import STORAGE_DTYPE
 REQUEST_ATTRIBUTE = "hquant.request"
 CONSTANTS_ATTRIBUTE = "hquant.constants"
 KERNEL_ATTRIBUTE = "hquant.kernel"
+BIT_EXACT_ATTRIBUTE = "hquant.bit_exact"
+"""False on layers whose kernel is within a bound of the contract; absent on all others."""
 
 
 def is_view(request: KernelRequest) -> bool:
@@ -59,9 +61,11 @@ def kernel_layer_function(
         relax.Var(f"input_{i}", relax.TensorType(list(shape), STORAGE_DTYPE[storage]))
         for i, (shape, storage) in enumerate(zip(shapes, request.inputs, strict=True))
     ]
-    marks = {REQUEST_ATTRIBUTE: encode(request), CONSTANTS_ATTRIBUTE: type(constants).__name__}
+    marks: dict[str, Any] = {REQUEST_ATTRIBUTE: encode(request), CONSTANTS_ATTRIBUTE: type(constants).__name__}
     if kernel is not None:
         marks[KERNEL_ATTRIBUTE] = kernel[0].name
+        if not kernel[0].is_bit_exact:
+            marks[BIT_EXACT_ATTRIBUTE] = False
     output_shape = list(request.operator.output_shape)
     with builder.function("layer", parameters, {**attributes, **marks}, private=True):
         with builder.dataflow():
@@ -139,7 +143,8 @@ def with_kernels(
             functions[layer.name] = function.with_attr("global_symbol", function_identifier(layer.name))
             continue
         request, constants = entry
-        attributes = {k: v for k, v in dict(function.attrs).items() if k != KERNEL_ATTRIBUTE}
+        of_kernel = (KERNEL_ATTRIBUTE, BIT_EXACT_ATTRIBUTE)
+        attributes = {k: v for k, v in dict(function.attrs).items() if k not in of_kernel}
         if not is_view(request) and request not in symbols:
             kernel = select_kernel(families, request)
             symbol = kernel_symbol(kernel)

@@ -11,7 +11,10 @@ from tvm_hquant.statistics import Interval
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One layer: its precision and why, its size, and the loss of the network with this layer alone in a precision."""
+    """One layer: its precision and why, its size, and the loss of the network with this layer alone in a precision.
+
+    ``bit_exact`` is False where the target's unit for it is within a bound of what was simulated, not the same bit for bit.
+    """
 
     name: str
     operator: str
@@ -21,6 +24,7 @@ class LayerReport:
     macs: int
     weight_bytes: float
     losses: Mapping[str, float] = field(default_factory=dict)
+    bit_exact: bool = True
 
 
 @dataclass(frozen=True)

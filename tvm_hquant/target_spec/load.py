@@ -79,7 +79,8 @@ def spec_from(content: Mapping[str, Any], file: str) -> TargetSpec:
     """
     try:
         # By way of JSON, in which pydantic's strict mode takes arrays for tuples but no text for numbers.
-        return TargetSpec.model_validate_json(json.dumps(content, default=str))
+        spec = TargetSpec.model_validate_json(json.dumps(content, default=str))
+        return spec.bit_exact_part() if spec.rules.bit_exact else spec
     except ValidationError as error:
         # A list all of whose entries are wrong is reported as too short as well; that says nothing new.
         errors = [e for e in error.errors(include_url=False) if not (e["type"] == "too_short" and e["input"])]

@@ -175,6 +175,7 @@ class Unit(Table):
             them; for operators without weights, elements per cycle.
         required_features: CPU features that it needs beyond those of the spec.
         channel_alignment: channels are computed in multiples of this.
+        bit_exact: whether it computes the arithmetic contract's bits; else within the bound that the contract states for it.
     """
 
     name: Text
@@ -183,6 +184,7 @@ class Unit(Table):
     count: PositiveCount = 1
     required_features: CpuFeatures = ()
     channel_alignment: PositiveCount = 1
+    bit_exact: bool = True
     macs_per_cycle: Rates
 
     @property
@@ -244,6 +246,7 @@ class Rules(Table):
         weight_scales: one scale per output channel, or one for all weights of a layer.
         power_of_two_scales: every scale is a power of two, so that requantizing is a shift.
         keep_float: patterns of layer names or operator kinds that stay in a float precision.
+        bit_exact: leave out units and instruction sets that are not bit-exact.
         forbidden: single precisions ruled out, with reasons.
     """
 
@@ -251,4 +254,5 @@ class Rules(Table):
     weight_scales: Literal["per-channel", "per-tensor"] = "per-channel"
     power_of_two_scales: bool = False
     keep_float: tuple[Text, ...] = ()
+    bit_exact: bool = False
     forbidden: tuple[Forbidden, ...] = ()

@@ -149,6 +149,14 @@ class TargetSpec(Table):
         unit, rate = self._fastest(precision, operator_kind)
         return rate * unit.clock_ghz * 1e9 * min(unit.count, cores or unit.count)
 
+    def is_bit_exact(self, precision: str, operator_kind: str) -> bool:
+        """Whether what computes an operator in a precision gives the contract's bits; else it is within a stated bound.
+
+        Raises:
+            PrecisionError, TargetSpecError: as :meth:`unit_for`.
+        """
+        return self.unit_for(precision, operator_kind).bit_exact
+
     def conversion_elements_per_cycle(self, source: str, destination: str) -> float:
         """Elements per cycle that one core converts between two stored formats (``uint8``, ``float32``…).
 
@@ -190,8 +198,14 @@ class TargetSpec(Table):
         """The ``tvm.target.Target``.
 
         Raises:
-            TargetSpecError: TVM or its LLVM does not know the target, or the instruction sets do not fit it.
+            TargetSpecError: TVM or its LLVM does not know the target, or the instruction sets do not fit it or the units.
         """
+        inexact = [name for name in self.instruction_sets if not load_instruction_set(name).is_bit_exact]
+        if inexact and all(unit.bit_exact for unit in self.units):
+            raise TargetSpecError(
+                f"target spec {self.name}, units: the kernels of {', '.join(inexact)} are within a bound, not bit-exact; say "
+                "bit_exact = false in the unit that they compute with, or set bit_exact = true in rules to leave them out"
+            )
         return build_target(self.name, self.target.options(), self.instruction_sets)
 
     def spec_hash(self) -> str:
@@ -207,6 +221,17 @@ class TargetSpec(Table):
             unit["macs_per_cycle"] = list(unit["macs_per_cycle"].items())
         text = json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
+
+    def bit_exact_part(self) -> TargetSpec:
+        """What is left of the spec without units and instruction sets that are not bit-exact.
+
+        Raises:
+            pydantic.ValidationError: too little is left.
+        """
+        sets = tuple(name for name in self.instruction_sets if load_instruction_set(name).is_bit_exact)
+        units = tuple(unit for unit in self.units if unit.bit_exact)
+        left = self.model_copy(update={"instruction_sets": sets, "units": units})
+        return TargetSpec.model_validate_json(left.model_dump_json(by_alias=True))
 
     def to_toml(self) -> str:
         """The spec as the text of a TOML file; reading it gives an equal spec."""
