@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -84,16 +84,16 @@ class AnchorGeometry:
 
     # Channels.
 
-    @property
+    @cached_property
     def group_inputs(self) -> int:
         return self.conv.in_channels // self.conv.groups
 
-    @property
+    @cached_property
     def groups(self) -> int:
         """Groups of channels that are computed one after the other; those that share vectors count as one."""
         return self.conv.groups // self.dot.groups
 
-    @property
+    @cached_property
     def group_outputs(self) -> int:
         """Output channels of such a group, in the order of memory."""
         return self.conv.out_channels // self.groups
@@ -113,7 +113,7 @@ class AnchorGeometry:
             chain //= 2
         return chain
 
-    @property
+    @cached_property
     def groups_steps(self) -> bool:
         """Whether the steps of a tile come in an order that the weights decide, two of them together where they can."""
         return self.dot.groups_steps and self.chain == 1 and self.passes == 1 and self.all_steps >= _FEWEST_GROUPED
@@ -136,7 +136,7 @@ class AnchorGeometry:
             return count, (left,) if left else ()
         return count, tuple(size for size in _powers_of_two_below(full) if left & size)
 
-    @property
+    @cached_property
     def padded_inputs(self) -> int:
         """Channels of a group in memory, filled up to whole steps where steps cannot do without."""
         products = self.dot.products
@@ -149,17 +149,17 @@ class AnchorGeometry:
             return self.group_inputs
         return -(-self.group_inputs // products) * products
 
-    @property
+    @cached_property
     def is_merged(self) -> bool:
         """Whether the channels that a kernel row takes lie side by side in memory, and are one run of steps."""
         return self.conv.window.dilation[1] == 1 and self.conv.groups == 1
 
-    @property
+    @cached_property
     def runs(self) -> int:
         """Runs of steps of a kernel row."""
         return 1 if self.is_merged else self.conv.window.kernel[1]
 
-    @property
+    @cached_property
     def run_inputs(self) -> int:
         """Elements of a run."""
         return self.padded_inputs * (self.conv.window.kernel[1] if self.is_merged else 1)
@@ -169,7 +169,7 @@ class AnchorGeometry:
         """Steps of a run that take new elements only."""
         return self.run_inputs // self.dot.products
 
-    @property
+    @cached_property
     def steps(self) -> int:
         """Steps of a run; the last one overlaps the one before it where elements are left."""
         return -(-self.run_inputs // self.dot.products)
@@ -226,7 +226,7 @@ class AnchorGeometry:
     def tile_runs(self, tile: Tile) -> tuple[TileRun, ...]:
         """The tiles of a row of output pixels."""
         _, width = self.output_size
-        runs = cut_row(width, tile.pixels, lambda pixels: self._run_cost(TileRun(0, 1, 0, pixels), tile.vectors))
+        runs = cut_row(width, tile.pixels, cache(lambda pixels: self._run_cost(TileRun(0, 1, 0, pixels), tile.vectors)))
         return split_at_borders(runs, self.axes[1]) if self.skips_padding else runs
 
     def _row_cost(self, tile: Tile) -> float:
@@ -278,7 +278,7 @@ class AnchorGeometry:
         """Tiles over the output channels of a group; the last one overlaps the one before it."""
         return 1 if self.is_narrow else -(-self.group_outputs // self.block)
 
-    @property
+    @cached_property
     def output_size(self) -> tuple[int, int]:
         return self.conv.window.output_size(*self.conv.input_shape[1:3])
 
