@@ -6,7 +6,8 @@
 * ``resnet50``: the same of the onnx package's ResNet-50 with random weights, on random images;
 * ``greedy``: Algorithm 1 of the greedy paper on MobileNetV2, from float32 down to 8 bits, one layer after the other.
 
-Nothing is known beforehand, so the seconds hold the rounding of weights and the compilation of kernels. "CPU / workers" is what
+Nothing is known beforehand, so the seconds hold the rounding of weights and the compilation of kernels (``--kernel-cache FOLDER``
+takes those that an earlier run has compiled). "CPU / workers" is what
 all processes computed together over the number of worker processes: the wall time to expect where nothing else runs and all are
 busy. "Kernels alone" is the same of the float32 layers that lie behind each changed layer, by the median of ten calls of each
 with its weights in the cache: what no simulator that computes them can do without. ``--target x86-64-avx2`` takes the kernels
@@ -41,6 +42,7 @@ from tvm_hquant.preparation import prepare_module
 from tvm_hquant.quantizer import DataRoles, Options, Quantizer
 from tvm_hquant.sensitivity.measured import SensitivityTable
 from tvm_hquant.session import QuantizationSession
+from tvm_hquant.simulator.kernel_cache import OFF, VARIABLE
 from tvm_hquant.simulator.runner import available_cores
 from tvm_hquant.target_spec import TargetSpec, detect_host, load_target_spec
 
@@ -71,8 +73,10 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=200)
     parser.add_argument("--target", default="host")
     parser.add_argument("--workers", type=int, default=available_cores())
+    parser.add_argument("--kernel-cache", default=OFF, help="folder of compiled kernels; none are taken by default")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    os.environ[VARIABLE] = arguments.kernel_cache
     spec = detect_host() if arguments.target == "host" else load_target_spec(arguments.target)
     phases: list[Phase] = []
     for task in arguments.tasks.split(","):

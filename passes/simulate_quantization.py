@@ -37,7 +37,9 @@ def simulate_quantization(kernels: Sequence[Kernel]) -> Any:
         builder = relax.BlockBuilder()
         for symbol, kernel in {kernel_symbol(k): k for k in kernels}.items():
             builder.add_func(kernel.function.with_attr("global_symbol", symbol), symbol)
-        for layer in read_layers(mod).layers:
+        # A module without a model gives kernels alone.
+        layers = read_layers(mod).layers if mod.functions_items() else ()
+        for layer in layers:
             if isinstance(layer.operator, Opaque):
                 function = mod[layer.function_name].with_attr("global_symbol", layer.function_name)
                 builder.add_func(function, layer.function_name)

@@ -30,6 +30,7 @@ from tvm_hquant.rounding.weight_rounding import Method, rounding_for
 from tvm_hquant.simulator.engine import SimulationEngine
 from tvm_hquant.simulator.evaluator import ProgramEvaluator
 from tvm_hquant.simulator.journal import EvaluationJournal
+from tvm_hquant.simulator.kernel_cache import default_kernel_cache
 from tvm_hquant.simulator.metrics import Metric, MetricAccumulator
 from tvm_hquant.simulator.program import Program, ProgramBuilder
 from tvm_hquant.target_spec import TargetSpec
@@ -71,7 +72,7 @@ class QuantizationSession:
     ) -> None:
         self.mod = mod
         self.spec = spec
-        self.engine = SimulationEngine(mod, families, host_target)
+        self.engine = SimulationEngine(mod, families, host_target, default_kernel_cache())
         self.graph: LayerGraph = self.engine.graph
         self.builder = ProgramBuilder(self.graph, self.layer_weights)
         self.observer = observer
@@ -94,7 +95,7 @@ class QuantizationSession:
         families = families_for_target(self.spec.instruction_sets)
         if [family.name for family in families] == [family.name for family in self.engine.families]:
             return self.engine
-        return SimulationEngine(self.mod, families, self.spec.tvm_target())
+        return SimulationEngine(self.mod, families, self.spec.tvm_target(), self.engine.cache)
 
     @property
     def signature(self) -> Signature:

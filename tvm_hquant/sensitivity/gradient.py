@@ -33,6 +33,7 @@ from tvm_hquant.precision import FLOAT32
 from tvm_hquant.relax_ir.gradient_rules import turned_weight_values
 from tvm_hquant.sensitivity.weight_gradient import weight_gradient
 from tvm_hquant.simulator.engine import SimulationEngine, as_calls
+from tvm_hquant.simulator.kernel_cache import default_kernel_cache
 from tvm_hquant.simulator.machine import CallProgram, Schedule
 from tvm_hquant.simulator.program import ProgramBuilder
 
@@ -74,7 +75,8 @@ class GradientEvaluator:
 
     def __init__(self, mod: IRModule, families: Sequence[KernelFamily], host_target: Any) -> None:
         self.layers: tuple[Layer, ...] = read_layers(mod).anchors
-        self._engine = SimulationEngine(partition_layers()(differentiate()(mod)), families, host_target)
+        network = partition_layers()(differentiate()(mod))
+        self._engine = SimulationEngine(network, families, host_target, default_kernel_cache())
         self._graph: LayerGraph = self._engine.graph
         self._batch, self.classes = self._graph.inputs[TARGET].shape
         tensor_of = dict(zip(self._graph.output_names, self._graph.outputs, strict=True))

@@ -20,9 +20,10 @@ from tvm_hquant.layers import LayerGraph, read_layers
 from tvm_hquant.operators import Opaque
 from tvm_hquant.passes.simulate_quantization import simulate_quantization
 from tvm_hquant.relax_ir.kernel_calls import is_view, kernel_symbol
+from tvm_hquant.simulator.kernel_cache import KernelCache, kernel_key
+from tvm_hquant.simulator.kernel_library import Library, built_kernels, exported, loaded_functions
 from tvm_hquant.simulator.machine import BoundKernel, Call, CallProgram, KernelMachine, Schedule
 from tvm_hquant.simulator.program import Program, Step
-from tvm_hquant.simulator.worker import Library, exported
 from tvm_hquant.tensor_format import STORAGE_DTYPE
 
 Array = npt.NDArray[Any]
@@ -42,50 +43,86 @@ class SimulationEngine:
         mod: the partitioned module.
         families: kernel families of this machine, the best first.
         target: this machine.
+        cache: where compiled kernels are found and kept; None: nowhere.
     """
 
-    def __init__(self, mod: IRModule, families: Sequence[KernelFamily], target: Any) -> None:
+    def __init__(
+        self, mod: IRModule, families: Sequence[KernelFamily], target: Any, cache: KernelCache | None = None
+    ) -> None:
         self.graph: LayerGraph = read_layers(mod)
         self._mod = mod
         self.families = tuple(families)
         self.target = target
+        self.cache = cache
         self._kernels: dict[KernelRequest, Kernel] = {}
         self._compiled: set[KernelRequest] = set()
         self._symbols: set[str] = set()
-        self._has_machine = False
+        self._has_functions = False
         self.instruction_sets = tuple(f.name for f in families if f.name in instruction_set_names())
         self.machine = KernelMachine([(t.shape, t.dtype) for t in self.graph.inputs.values()])
         self._schedules: dict[tuple[str, ...], Schedule] = {}
 
     def compile(self, programs: Iterable[Program]) -> int:
-        """Compiles what the programs need and is not compiled yet; returns the number of new kernels."""
+        """Compiles what the programs need and is neither compiled yet nor in the cache; returns the number of new kernels."""
         new: dict[str, Kernel] = {}
-        needs_machine = False
+        needs_functions = False
         for program in programs:
             for step in program.steps:
                 if step.request is None:
-                    needs_machine = not self._has_machine
+                    needs_functions = not self._has_functions
                 elif not is_view(step.request) and step.request not in self._compiled:
                     kernel = self._kernel(step.request)
                     self._compiled.add(step.request)
                     if kernel_symbol(kernel) not in self._symbols:
                         new[kernel_symbol(kernel)] = kernel
-        if not new and not needs_machine:
-            return 0
-        module = simulate_quantization(list(new.values()))(self._mod)
-        executable = build_module(module, self.target, "this machine")
-        if needs_machine:
-            virtual_machine = relax.VirtualMachine(executable, cpu_device())
+        if needs_functions:
+            virtual_machine = relax.VirtualMachine(self._built_functions(), cpu_device())
             self.machine.add_functions({name: virtual_machine[name] for name in self._opaque_functions()})
-            self._has_machine = True
-        self.machine.add_functions({s: executable.mod.get_function(s, query_imports=True) for s in new})
-        self._symbols |= new.keys()
+            self._has_functions = True
+        if new:
+            self._add_kernels(new)
         return len(new)
+
+    def _add_kernels(self, kernels: Mapping[str, Kernel]) -> None:
+        self._symbols |= kernels.keys()
+        if self.cache is None:
+            executable = built_kernels(list(kernels.values()), self.target)
+            self.machine.add_functions({s: executable.mod.get_function(s, query_imports=True) for s in kernels})
+            return
+        keys = {symbol: kernel_key(kernel, self.target) for symbol, kernel in kernels.items()}
+        libraries = list(self.cache.find({key: symbol for symbol, key in keys.items()}))
+        found = {symbol for library in libraries for symbol in library.symbols}
+        missing = [kernel for symbol, kernel in kernels.items() if symbol not in found]
+        if missing:
+            symbols = tuple(map(kernel_symbol, missing))
+            libraries.append(Library(exported(built_kernels(missing, self.target)), symbols))
+            self.cache.add(libraries[-1], keys)
+        for library in libraries:
+            self.machine.add_functions(loaded_functions(library))
+
+    def cached_libraries(self, requests: Iterable[KernelRequest]) -> tuple[Library, ...]:
+        """What the cache has of the kernels of some requests."""
+        if self.cache is None:
+            return ()
+        kernels = [self._kernel(request) for request in requests]
+        return self.cache.find({kernel_key(kernel, self.target): kernel_symbol(kernel) for kernel in kernels})
+
+    def keep_library(self, library: Library, requests: Iterable[KernelRequest]) -> None:
+        """Keeps in the cache what was compiled elsewhere for some requests."""
+        if self.cache is not None:
+            kernels = [self._kernel(request) for request in requests]
+            self.cache.add(library, {kernel_symbol(kernel): kernel_key(kernel, self.target) for kernel in kernels})
+
+    def symbol(self, request: KernelRequest) -> str:
+        """Name of the compiled function of a request."""
+        return kernel_symbol(self._kernel(request))
 
     def function_library(self) -> Library:
         """A library of the operators that TVM legalizes, for other processes."""
-        module = simulate_quantization([])(self._mod)
-        return Library(exported(build_module(module, self.target, "this machine")), (), self._opaque_functions())
+        return Library(exported(self._built_functions()), (), self._opaque_functions())
+
+    def _built_functions(self) -> Any:
+        return build_module(simulate_quantization([])(self._mod), self.target, "this machine")
 
     def call_program(self, program: Program) -> CallProgram:
         """A program as calls of kernels, with the constants of all of them bound."""

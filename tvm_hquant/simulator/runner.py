@@ -13,8 +13,9 @@ from tvm_hquant.kernels.interface import KernelRequest
 from tvm_hquant.relax_ir.kernel_calls import is_view
 from tvm_hquant.simulator.chunks import ChunkSample, ChunkScores
 from tvm_hquant.simulator.engine import SimulationEngine, as_calls
+from tvm_hquant.simulator.kernel_library import Library
 from tvm_hquant.simulator.program import Program, Step
-from tvm_hquant.simulator.worker import ChunkTask, Library, MissingParts, Parts, compile_library, score_chunk
+from tvm_hquant.simulator.worker import ChunkTask, MissingParts, Parts, compile_library, score_chunk
 
 
 class Piece(NamedTuple):
@@ -97,15 +98,19 @@ class WorkerRunner:
             self._libraries.append(self._engine.function_library())
             self._has_functions = True
         wanted = {s.request: None for s in steps if s.request is not None and not is_view(s.request)}
-        requests = [request for request in wanted if request not in self._compiled]
+        new = [request for request in wanted if request not in self._compiled]
+        self._compiled.update(new)
+        cached = self._engine.cached_libraries(new)
+        self._libraries += cached
+        found = {symbol for library in cached for symbol in library.symbols}
+        requests = [request for request in new if self._engine.symbol(request) not in found]
         # Several small libraries, so that all workers have some to compile.
-        groups = [requests[i :: 2 * self._workers] for i in range(2 * self._workers)]
+        groups = [group for i in range(2 * self._workers) if (group := requests[i :: 2 * self._workers])]
         target = str(self._engine.target)
-        futures = [
-            self._executor.submit(compile_library, group, self._engine.families, target) for group in groups if group
-        ]
-        self._libraries += [future.result() for future in futures]
-        self._compiled.update(requests)
+        futures = [self._executor.submit(compile_library, group, self._engine.families, target) for group in groups]
+        for group, future in zip(groups, futures, strict=True):
+            self._libraries.append(future.result())
+            self._engine.keep_library(self._libraries[-1], group)
 
     def _parts(self, missing: MissingParts) -> Parts:
         return Parts(

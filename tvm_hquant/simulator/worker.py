@@ -7,32 +7,21 @@ serves, workers may come and go, and nothing has to be shared but the instructio
 from __future__ import annotations
 
 import pickle
-import tempfile
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import tvm
-from tvm import relax
 
-from tvm_hquant.compilation import build_module
 from tvm_hquant.errors import ToolchainError
 from tvm_hquant.kernels.interface import KernelFamily, KernelRequest
 from tvm_hquant.kernels.registry import host_instruction_sets, select_kernel
 from tvm_hquant.relax_ir.kernel_calls import kernel_symbol
 from tvm_hquant.simulator.chunks import ChunkSample, ChunkScores, ProgramSet
+from tvm_hquant.simulator.kernel_library import Library, built_kernels, exported, loaded_functions
 from tvm_hquant.simulator.machine import BoundKernel, KernelMachine
-
-
-class Library(NamedTuple):
-    """A shared library: its kernels by symbol, and the Relax functions that it holds beside them."""
-
-    content: bytes
-    symbols: tuple[str, ...]
-    functions: tuple[str, ...] = ()
 
 
 class Parts(NamedTuple):
@@ -78,26 +67,8 @@ def compile_library(requests: Sequence[KernelRequest], families: Sequence[Kernel
         ToolchainError: code generation or linking failed.
     """
     kernels = {kernel_symbol(k): k for k in (select_kernel(families, request) for request in requests)}
-    builder = relax.BlockBuilder()
-    for symbol, kernel in kernels.items():
-        builder.add_func(kernel.function.with_attr("global_symbol", symbol), symbol)
-    executable = build_module(builder.get(), tvm.target.Target(target), "this machine")
+    executable = built_kernels(list(kernels.values()), tvm.target.Target(target))
     return Library(exported(executable), tuple(kernels))
-
-
-def exported(executable: Any) -> bytes:
-    """The shared library of an executable.
-
-    Raises:
-        ToolchainError: it cannot be linked.
-    """
-    with tempfile.TemporaryDirectory(prefix="hquant_") as folder:
-        path = Path(folder) / "kernels.so"
-        try:
-            executable.export_library(str(path))
-        except RuntimeError as error:
-            raise ToolchainError(f"cannot link kernels for worker processes: {error}") from error
-        return path.read_bytes()
 
 
 def score_chunk(task: ChunkTask) -> ChunkScores | MissingParts:
@@ -142,14 +113,7 @@ class _Worker:
 
     def _add(self, parts: Parts) -> None:
         for number, library in parts.libraries.items():
-            with tempfile.NamedTemporaryFile(prefix="hquant_", suffix=".so") as file:
-                file.write(library.content)
-                file.flush()
-                module = tvm.runtime.load_module(file.name)
-            self.machine.add_functions({s: module.get_function(s, query_imports=True) for s in library.symbols})
-            if library.functions:
-                virtual_machine = relax.VirtualMachine(module, tvm.cpu())
-                self.machine.add_functions({name: virtual_machine[name] for name in library.functions})
+            self.machine.add_functions(loaded_functions(library))
             self.libraries.add(number)
         for realization, kernel in parts.kernels.items():
             if not self.machine.has(realization):
