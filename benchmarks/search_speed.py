@@ -6,12 +6,12 @@
 * ``resnet50``: the same of the onnx package's ResNet-50 with random weights, on random images;
 * ``greedy``: Algorithm 1 of the greedy paper on MobileNetV2, from float32 down to 8 bits, one layer after the other.
 
-Nothing is known beforehand, so the seconds hold the rounding of weights and the compilation of kernels (``--kernel-cache FOLDER``
-takes those that an earlier run has compiled). "CPU / workers" is what
-all processes computed together over the number of worker processes: the wall time to expect where nothing else runs and all are
-busy. "Kernels alone" is the same of the float32 layers that lie behind each changed layer, by the median of ten calls of each
-with its weights in the cache: what no simulator that computes them can do without. ``--target x86-64-avx2`` takes the kernels
-of that spec, on a machine that has more.
+Nothing is known beforehand, so the seconds hold the rounding of weights and the compilation of kernels;
+``--kernel-cache FOLDER`` takes those that an earlier run has compiled. "CPU / workers" is what all processes computed
+together over the number of worker processes: the wall time to expect where nothing else runs and all are busy. "Kernels
+alone" is the same of the float32 layers that lie behind each changed layer, by the median of ten calls of each with its
+weights in the cache: what no simulator that computes them can do without. ``--target x86-64-avx2`` takes the kernels of
+that spec, on a machine that has more.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 from itertools import pairwise
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,6 +15,7 @@ from tests.search.synthetic import SyntheticNetwork, precisions
 from tvm_hquant.errors import SearchError
 from tvm_hquant.search.ilp import IntegerProgramStrategy
 from tvm_hquant.search.integer_program import IntegerProgram
+from tvm_hquant.search.problem import CostModel
 
 NAMES = ("a8w4", "a8w8", "float32")
 
@@ -195,3 +197,26 @@ def test_levels_that_do_not_fit_are_refused() -> None:
     """More layers asked for than there are: no plan has them."""
     with pytest.raises(SearchError, match="levels"):
         IntegerProgramStrategy().search(chain(2).problem(3.5, levels={"a8w4": 3}))
+
+
+def test_the_solver_writes_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    """The standard output is the user's. HiGHS 1.12, which SciPy 1.17 has inside, wrote a line while it solved this program."""
+    random = np.random.default_rng(2)
+    layers = [f"layer{i}" for i in range(int(random.integers(5, 55)))]
+    names = tuple("abcdef")[: int(random.integers(2, 7))]
+    of_precision = dict(zip(names, np.sort(random.uniform(0.3, 4, len(names))).tolist(), strict=True))
+    costs, losses = {}, {}
+    for layer in layers:
+        size = 10 ** random.uniform(0, 2.5)
+        costs.update({(layer, p): float(of_precision[p] * size * random.uniform(0.9, 1.1)) for p in names})
+    for layer in layers:
+        losses.update({(layer, p): float(10 ** random.normal(-3, 1.2) * 0.1**i) for i, p in enumerate(names)})
+    pairs = {
+        pair: {(p, q): float(random.uniform(0, 3)) for p in names for q in names if p != q and random.random() < 0.6}
+        for pair in pairwise(layers)
+    }
+    program = IntegerProgram(dict.fromkeys(layers, names), CostModel(costs, pairs), losses)
+    largest = sum(max(losses[layer, p] for p in names) for layer in layers)
+    assert program.solve(0.01 * largest) is not None
+    written = capfd.readouterr()
+    assert written.out == written.err == ""

@@ -9,6 +9,9 @@
 
 y stands for the product x(l, p)·x(m, q): with these two sums, the tightest linear form of a pair, y is 0 or 1 by itself.
 Precisions that cost the same beside every precision of a neighbour, such as all that read 8-bit codes, share one y.
+
+HiGHS is called directly: the version inside SciPy 1.17, 1.12, writes lines to the standard output that no option turns off
+(ERGO-Code/HiGHS, issue 2783).
 """
 
 from __future__ import annotations
@@ -17,11 +20,13 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import highspy
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import coo_array
+import numpy.typing as npt
 
 from tvm_hquant.search.problem import CostModel, LayerPrecision
+
+Floats = npt.NDArray[np.float64]
 
 _RELATIVE_GAP = 1e-6
 _TIE = 1e-7
@@ -74,26 +79,39 @@ class _Model:
             return {}
         losses = np.array([self.program.losses[pair] for pair in self.x])
         upper = np.ones(self.count)
-        upper[: len(losses)][~np.isfinite(losses)] = 0.0
+        # A loss beyond the bound is never chosen; left to the solver, tiny parts of it would fit its tolerances.
+        upper[: len(losses)][~np.isfinite(losses) | (losses > self.bound)] = 0.0
         scale = max(map(abs, self.objective), default=1.0) or 1.0
         objective = np.array(self.objective) / scale
         finite = np.where(np.isfinite(losses), losses, 0.0)
         objective[: len(losses)] += _TIE * finite / (finite.max() or 1.0)
-        entries = [(r, c, v) for r, (row, _, _) in enumerate(self.rows) for c, v in row.items()]
-        rows, columns, values = zip(*entries, strict=True)
-        matrix = coo_array((values, (rows, columns)), shape=(len(self.rows), self.count)).tocsr()
-        integrality = np.zeros(self.count)
-        integrality[: len(self.x)] = 1
-        result = milp(
-            objective,
-            integrality=integrality,
-            bounds=Bounds(0.0, upper),
-            constraints=LinearConstraint(matrix, [low for _, low, _ in self.rows], [high for _, _, high in self.rows]),
-            options={"mip_rel_gap": _RELATIVE_GAP},
-        )
-        if result.x is None:
+        found = self._optimum(objective, upper)
+        if found is None:
             return None
-        return {layer: p for (layer, p), number in self.x.items() if result.x[number] > 0.5}
+        return {layer: p for (layer, p), number in self.x.items() if found[number] > 0.5}
+
+    def _optimum(self, objective: Floats, upper: Floats) -> Floats | None:
+        """The values of all variables at the optimum; None if nothing keeps the constraints."""
+        problem = highspy.HighsLp()
+        problem.num_col_, problem.num_row_ = self.count, len(self.rows)
+        problem.col_cost_, problem.col_lower_, problem.col_upper_ = objective, np.zeros(self.count), upper
+        problem.row_lower_ = np.array([low for _, low, _ in self.rows])
+        problem.row_upper_ = np.array([high for _, _, high in self.rows])
+        matrix = problem.a_matrix_
+        matrix.format_ = highspy.MatrixFormat.kRowwise
+        matrix.start_ = np.cumsum([0, *(len(row) for row, _, _ in self.rows)])
+        matrix.index_ = np.array([column for row, _, _ in self.rows for column in row])
+        matrix.value_ = np.array([value for row, _, _ in self.rows for value in row.values()])
+        kinds = highspy.HighsVarType
+        problem.integrality_ = [kinds.kInteger if n < len(self.x) else kinds.kContinuous for n in range(self.count)]
+        solver = highspy.Highs()
+        solver.setOptionValue("output_flag", False)
+        solver.setOptionValue("mip_rel_gap", _RELATIVE_GAP)
+        solver.passModel(problem)
+        solver.run()
+        if solver.getModelStatus() != highspy.HighsModelStatus.kOptimal:
+            return None
+        return np.array(solver.getSolution().col_value)
 
     def _add(self, row: dict[int, float], low: float, high: float) -> None:
         self.rows.append((row, low, high))
@@ -104,8 +122,8 @@ class _Model:
         # Scaled so that the solver's tolerance is far below what tells plans apart.
         scale = 1.0 / self.bound if self.bound > 0 else 1e9
         row = {n: self.program.losses[pair] * scale for pair, n in self.x.items()}
-        finite = {n: value for n, value in row.items() if math.isfinite(value)}
-        self._add(finite, -np.inf, self.bound * scale)
+        usable = {n: value for n, value in row.items() if value <= self.bound * scale}
+        self._add(usable, -np.inf, self.bound * scale)
 
     def _add_pair(self, first: str, second: str, extra: Mapping[tuple[str, str], float]) -> None:
         if not any(extra.values()) or first not in self.program.candidates or second not in self.program.candidates:
