@@ -17,6 +17,7 @@ from test_anchor_kernels import CASES, random_activations, random_case
 from tests.emulated_board.board import Board, export_for_board, tvm_target
 from tvm_hquant import numerics
 from tvm_hquant.kernels.interface import IntegerElementwiseConstants, KernelRequest, NoConstants, Requantization
+from tvm_hquant.kernels.proven_endings import proven_ending
 from tvm_hquant.kernels.registry import families_for_target, select_kernel
 from tvm_hquant.operators import BatchMatmul, Conv2D, Epilogue, Window
 from tvm_hquant.tensor_format import STORAGE_DTYPE
@@ -28,8 +29,8 @@ BOARDS = [
 ]
 INSTRUCTIONS = {
     "cortex-a53": ("smlal2", "smlal ", "chain 2", "chain 4"),
-    "cortex-a76": ("sdot",),
-    "neoverse-v1": ("usmmla", "sudot", "fmlal", "bfmlal"),
+    "cortex-a76": ("conv2d[sdot", "depthwise_conv2d[sdot 2x"),
+    "neoverse-v1": ("usmmla", "sudot", "depthwise_conv2d[usdot 2x", "fmlal", "bfmlal"),
 }
 """What the names of the kernels must tell."""
 DEPTHWISE = {
@@ -64,6 +65,35 @@ def requests() -> list[KernelRequest]:
             operator = replace(CASES[name], epilogue=Epilogue(True, name == "3x3 padded"))
             inputs = (storage, "float32") if operator.epilogue.has_residual else (storage,)
             found.append(KernelRequest(operator, inputs, "float32", storage))
+    return found
+
+
+def depthwise_codes(rng: np.random.Generator) -> list[tuple]:
+    """Depthwise layers of codes: windows of all kinds, limits inside the codes; values that fit int16, int32 or neither.
+
+    Activations begin at whichever code is the lowest, and some weights are the largest.
+    """
+    found = []
+    for operator in (
+        DEPTHWISE["depthwise, rows shared"],
+        Conv2D((2, 7, 6, 40), 40, Window((3, 3), (2, 2), (1, 1, 1, 1)), groups=40),
+        Conv2D((1, 9, 8, 19), 19, Window((5, 3), (1, 2), (2, 1, 2, 1), (1, 2)), groups=19),
+        Conv2D((1, 6, 7, 16), 16, Window((3, 2), (1, 1), (2, 0, 0, 1), (2, 1)), groups=16),
+    ):
+        for steep in (1.0, 1e3, 1e9):
+            request, constants, inputs = random_case(rng, KernelRequest(operator, ("uint8",), "uint8", "int8"))
+            zero_point = int(rng.choice([0, 100]))
+            end = Requantization(-float(zero_point), 255.0 - zero_point, zero_point)
+            if steep > 1 or zero_point:
+                end = replace(end, lower=end.lower + 3, upper=end.upper - 11)
+            constants = replace(constants, requantization=end, multiplier=constants.multiplier * np.float32(steep))
+            inputs[0][:, ::2] = rng.choice([0, 255], inputs[0][:, ::2].shape).astype(np.uint8)
+            found.append((replace(request, ending=proven_ending(constants)), constants, inputs))
+    assert {(r.ending.fits_int16, r.ending.fits_int32) for r, *_ in found} == {
+        (True, True),
+        (False, True),
+        (False, False),
+    }
     return found
 
 
@@ -105,7 +135,8 @@ def test_anchors_on_a_board_match_the_contract(
         random_case(np.random.default_rng(index), request, limit)
         for index, (request, limit) in enumerate([*((r, 127) for r in requests()), *narrow_weights()])
     ]
-    for index, (request, constants, inputs) in enumerate([*cases, *products(np.random.default_rng(99))]):
+    cases += [*products(np.random.default_rng(99)), *depthwise_codes(np.random.default_rng(98))]
+    for index, (request, constants, inputs) in enumerate(cases):
         name = f"kernel_{index}"
         kernel = select_kernel(families_for_target(families), request)
         functions[name] = kernel.function.with_attr("global_symbol", name)

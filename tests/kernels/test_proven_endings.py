@@ -62,15 +62,16 @@ def test_proven_values_fit_int32(codes, zero_point, magnitude, offset, residual,
         total = np.float64((weights * (activations - zero_point)).sum())
         distance = sign * max(sign * (q - residual[1]) for q in (0, 255))
         value = total * float(constants.multiplier[0, 0]) + float(constants.offset[0]) + residual[0] * distance
-        assert abs(value) < 2**31
+        assert abs(value) < (2**15 - 255 if proven_ending(constants).fits_int16 else 2**31)
 
 
 def test_what_is_proven() -> None:
-    """Ordinary constants prove all; each of the three needs what it says, and a residual counts."""
-    assert proven_ending(_constants([5, -7])) == ProvenEnding(True, True, True)
-    assert proven_ending(_constants([5, -7], end=(0, 255, 9))) == ProvenEnding(True, False, True)
-    assert proven_ending(_constants([5, -7], end=(0, 254, 0))) == ProvenEnding(True, True, False)
-    assert proven_ending(_constants([5, -7], end=(1, 255, 1))) == ProvenEnding(True, False, False)
+    """Ordinary constants prove all; each of the four needs what it says, and a residual counts."""
+    assert proven_ending(_constants([5, -7])) == ProvenEnding(True, True, True, True)
+    assert proven_ending(_constants([5, -7], end=(0, 255, 9))) == ProvenEnding(True, False, True, True)
+    assert proven_ending(_constants([5, -7], end=(0, 254, 0))) == ProvenEnding(True, True, False, True)
+    assert proven_ending(_constants([5, -7], end=(1, 255, 1))) == ProvenEnding(True, False, False, True)
+    assert proven_ending(_constants([5, -7], multiplier=100.0)) == ProvenEnding(True, True, True, False)
     for unbounded in (
         _constants([5, -7], multiplier=1e7),
         _constants([5, -7], offset=2e9),

@@ -14,6 +14,7 @@ from tvm_hquant.kernels.float_depthwise import float_depthwise_kernel
 from tvm_hquant.kernels.interface import Kernel, KernelRequest, Tile
 from tvm_hquant.kernels.interleaved_depthwise import interleaved_depthwise_kernel
 from tvm_hquant.kernels.interleaved_groups import can_interleave_groups
+from tvm_hquant.kernels.saturating_clamp import SaturatingClamp
 from tvm_hquant.kernels.x86_byte_vectors import ByteVectors, WordProduct
 from tvm_hquant.operators import BatchMatmul, Conv2D, Dense
 
@@ -28,6 +29,7 @@ class AnchorFamily:
         lanes: 32-bit lanes of a vector.
         word_product: how four products of codes are added in byte vectors of x86, for depthwise layers.
         byte_widths: bytes of the vectors that it works on.
+        depthwise: the kernel for a depthwise layer of codes, given a family's name; None where the general one serves.
     """
 
     name: str
@@ -35,6 +37,7 @@ class AnchorFamily:
     lanes: int
     word_product: Callable[[KernelRequest], WordProduct] | None = None
     byte_widths: tuple[int, ...] = ()
+    depthwise: Callable[[KernelRequest, str], Kernel | None] | None = None
 
     def tiles(self, request: KernelRequest) -> tuple[Tile, ...]:
         """The tiles that a kernel for this request may have, the best first; none for depthwise and other operators."""
@@ -79,9 +82,13 @@ class AnchorFamily:
         return ByteVectors(4 * self.lanes, self.word_product(request)) if self.word_product is not None else None
 
     def _interleaved(self, request: KernelRequest) -> Kernel | None:
+        if self.depthwise is not None:
+            return self.depthwise(request, self.name)
         if self.word_product is None:
             return None
-        return interleaved_depthwise_kernel(request, self.word_product(request), self.byte_widths, self.name)
+        product = self.word_product(request)
+        candidates = [ByteVectors(width, product) for width in self.byte_widths]
+        return interleaved_depthwise_kernel(request, candidates, SaturatingClamp, self.name)
 
 
 def _is_depthwise(request: KernelRequest) -> bool:

@@ -31,7 +31,8 @@ from tvm_hquant.kernels.patches import PatchCopy, conv_of_patches, padded_elemen
 from tvm_hquant.kernels.primitives import Expression
 from tvm_hquant.kernels.row_tiles import TileRun
 from tvm_hquant.kernels.vector_loops import CACHE_LINE, flat, load, prefetch, store
-from tvm_hquant.kernels.x86_byte_vectors import GROUPS, ByteVectors
+from tvm_hquant.kernels.word_vectors import GROUPS
+from tvm_hquant.kernels.x86_byte_vectors import ByteVectors
 from tvm_hquant.operators import Conv2D, Dense
 from tvm_hquant.tensor_format import STORAGE_DTYPE
 

@@ -37,7 +37,7 @@ class ProvenEnding:
     """What the constants of an integer layer prove about its end, where it has uint8 codes (:mod:`.proven_endings`).
 
     Attributes:
-        fits_int32: every value lies within int32 before it is clamped, and none is NaN.
+        fits_int32, fits_int16: every value lies within that type before it is clamped, and none is NaN.
         starts_at_zero: the output's stored zero point is 0.
         is_whole_range: the clamp is that of uint8: it leaves stored codes from 0 to 255.
     """
@@ -45,6 +45,7 @@ class ProvenEnding:
     fits_int32: bool = False
     starts_at_zero: bool = False
     is_whole_range: bool = False
+    fits_int16: bool = False
 
 
 @dataclass(frozen=True)

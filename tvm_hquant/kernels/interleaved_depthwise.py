@@ -1,4 +1,4 @@
-"""Depthwise convolution from uint8 to uint8 codes on x86: rows interleaved by unpacks, sums put back in order by packs.
+"""Depthwise convolution from uint8 to uint8 codes: rows interleaved by unpacks, sums put back in order by packs.
 
 As in ``depthwise_template``, four input rows become words of four codes, one word a channel, and words that have codes to
 spare serve several output rows. Here a block of channels is a whole vector of bytes, so that reading rows and writing codes
@@ -7,21 +7,21 @@ take no conversion between bytes and words but the interleaving itself.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from tvm.tirx.script import builder as T
 
 from tvm_hquant.kernels.anchor_constants import integer_array_types, pack_integer
-from tvm_hquant.kernels.interface import Array, Kernel, KernelRequest, LayerConstants
+from tvm_hquant.kernels.interface import Array, Kernel, KernelRequest, LayerConstants, ProvenEnding
 from tvm_hquant.kernels.kernel_function import Buffer, kernel_function
-from tvm_hquant.kernels.primitives import Expression, LlvmPrimitives, broadcast, convert
-from tvm_hquant.kernels.saturating_clamp import SaturatingClamp
+from tvm_hquant.kernels.primitives import Expression, LlvmPrimitives, broadcast
 from tvm_hquant.kernels.vector_loops import flat, load, store
-from tvm_hquant.kernels.x86_byte_vectors import GROUPS, ByteVectors, WordProduct
+from tvm_hquant.kernels.word_vectors import GROUPS, CodeClamp, WordVectors
 from tvm_hquant.operators import Conv2D
 
 _PARALLEL_MACS = 50_000
@@ -35,32 +35,40 @@ _MOST_PRODUCTS = 96
 """Products of one group of channels that are written out for a tile."""
 
 
+Clamp = Callable[[Any, Buffer, Buffer, ProvenEnding], CodeClamp]
+"""Makes the end of a kernel, given its vectors, limits, zero points, and what the constants prove."""
+
+
 def interleaved_depthwise_kernel(
-    request: KernelRequest, product: WordProduct, widths: Sequence[int], family: str
+    request: KernelRequest, candidates: Sequence[WordVectors], clamp: Clamp, family: str
 ) -> Kernel | None:
     """The kernel of a depthwise convolution of 8-bit codes; None for other storages, a residual, or too few channels.
 
-    ``widths`` are the bytes of the vectors that the instruction set has.
+    ``candidates`` are the vectors that the instruction set has, of different widths.
     """
     conv = request.operator
     assert isinstance(conv, Conv2D)
-    fitting = [width for width in widths if width <= conv.in_channels]
+    window_elements = conv.window.kernel[0] * conv.window.kernel[1]
+    fitting = [v for v in candidates if v.width <= conv.in_channels and window_elements <= v.most_products]
     is_plain = request.inputs == ("uint8",) and request.output == "uint8" and request.weight_points == 1
     if not (is_plain and request.weights == "int8" and fitting):
         return None
-    width = min(fitting, key=lambda w: -(-conv.in_channels // w) * (w + _BLOCK_COST))
-    geometry = InterleavedGeometry(conv, ByteVectors(width, product))
-    dtype = geometry.vectors.weight_dtype
+    vectors = min(fitting, key=lambda v: -(-conv.in_channels // v.width) * (v.width + _BLOCK_COST))
+    geometry = InterleavedGeometry(conv, vectors)
+    dtype = vectors.weight_dtype
     types = integer_array_types(geometry.weight_elements, dtype, len(geometry.channel_rows), 1, 1, "int32")
 
     def pack(constants: LayerConstants) -> tuple[Array, ...]:
-        return pack_integer(constants, geometry, 0, "int32")
+        weights, starts, *others = pack_integer(constants, geometry, vectors.operand_offset, "int32")
+        return (weights, starts + np.int32(vectors.start_offset), *others)
 
     def emit(inputs: Sequence[Buffer], arrays: Sequence[Buffer], output: Buffer) -> None:
-        _Emitter(request, geometry, inputs[0], arrays, output).emit()
+        _Emitter(request, geometry, clamp, inputs[0], arrays, output).emit()
 
     chain = f" chain {conv.window.kernel[1]}" if _adds_columns(request, geometry) else ""
-    name = f"{family}.depthwise_conv2d[{product} {geometry.group_rows}x{geometry.pixels}x{width}{chain}]"
+    name = (
+        f"{family}.depthwise_conv2d[{vectors.product} {geometry.group_rows}x{geometry.pixels}x{vectors.width}{chain}]"
+    )
     return Kernel(request, name, kernel_function(request, types, emit), pack)
 
 
@@ -75,7 +83,7 @@ class InterleavedGeometry:
     """A depthwise convolution in blocks of ``vectors.width`` channels; the last block overlaps the one before it."""
 
     conv: Conv2D
-    vectors: ByteVectors
+    vectors: WordVectors
     planes: int = 1
     points: int = 1
 
@@ -125,7 +133,7 @@ class InterleavedGeometry:
         """Output columns of a tile: as many as divide a row best."""
         width = self.output_size[1]
         products = self.group_rows * self.taps * self.conv.window.kernel[1] * self.vectors.operands
-        most = max(1, min(_MOST_PRODUCTS // products, width, 7))
+        most = max(1, min(_MOST_PRODUCTS // products, width, self.vectors.most_pixels))
         return min(range(1, most + 1), key=lambda p: (-(-width // p) * (p + 1), -p))
 
     def word_row(self, tap: int, part: int) -> int:
@@ -175,6 +183,7 @@ class _Emitter:
         self,
         request: KernelRequest,
         geometry: InterleavedGeometry,
+        clamp: Clamp,
         source: Buffer,
         arrays: Sequence[Buffer],
         output: Buffer,
@@ -184,7 +193,7 @@ class _Emitter:
         self.source, self.output = flat(source), flat(output)
         self.weights, self.starts, self.multipliers, self.offsets, limits, self.zero_points = arrays
         self.adds_columns = _adds_columns(request, geometry)
-        self.clamp = SaturatingClamp(self.vectors, limits, self.zero_points, request.ending)
+        self.clamp = clamp(self.vectors, limits, self.zero_points, request.ending)
 
     def emit(self) -> None:
         geometry, conv = self.geometry, self.geometry.conv
@@ -206,7 +215,9 @@ class _Emitter:
         """Padding beside the rows, which every block of channels shares."""
         _, left, _, right = self.geometry.conv.window.padding
         elements, lanes = self.geometry.column_elements, self.vectors.operand_lanes
-        code = broadcast(T.Cast(self.vectors.operand_dtype, self.zero_points[2]), lanes)
+        offset = self.vectors.operand_offset
+        zero_point = self.zero_points[2] + offset if offset else self.zero_points[2]
+        code = broadcast(T.Cast(self.vectors.operand_dtype, zero_point), lanes)
         for first, columns in ((0, left), (self.geometry.padded_width - right, right)):
             if columns:
                 with T.serial(columns * elements // lanes) as index:
@@ -301,4 +312,4 @@ class _Emitter:
             load(self.multipliers, constants, vectors.words),
             load(self.offsets, constants, vectors.words),
         )
-        return self.clamp.rounded(p.fma(convert(total, "float32"), multiplier, offset))
+        return self.clamp.rounded(p.fma(vectors.to_float(total), multiplier, offset))

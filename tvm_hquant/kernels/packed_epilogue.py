@@ -19,7 +19,8 @@ from tvm_hquant.kernels.kernel_function import Buffer
 from tvm_hquant.kernels.primitives import Expression, LlvmPrimitives, broadcast
 from tvm_hquant.kernels.saturating_clamp import SaturatingClamp
 from tvm_hquant.kernels.vector_loops import load, store
-from tvm_hquant.kernels.x86_byte_vectors import GROUPS, ByteVectors
+from tvm_hquant.kernels.word_vectors import GROUPS
+from tvm_hquant.kernels.x86_byte_vectors import ByteVectors
 
 _BIASED = 2**23
 """A float32 with this exponent and an integer in its low bits is this much larger than the integer."""

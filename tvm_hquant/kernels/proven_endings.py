@@ -13,14 +13,18 @@ from tvm_hquant.kernels.interface import IntegerAnchorConstants, ProvenEnding
 
 _LARGEST_VALUE = 2.0**30
 """Half of int32, which leaves more room than the float32 roundings of a few multiply-adds take."""
+_LARGEST_SHORT_VALUE = 2.0**14
+"""Half of int16, which leaves room for a zero point, too."""
 _LARGEST_CODE = 255
 
 
 def proven_ending(constants: IntegerAnchorConstants) -> ProvenEnding:
     """What is known of the end of a layer of uint8 codes whose output is uint8, too."""
     end = constants.requantization
+    largest = _largest_value(constants)
     return ProvenEnding(
-        fits_int32=_largest_value(constants) < _LARGEST_VALUE,
+        fits_int32=largest < _LARGEST_VALUE,
+        fits_int16=largest < _LARGEST_SHORT_VALUE,
         starts_at_zero=end.zero_point == 0,
         is_whole_range=(end.lower, end.upper) == (-end.zero_point, _LARGEST_CODE - end.zero_point),
     )

@@ -16,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 from tvm.tirx.script import builder as T
 
-from tvm_hquant.kernels.primitives import Expression
+from tvm_hquant.kernels.primitives import Expression, convert
+from tvm_hquant.kernels.word_vectors import GROUPS
 
 _NAMES = {
     ("packssdw", 16): "llvm.x86.sse2.packssdw.128",
@@ -39,9 +40,6 @@ _NAMES = {
 WordProduct = Literal["vpdpbusd", "vpmaddubsw", "vpmaddwd"]
 """How the four products of a word are added: at once, as two saturating 16-bit sums, or as two exact ones."""
 
-GROUPS = 4
-"""Vectors of words, or of 32-bit sums, that hold the channels of a vector of bytes."""
-
 
 @dataclass(frozen=True)
 class ByteVectors:
@@ -49,6 +47,10 @@ class ByteVectors:
 
     width: int
     product: WordProduct
+    operand_offset: int = 0
+    start_offset: int = 0
+    most_products: int = 2**31 // (2 * 255 * 128)
+    most_pixels: int = 7
 
     @property
     def words(self) -> int:
@@ -129,6 +131,9 @@ class ByteVectors:
     def _widen(self, total: Expression, pairs: Expression) -> Expression:
         ones = T.broadcast(T.int16(1), self.width // 2)
         return total + self._call("vpmaddwd", f"int32x{self.words}", pairs, ones)
+
+    def to_float(self, total: Expression) -> Expression:
+        return convert(total, "float32")
 
     def pack_words(self, low: Expression, high: Expression) -> Expression:
         """int16 of two int32 vectors, saturated."""

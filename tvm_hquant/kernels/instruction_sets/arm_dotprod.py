@@ -14,10 +14,12 @@ from tvm.tirx.script import builder as T
 from tvm_hquant.kernels.anchor_family import AnchorFamily
 from tvm_hquant.kernels.arm_floats import arm_float_dot
 from tvm_hquant.kernels.arm_operands import LANES, REGISTERS, TOP_BITS, ElementOperands, word_operands
+from tvm_hquant.kernels.arm_words import ArmClamp, ArmWords
 from tvm_hquant.kernels.common import CommonFamily
 from tvm_hquant.kernels.dot_product import DotProduct, WideDot
 from tvm_hquant.kernels.instruction_set import Host, InstructionSet
-from tvm_hquant.kernels.interface import KernelRequest
+from tvm_hquant.kernels.interface import Kernel, KernelRequest
+from tvm_hquant.kernels.interleaved_depthwise import interleaved_depthwise_kernel
 from tvm_hquant.kernels.kernel_function import Buffer
 from tvm_hquant.kernels.primitives import Expression
 
@@ -55,8 +57,12 @@ def _dot(request: KernelRequest) -> DotProduct:
     return arm_float_dot(request)
 
 
+def _depthwise(request: KernelRequest, family: str) -> Kernel | None:
+    return interleaved_depthwise_kernel(request, (ArmWords("sdot"),), ArmClamp, family)
+
+
 INSTRUCTION_SET = InstructionSet(
-    (AnchorFamily("arm_dotprod", _dot, LANES), CommonFamily(LANES)),
+    (AnchorFamily("arm_dotprod", _dot, LANES, depthwise=_depthwise), CommonFamily(LANES)),
     frozenset({"asimd", "asimddp"}),
     host=Host("aarch64", "cortex-a76", "generic", ("+neon", "+dotprod")),
     preference=30,

@@ -18,10 +18,12 @@ from tvm_hquant.kernels.anchor_family import AnchorFamily
 from tvm_hquant.kernels.anchor_geometry import as_conv2d
 from tvm_hquant.kernels.arm_floats import arm_float_dot
 from tvm_hquant.kernels.arm_operands import LANES, REGISTERS, ElementOperands, halves, word_operands
+from tvm_hquant.kernels.arm_words import ArmClamp, ArmWords
 from tvm_hquant.kernels.common import CommonFamily
 from tvm_hquant.kernels.dot_product import DotProduct, WideDot
 from tvm_hquant.kernels.instruction_set import Host, InstructionSet
-from tvm_hquant.kernels.interface import KernelRequest
+from tvm_hquant.kernels.interface import Kernel, KernelRequest
+from tvm_hquant.kernels.interleaved_depthwise import interleaved_depthwise_kernel
 from tvm_hquant.kernels.kernel_function import Buffer
 from tvm_hquant.kernels.primitives import Expression
 from tvm_hquant.operators import Conv2D, Dense
@@ -131,8 +133,12 @@ def _has_pairs_of_pixels(request: KernelRequest) -> bool:
     return not conv.is_depthwise and conv.output_shape[2] > 1 and conv.out_channels // conv.groups >= LANES
 
 
+def _depthwise(request: KernelRequest, family: str) -> Kernel | None:
+    return interleaved_depthwise_kernel(request, (ArmWords("usdot"),), ArmClamp, family)
+
+
 INSTRUCTION_SET = InstructionSet(
-    (AnchorFamily("arm_i8mm", _dot, LANES), CommonFamily(LANES)),
+    (AnchorFamily("arm_i8mm", _dot, LANES, depthwise=_depthwise), CommonFamily(LANES)),
     frozenset({"asimd", "asimddp", "i8mm"}),
     host=Host("aarch64"),
     preference=35,
