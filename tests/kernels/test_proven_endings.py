@@ -45,8 +45,8 @@ def _constants(
 @given(
     codes=st.lists(st.integers(-127, 127), min_size=1, max_size=12),
     zero_point=st.integers(0, 255),
-    magnitude=st.floats(2.0, 7.0),
-    offset=st.floats(-3e9, 3e9, width=32),
+    magnitude=st.floats(0.0, 7.0),
+    offset=st.one_of(st.floats(-3e9, 3e9, width=32), st.floats(-2e4, 2e4, width=32)),
     residual=st.tuples(st.sampled_from([0.0, 1.0, 5e6]), st.integers(0, 255)),
     data=st.data(),
 )
