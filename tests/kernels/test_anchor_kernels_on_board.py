@@ -28,7 +28,7 @@ BOARDS = [
     (("arm_bf16", "arm_fp16fml", "arm_i8mm"), "neoverse-v1"),
 ]
 INSTRUCTIONS = {
-    "cortex-a53": ("smlal2", "smlal ", "chain 2", "chain 4"),
+    "cortex-a53": ("smlal2", "smlal ", "chain 2", "chain 4", "depthwise_conv2d[smlal 3x16]", "3x16 chain 3"),
     "cortex-a76": ("conv2d[sdot", "depthwise_conv2d[sdot 2x"),
     "neoverse-v1": ("usmmla", "sudot", "depthwise_conv2d[usdot 2x", "fmlal", "bfmlal"),
 }
@@ -81,7 +81,8 @@ def depthwise_codes(rng: np.random.Generator) -> list[tuple]:
         Conv2D((1, 6, 7, 16), 16, Window((3, 2), (1, 1), (2, 0, 0, 1), (2, 1)), groups=16),
     ):
         for steep in (1.0, 1e3, 1e9):
-            request, constants, inputs = random_case(rng, KernelRequest(operator, ("uint8",), "uint8", "int8"))
+            limit = 127 if steep == 1 else 63
+            request, constants, inputs = random_case(rng, KernelRequest(operator, ("uint8",), "uint8", "int8"), limit)
             zero_point = int(rng.choice([0, 100]))
             end = Requantization(-float(zero_point), 255.0 - zero_point, zero_point)
             if steep > 1 or zero_point:

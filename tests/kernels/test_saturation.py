@@ -63,6 +63,15 @@ def test_fewer_bits_let_more_products_meet(limit: int, count: int) -> None:
     assert centred_products(np.full((1, 1, 64, 3, 3), limit, np.int8)) == count
 
 
+def test_columns_of_depthwise_layers_meet() -> None:
+    """Products of the columns of a kernel row meet, not those of other rows or channels."""
+    codes = np.full((1, 20, 1, 5, 3), 85, np.int8)
+    assert centred_products(codes) == 8
+    codes[0, 3, 0, 2, 1] = 87  # −128 · (85 + 87 + 85) is not within int16
+    assert centred_products(codes) == 2
+    assert centred_products(np.full((1, 2, 1, 1, 8), 63, np.int8)) == 4
+
+
 @pytest.mark.parametrize(("limit", "chain"), [(127, 0), (64, 1), (32, 2), (16, 4), (8, 8)])
 def test_fewer_bits_allow_longer_chains(limit: int, chain: int) -> None:
     """What the documentation says of 7-, 6-, 5- and 4-bit weights."""

@@ -20,12 +20,15 @@ from tvm_hquant.kernels.arm_operands import LANES, TOP_BITS
 from tvm_hquant.kernels.interface import ProvenEnding
 from tvm_hquant.kernels.kernel_function import Buffer
 from tvm_hquant.kernels.primitives import Expression, broadcast, float_like, int_like
-from tvm_hquant.kernels.word_vectors import GROUPS
+from tvm_hquant.kernels.word_vectors import GROUPS, CodeClamp, WordVectors
 
 _BYTES = 16
 _BIAS = 1.5 * 2**23
 """A float32 whose last bit counts 1, and of which integers of 22 bits may be taken or added."""
-_BIAS_BITS = 0x4B400000
+BIAS_BITS = 0x4B400000
+"""Its bits: added to the sum before the first product, they are there for nothing."""
+MOST_PRODUCTS = 2**22 // (255 * 128)
+"""Products of codes and weights whose sum has 22 bits."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +41,8 @@ class ArmWords:
     operands: int = 1
     operand_lanes: int = _BYTES
     weight_dtype: str = "int8"
-    start_offset: int = _BIAS_BITS
-    most_products: int = 2**22 // (255 * 128)
+    start_offset: int = BIAS_BITS
+    most_products: int = MOST_PRODUCTS
     most_pixels: int = 2
 
     @property
@@ -76,8 +79,13 @@ class ArmWords:
         return total
 
     def to_float(self, total: Expression) -> Expression:
-        value = T.reinterpret(f"float32x{LANES}", total)
-        return value - float_like(_BIAS, value)
+        return unbiased(total)
+
+
+def unbiased(total: Expression) -> Expression:
+    """float32 of integers that are ``BIAS_BITS`` larger."""
+    value = T.reinterpret(f"float32x{LANES}", total)
+    return value - float_like(_BIAS, value)
 
 
 @dataclass(frozen=True)
@@ -88,7 +96,6 @@ class ArmClamp:
     are, before they are rounded. ``limits`` and ``zero_points`` are as for :class:`tvm_hquant.kernels.epilogue.Epilogue`.
     """
 
-    vectors: ArmWords
     limits: Buffer
     zero_points: Buffer
     ending: ProvenEnding
@@ -120,6 +127,11 @@ class ArmClamp:
     def _limit(self, number: int) -> Expression:
         code = T.Cast("uint8", T.Cast("int32", self.limits[number]) + self.zero_points[0])
         return broadcast(code, _BYTES)
+
+
+def word_clamp(vectors: WordVectors, limits: Buffer, zero_points: Buffer, ending: ProvenEnding) -> CodeClamp:
+    """The clamp for a kernel of words."""
+    return ArmClamp(limits, zero_points, ending)
 
 
 def _zip(a: Expression, b: Expression, half: int, unit: int) -> Expression:

@@ -68,7 +68,8 @@ def centred_products(weight_codes: npt.NDArray[Any]) -> int:
 
     Two always do, since weights are within −127…127. The products of a sum are, at one kernel position, those of every eighth
     channel of 8n, starting at a multiple of 8n. Missing channels at the end count as zero weights. A patch counts as one
-    position.
+    position. Where groups have one input channel, as in depthwise layers, the products are those of n columns of a kernel row
+    instead, starting at a multiple of n.
 
     Args:
         weight_codes: int8 [points, out_channels, in_channels / groups, kernel_h, kernel_w].
@@ -77,6 +78,8 @@ def centred_products(weight_codes: npt.NDArray[Any]) -> int:
         # Of so few channels, a sum over one position has two products.
         weight_codes = weights_of_patches(weight_codes)
     in_channels = weight_codes.shape[2]
+    if in_channels == 1:
+        return _columns_together(weight_codes)
     rows = np.moveaxis(weight_codes, 2, -1).reshape(-1, in_channels).astype(np.int32)
     rows = np.pad(rows, ((0, 0), (0, -in_channels % (_OCTET * _MOST_CENTRED))))
     longest = 2
@@ -85,6 +88,13 @@ def centred_products(weight_codes: npt.NDArray[Any]) -> int:
             break
         longest = count
     return longest
+
+
+def _columns_together(weight_codes: npt.NDArray[Any]) -> int:
+    width = weight_codes.shape[-1]
+    rows = np.pad(weight_codes.reshape(-1, width).astype(np.int32), ((0, 0), (0, -width % _MOST_CENTRED)))
+    fitting = [count for count in (4, _MOST_CENTRED) if _fits(rows.reshape(-1, count), (-128, 127))]
+    return max(fitting, default=2)
 
 
 def _fits(weights: npt.NDArray[np.int32], activations: tuple[int, int] = (0, 255)) -> bool:

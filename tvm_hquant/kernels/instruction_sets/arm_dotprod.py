@@ -14,7 +14,7 @@ from tvm.tirx.script import builder as T
 from tvm_hquant.kernels.anchor_family import AnchorFamily
 from tvm_hquant.kernels.arm_floats import arm_float_dot
 from tvm_hquant.kernels.arm_operands import LANES, REGISTERS, TOP_BITS, ElementOperands, word_operands
-from tvm_hquant.kernels.arm_words import ArmClamp, ArmWords
+from tvm_hquant.kernels.arm_words import ArmWords, word_clamp
 from tvm_hquant.kernels.common import CommonFamily
 from tvm_hquant.kernels.dot_product import DotProduct, WideDot
 from tvm_hquant.kernels.instruction_set import Host, InstructionSet
@@ -58,7 +58,7 @@ def _dot(request: KernelRequest) -> DotProduct:
 
 
 def _depthwise(request: KernelRequest, family: str) -> Kernel | None:
-    return interleaved_depthwise_kernel(request, (ArmWords("sdot"),), ArmClamp, family)
+    return interleaved_depthwise_kernel(request, (ArmWords("sdot"),), word_clamp, family)
 
 
 INSTRUCTION_SET = InstructionSet(

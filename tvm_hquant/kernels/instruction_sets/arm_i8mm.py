@@ -18,7 +18,7 @@ from tvm_hquant.kernels.anchor_family import AnchorFamily
 from tvm_hquant.kernels.anchor_geometry import as_conv2d
 from tvm_hquant.kernels.arm_floats import arm_float_dot
 from tvm_hquant.kernels.arm_operands import LANES, REGISTERS, ElementOperands, halves, word_operands
-from tvm_hquant.kernels.arm_words import ArmClamp, ArmWords
+from tvm_hquant.kernels.arm_words import ArmWords, word_clamp
 from tvm_hquant.kernels.common import CommonFamily
 from tvm_hquant.kernels.dot_product import DotProduct, WideDot
 from tvm_hquant.kernels.instruction_set import Host, InstructionSet
@@ -134,7 +134,7 @@ def _has_pairs_of_pixels(request: KernelRequest) -> bool:
 
 
 def _depthwise(request: KernelRequest, family: str) -> Kernel | None:
-    return interleaved_depthwise_kernel(request, (ArmWords("usdot"),), ArmClamp, family)
+    return interleaved_depthwise_kernel(request, (ArmWords("usdot"),), word_clamp, family)
 
 
 INSTRUCTION_SET = InstructionSet(

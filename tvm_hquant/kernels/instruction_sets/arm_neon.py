@@ -15,6 +15,7 @@ from tvm.tirx.script import builder as T
 from tvm_hquant.kernels.anchor_family import AnchorFamily
 from tvm_hquant.kernels.anchor_geometry import as_conv2d
 from tvm_hquant.kernels.arm_floats import arm_float_dot
+from tvm_hquant.kernels.arm_lanes import lanes_depthwise_kernel
 from tvm_hquant.kernels.arm_octets import octet_dot
 from tvm_hquant.kernels.arm_operands import (
     LANES,
@@ -129,7 +130,7 @@ def _has_octets(request: KernelRequest) -> bool:
 
 
 INSTRUCTION_SET = InstructionSet(
-    (AnchorFamily("arm_neon", _dot, LANES), CommonFamily(LANES)),
+    (AnchorFamily("arm_neon", _dot, LANES, depthwise=lanes_depthwise_kernel), CommonFamily(LANES)),
     frozenset({"asimd"}),
     host=Host("aarch64", "cortex-a72", "generic", ("+neon",)),
     preference=20,
