@@ -15,6 +15,7 @@ from tvm_hquant.kernels.interface import Kernel, KernelRequest, Tile
 from tvm_hquant.kernels.interleaved_depthwise import interleaved_depthwise_kernel
 from tvm_hquant.kernels.interleaved_groups import can_interleave_groups
 from tvm_hquant.kernels.saturating_clamp import SaturatingClamp
+from tvm_hquant.kernels.winograd import winograd_kernel
 from tvm_hquant.kernels.x86_byte_vectors import ByteVectors, WordProduct
 from tvm_hquant.operators import BatchMatmul, Conv2D, Dense
 
@@ -30,6 +31,7 @@ class AnchorFamily:
         word_product: how four products of codes are added in byte vectors of x86, for depthwise layers.
         byte_widths: bytes of the vectors that it works on.
         depthwise: the kernel for a depthwise layer of codes, given a family's name; None where the general one serves.
+        winograd: which requests are computed by :mod:`tvm_hquant.kernels.winograd`.
     """
 
     name: str
@@ -38,11 +40,12 @@ class AnchorFamily:
     word_product: Callable[[KernelRequest], WordProduct] | None = None
     byte_widths: tuple[int, ...] = ()
     depthwise: Callable[[KernelRequest, str], Kernel | None] | None = None
+    winograd: Callable[[KernelRequest], bool] = lambda _: False
 
     def tiles(self, request: KernelRequest) -> tuple[Tile, ...]:
-        """The tiles that a kernel for this request may have, the best first; none for depthwise and other operators."""
+        """The tiles that a kernel for this request may have, the best first; none where there is no choice of them."""
         dot = self._dot(request)
-        if dot is None or _is_depthwise(request):
+        if dot is None or _is_depthwise(request) or self.winograd(request):
             return ()
         return conv2d_geometry(request, dot, vectors=self._byte_vectors(request)).candidates
 
@@ -62,9 +65,11 @@ class AnchorFamily:
         if request.placement is not None and len(request.inputs) > 1:
             # Templates read a residual at the place where they write.
             return None
+        if tile is not None and not self.tiles(request):
+            raise KernelError(f"{request.operator} has no choice of tiles: leave {tile} out")
+        if self.winograd(request):
+            return winograd_kernel(request, ByteVectors(4 * self.lanes, "vpmaddwd"), self.name)
         if _is_depthwise(request):
-            if tile is not None:
-                raise KernelError(f"depthwise layers have no choice of tiles: leave {tile} out")
             if request.weights != "int8":
                 return float_depthwise_kernel(request, dot, self.name)
             return self._interleaved(request) or depthwise_kernel(request, dot, self.name)

@@ -4,7 +4,7 @@
 weights of 7 bits one such sum cannot saturate, nor can mostly two in an order of steps that the weights decide; with 6 bits
 two, with 4 bits eight or, mostly, 16, and then half as many instructions or fewer do the same work, bit for bit. Sums of long
 chains stay in the registers of a tile, and its int32 sums wait on the stack: so each weight and each activation is loaded
-once for the whole tile.
+once for the whole tile. 3×3 layers of 8 and 7 bits mostly take Winograd's algorithm in integers.
 """
 
 from __future__ import annotations
@@ -21,12 +21,21 @@ from tvm_hquant.kernels.instruction_set import Host, InstructionSet
 from tvm_hquant.kernels.interface import KernelRequest
 from tvm_hquant.kernels.kernel_function import Buffer
 from tvm_hquant.kernels.primitives import Expression
+from tvm_hquant.kernels.winograd import can_transform, saved_products, weight_bytes
 from tvm_hquant.kernels.x86_byte_vectors import WordProduct
+from tvm_hquant.operators import Conv2D
 
 _LANES = 8
 _REGISTERS = 16
 _LONG_CHAIN = 4
 """Steps from which sums of a chain stay in registers, and the wide ones go to the stack meanwhile."""
+
+_SAVED = 1.7
+"""Times fewer products that make Winograd's algorithm worth its transforms beside ``vpmaddwd``."""
+_SAVED_OF_PAIRS = 1.9
+"""The same beside ``vpmaddubsw``, whose sums of weights of 7 bits take two thirds of the time."""
+_TRANSFORMED_BYTES = 5 * 2**19
+"""Of weights larger than that, fetching them from the last-level cache takes what fewer products save."""
 
 
 @dataclass(frozen=True)
@@ -147,8 +156,18 @@ def _word_product(request: KernelRequest) -> WordProduct:
     return "vpmaddubsw" if request.saturation_free_pairs else "vpmaddwd"
 
 
+def _is_faster_transformed(request: KernelRequest) -> bool:
+    """Whether a 3×3 layer takes less time by Winograd's algorithm, whose products all are ``vpmaddwd``."""
+    conv = request.operator
+    if request.saturation_free_pairs > 1 or not can_transform(request, _LANES):
+        return False
+    assert isinstance(conv, Conv2D)
+    least = _SAVED_OF_PAIRS if request.saturation_free_pairs else _SAVED
+    return saved_products(conv) >= least and weight_bytes(conv) <= _TRANSFORMED_BYTES
+
+
 INSTRUCTION_SET = InstructionSet(
-    (AnchorFamily("avx2", _dot, _LANES, _word_product, (16, 32)), CommonFamily(_LANES)),
+    (AnchorFamily("avx2", _dot, _LANES, _word_product, (16, 32), winograd=_is_faster_transformed), CommonFamily(_LANES)),
     frozenset({"avx2", "fma"}),
     host=Host("x86_64", "x86-64-avx2", "x86-64-v3"),
     preference=20,

@@ -1,0 +1,324 @@
+"""Exact 3×3 convolution of codes with 16 products where 36 are taken otherwise, for 2×2 outputs and each pair of channels.
+
+Winograd's F(2×2, 3×3) in integers: Y = Aᵀ[(G g Gᵀ) ⊙ (Bᵀ d B)]A, where G is multiplied by 2 on both sides. The codes d of a
+tile of 4×4 pixels become 16 numbers of 12 bits with their sign, and so do the weights g; sums of their products fit int32, and
+Y is four times the convolution, which an arithmetic shift divides exactly. Integer sums have one value whatever the order, so
+these are the sums of the contract.
+Source: A. Lavin, S. Gray, "Fast Algorithms for Convolutional Neural Networks", CVPR 2016, equations 8 to 12.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from tvm.tirx.script import builder as T
+
+from tvm_hquant.kernels.activation_copy import ActivationCopy
+from tvm_hquant.kernels.anchor_constants import integer_array_types, pack_integer
+from tvm_hquant.kernels.conv2d_steps import register
+from tvm_hquant.kernels.dot_product import repeated_words
+from tvm_hquant.kernels.epilogue import scale_accumulator
+from tvm_hquant.kernels.interface import Array, Kernel, KernelRequest, LayerConstants
+from tvm_hquant.kernels.kernel_function import Buffer, kernel_function
+from tvm_hquant.kernels.packed_epilogue import PackedEpilogue, channel_order
+from tvm_hquant.kernels.primitives import Expression, convert, int_like
+from tvm_hquant.kernels.row_tiles import TileRun, cut_row
+from tvm_hquant.kernels.vector_loops import CACHE_LINE, flat, load, store
+from tvm_hquant.kernels.x86_byte_vectors import ByteVectors
+from tvm_hquant.operators import Conv2D, Window
+
+_POSITIONS = 16
+"""Products of a tile for each pair of channels."""
+_DIRECT_PRODUCTS = 36
+"""What they take the place of."""
+_OUTPUTS = 2
+"""Rows and columns of outputs of a tile."""
+_INPUTS = 4
+"""Rows and columns of codes that it reads."""
+_MOST_CHANNELS = 2**31 // (2 * 4 * 255 * 127 * 9)
+"""Of so many input channels, sums of two of the numbers that become an output stay within int32: each of them is at most four
+times the largest sum."""
+_LANES = 16
+"""Channels of a vector of int16."""
+_SUMS = 6
+"""Tiles whose sums are in registers at a time, in ``_VECTORS`` vectors of output channels."""
+_VECTORS = 2
+_SOURCE_BYTES = 416 * 1024
+"""Transformed codes that exist at a time: with the weights of some channels they stay in the second-level cache."""
+_PARALLEL_MACS = 100_000
+
+_WEIGHT_TRANSFORM = np.array([[2, 0, 0], [1, 1, 1], [1, -1, 1], [0, 0, 2]])
+"""G, times 2."""
+
+
+def can_transform(request: KernelRequest, lanes: int) -> bool:
+    """Whether a layer can be computed like this, exactly, on vectors of so many 32-bit lanes."""
+    conv = request.operator
+    if not isinstance(conv, Conv2D) or request.shuffled:
+        return False
+    has_bytes = {*request.inputs, request.output} == {"uint8"}
+    is_plain = has_bytes and request.weights == "int8" and request.weight_points == 1 and conv.groups == 1
+    return (
+        is_plain
+        and conv.window == Window((3, 3), (1, 1), conv.window.padding, (1, 1))
+        and min(conv.output_shape[1:3]) >= _OUTPUTS
+        and conv.in_channels % _LANES == 0
+        and conv.in_channels <= _MOST_CHANNELS
+        and conv.out_channels % (_VECTORS * lanes) == 0
+    )
+
+
+def saved_products(conv: Conv2D) -> float:
+    """How many times fewer products are taken: 2.25, or less where the last tiles overlap others."""
+    rows, columns = WinogradGeometry(conv, 1).tiles
+    _, height, width, _ = conv.output_shape
+    return height * width * _DIRECT_PRODUCTS / _OUTPUTS**2 / (rows * columns * _POSITIONS)
+
+
+def weight_bytes(conv: Conv2D) -> int:
+    """Bytes of the transformed weights."""
+    return 2 * _POSITIONS * conv.in_channels * conv.out_channels
+
+
+def winograd_kernel(request: KernelRequest, vectors: ByteVectors, family: str) -> Kernel:
+    """The kernel of a layer that :func:`can_transform`."""
+    assert isinstance(request.operator, Conv2D)
+    geometry = WinogradGeometry(request.operator, vectors.words)
+    types = integer_array_types(geometry.weight_elements, "int16", geometry.conv.out_channels, 1, 1, "int32")
+
+    def pack(constants: LayerConstants) -> tuple[Array, ...]:
+        return pack_integer(constants, geometry, 0, "int32")
+
+    def emit(inputs: Sequence[Buffer], arrays: Sequence[Buffer], output: Buffer) -> None:
+        _Emitter(request, geometry, vectors, inputs, arrays, output).emit()
+
+    name = f"{family}.conv2d[winograd {vectors.product} {geometry.block_rows}x{geometry.tiles[1]} tiles]"
+    return Kernel(request, name, kernel_function(request, types, emit), pack)
+
+
+@dataclass(frozen=True)
+class WinogradGeometry:
+    """A convolution in tiles of 2×2 outputs; the last ones of a row or column overlap those before them."""
+
+    conv: Conv2D
+    lanes: int
+    planes: int = 1
+    points: int = 1
+
+    @property
+    def tiles(self) -> tuple[int, int]:
+        """Rows and columns of tiles."""
+        _, height, width, _ = self.conv.output_shape
+        return -(-height // _OUTPUTS), -(-width // _OUTPUTS)
+
+    @cached_property
+    def block_rows(self) -> int:
+        """Rows of tiles that are transformed before they are multiplied: blocks of about the same size."""
+        rows, columns = self.tiles
+        most = max(1, _SOURCE_BYTES // (2 * _POSITIONS * columns * self.conv.in_channels))
+        return -(-rows // -(-rows // most))
+
+    @property
+    def block_tiles(self) -> int:
+        return self.block_rows * self.tiles[1]
+
+    @property
+    def source_stride(self) -> int:
+        """Elements from a position to the next one in the transformed codes."""
+        return _apart(self.block_tiles * self.conv.in_channels, 2)
+
+    @property
+    def sums_stride(self) -> int:
+        """Elements from a position to the next one in the sums of some channels."""
+        return _apart(self.block_tiles * self.block_channels, 4)
+
+    @property
+    def block_channels(self) -> int:
+        """Output channels whose sums are computed together."""
+        return _VECTORS * self.lanes
+
+    @cached_property
+    def runs(self) -> tuple[TileRun, ...]:
+        """How the tiles of a block are cut into groups whose sums are in registers."""
+        return cut_row(self.block_tiles, _SUMS, lambda tiles: tiles * _VECTORS + 2.0)
+
+    @property
+    def padded_size(self) -> tuple[int, int]:
+        _, height, width, _ = self.conv.input_shape
+        top, left, bottom, right = self.conv.window.padding
+        return height + top + bottom, width + left + right
+
+    @cached_property
+    def channel_rows(self) -> npt.NDArray[np.int64]:
+        """Output channel of every packed lane."""
+        blocks = np.arange(0, self.conv.out_channels, self.block_channels)
+        return np.add.outer(blocks, channel_order(_VECTORS, self.lanes)).reshape(-1)
+
+    def pack_channels(self, values: Array, fill: float = 0) -> Array:
+        """[..., out_channels] in the order of the lanes."""
+        return np.ascontiguousarray(values[..., self.channel_rows])
+
+    def pack_weights(self, weights: Array) -> Array:
+        """[1, out, in, 3, 3] transformed, as block of outputs, position, pair of inputs, vector, lane, input of the pair; flat."""
+        g = _WEIGHT_TRANSFORM
+        transformed = g @ weights[0, self.channel_rows].astype(np.int64) @ g.T
+        blocks = transformed.reshape(-1, _VECTORS, self.lanes, self.conv.in_channels // 2, 2, _POSITIONS)
+        return np.ascontiguousarray(blocks.transpose(0, 5, 3, 1, 2, 4).reshape(-1).astype(np.int16))
+
+    @property
+    def weight_elements(self) -> int:
+        return _POSITIONS * self.conv.in_channels * self.conv.out_channels
+
+
+class _Emitter:
+    def __init__(
+        self,
+        request: KernelRequest,
+        geometry: WinogradGeometry,
+        vectors: ByteVectors,
+        inputs: Sequence[Buffer],
+        arrays: Sequence[Buffer],
+        output: Buffer,
+    ) -> None:
+        self.request, self.geometry, self.vectors = request, geometry, vectors
+        self.source, *residual = [flat(buffer) for buffer in inputs]
+        self.weights, self.starts, self.multipliers, self.offsets, limits, self.zero_points = arrays
+        self.epilogue = PackedEpilogue(
+            vectors, residual[0] if residual else None, limits, self.zero_points, flat(output), request.ending
+        )
+
+    def emit(self) -> None:
+        geometry, conv = self.geometry, self.geometry.conv
+        images, channels = conv.input_shape[0], conv.in_channels
+        if any(conv.window.padding):
+            height, width = geometry.padded_size
+            padded = T.alloc_buffer((images * height * width * channels,), "uint8")
+            fill = T.Cast("uint8", self.zero_points[2])
+            ActivationCopy(conv, channels, "uint8", "uint8", self.source, padded, (fill,)).emit()
+            self.source = padded
+        self.transformed = T.alloc_buffer((_POSITIONS * geometry.source_stride,), "int16")
+        blocks = -(-geometry.tiles[0] // geometry.block_rows)
+        with T.serial(images * blocks) as number:
+            image = T.bind(number // blocks)
+            first = T.bind(T.min(number % blocks * geometry.block_rows, geometry.tiles[0] - geometry.block_rows))
+            with self._shared(geometry.block_rows) as row, T.serial(geometry.tiles[1]) as column:
+                self._transform(image, first, row, column)
+            with self._shared(conv.out_channels // geometry.block_channels) as block:
+                sums = T.alloc_buffer((_POSITIONS * geometry.sums_stride,), "int32")
+                with T.serial(_POSITIONS) as position:
+                    self._multiply(sums, position, block)
+                with T.serial(geometry.block_rows) as row, T.serial(geometry.tiles[1]) as column:
+                    self._finish(sums, image, first, row, column, block)
+
+    def _shared(self, count: int) -> Any:
+        """A loop that threads share where there is work enough."""
+        return T.parallel(count) if count > 1 and self.geometry.conv.macs > _PARALLEL_MACS else T.serial(count)
+
+    def _pixel(self, first: Expression, row: Expression, column: Expression) -> tuple[Expression, Expression]:
+        """Row and column of a tile's first output."""
+        _, height, width, _ = self.geometry.conv.output_shape
+        y, x = _OUTPUTS * (first + row), _OUTPUTS * column
+        return (
+            T.bind(T.min(y, height - _OUTPUTS) if height % _OUTPUTS else y),
+            T.bind(T.min(x, width - _OUTPUTS) if width % _OUTPUTS else x),
+        )
+
+    def _transform(self, image: Expression, first: Expression, row: Expression, column: Expression) -> None:
+        """Bᵀ d B of the codes of a tile."""
+        geometry, channels = self.geometry, self.geometry.conv.in_channels
+        height, width = geometry.padded_size
+        y, x = self._pixel(first, row, column)
+        start = T.bind(((image * height + y) * width + x) * channels)
+        tile = T.bind((row * geometry.tiles[1] + column) * channels)
+        with T.serial(channels // _LANES) as vector:
+            at = T.bind(vector * _LANES)
+            columns = []
+            for j in range(_INPUTS):
+                places = [start + ((i * width + j) * channels + at) for i in range(_INPUTS)]
+                columns.append(_differences([convert(load(self.source, place, _LANES), "int16") for place in places]))
+            for i in range(_INPUTS):
+                for j, value in enumerate(_differences([column[i] for column in columns])):
+                    place = (_INPUTS * i + j) * geometry.source_stride + tile + at
+                    store(self.transformed, place, value, _LANES)
+
+    def _multiply(self, sums: Buffer, position: Expression, block: Expression) -> None:
+        """Sums over the input channels of the products at one position, of all tiles and the channels of a block."""
+        geometry, lanes = self.geometry, self.geometry.lanes
+        channels, count = geometry.conv.in_channels, 2 * self.geometry.lanes
+        source = T.bind(position * geometry.source_stride)
+        weight = T.bind((block * _POSITIONS + position) * (channels * geometry.block_channels))
+        for run in geometry.runs:
+            with T.serial(run.count) as number:
+                tile = run.start + number * run.pixels
+                is_exact = run.start + run.count * run.pixels <= geometry.block_tiles
+                tile = T.bind(tile if is_exact else T.min(tile, geometry.block_tiles - run.pixels))
+                totals = {(i, j): register("int32", lanes) for i in range(run.pixels) for j in range(_VECTORS)}
+                for total in totals.values():
+                    store(total, 0, T.broadcast(T.int32(0), lanes), lanes)
+                with T.serial(channels // 2) as pair:
+                    at = T.bind(source + tile * channels + 2 * pair)
+                    codes = T.bind(weight + pair * (_VECTORS * count))
+                    of_vectors = [T.bind(load(self.weights, codes + j * count, count)) for j in range(_VECTORS)]
+                    for i in range(run.pixels):
+                        operand = T.bind(repeated_words(self.transformed, at + i * channels, "int16", lanes))
+                        for j in range(_VECTORS):
+                            value = self.vectors.multiply(load(totals[i, j], 0, lanes), operand, of_vectors[j])
+                            store(totals[i, j], 0, value, lanes)
+                for (i, j), total in totals.items():
+                    place = position * geometry.sums_stride + (tile + i) * geometry.block_channels + j * lanes
+                    store(sums, place, load(total, 0, lanes), lanes)
+
+    def _finish(
+        self,
+        sums: Buffer,
+        image: Expression,
+        first: Expression,
+        row: Expression,
+        column: Expression,
+        block: Expression,
+    ) -> None:
+        """Aᵀ M A of a tile for the channels of a block, over 4, and the epilogue."""
+        geometry, lanes = self.geometry, self.geometry.lanes
+        _, height, width, _ = geometry.conv.output_shape
+        y, x = self._pixel(first, row, column)
+        tile = T.bind((row * geometry.tiles[1] + column) * geometry.block_channels)
+        channel = T.bind(block * geometry.block_channels)
+        values: dict[tuple[int, int, int], Expression] = {}
+        for j in range(_VECTORS):
+            of_position = [
+                T.bind(load(sums, p * geometry.sums_stride + tile + j * lanes, lanes)) for p in range(_POSITIONS)
+            ]
+            columns = [_sums(of_position[k::_INPUTS]) for k in range(_INPUTS)]
+            constants = [load(a, channel + j * lanes, lanes) for a in (self.starts, self.multipliers, self.offsets)]
+            start, multiplier, offset = map(T.bind, constants)
+            for r in range(_OUTPUTS):
+                for c, four_times in enumerate(_sums([found[r] for found in columns])):
+                    total = (four_times >> int_like(2, four_times)) + start
+                    values[r, c, j] = T.bind(scale_accumulator(total, multiplier, offset))
+        outputs = self.request.output_shape[-1]
+        for r in range(_OUTPUTS):
+            place = T.bind(((image * height + y + r) * width + x) * outputs + self.request.output_offset + channel)
+            self.epilogue.finish(
+                [[values[r, c, j] for j in range(_VECTORS)] for c in range(_OUTPUTS)],
+                [place + c * outputs for c in range(_OUTPUTS)],
+            )
+
+
+def _apart(count: int, size: int) -> int:
+    """``count`` elements of ``size`` bytes and a cache line: what lies a power of two apart would share sets of the cache."""
+    return count + CACHE_LINE // size
+
+
+def _differences(d: Sequence[Any]) -> list[Any]:
+    """Bᵀ d."""
+    return [T.bind(value) for value in (d[0] - d[2], d[1] + d[2], d[2] - d[1], d[1] - d[3])]
+
+
+def _sums(m: Sequence[Any]) -> list[Any]:
+    """Aᵀ m."""
+    return [T.bind(m[0] + m[1] + m[2]), T.bind(m[1] - m[2] - m[3])]
