@@ -164,7 +164,7 @@ class WinogradGeometry:
         return np.ascontiguousarray(values[..., self.channel_rows])
 
     def pack_weights(self, weights: Array) -> Array:
-        """[1, out, in, 3, 3] transformed, as block of outputs, position, pair of inputs, vector, lane, input of the pair; flat."""
+        """[1, out, in, 3, 3] transformed, as block of outputs, position, pair of inputs, vector, lane, input; flat."""
         g = _WEIGHT_TRANSFORM
         transformed = g @ weights[0, self.channel_rows].astype(np.int64) @ g.T
         blocks = transformed.reshape(-1, _VECTORS, self.lanes, self.conv.in_channels // 2, 2, _POSITIONS)
