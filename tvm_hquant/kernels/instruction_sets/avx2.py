@@ -167,7 +167,10 @@ def _is_faster_transformed(request: KernelRequest) -> bool:
 
 
 INSTRUCTION_SET = InstructionSet(
-    (AnchorFamily("avx2", _dot, _LANES, _word_product, (16, 32), winograd=_is_faster_transformed), CommonFamily(_LANES)),
+    (
+        AnchorFamily("avx2", _dot, _LANES, _word_product, (16, 32), winograd=_is_faster_transformed),
+        CommonFamily(_LANES),
+    ),
     frozenset({"avx2", "fma"}),
     host=Host("x86_64", "x86-64-avx2", "x86-64-v3"),
     preference=20,
