@@ -16,6 +16,7 @@ from tvm.tirx.script import builder as T
 from tvm_hquant.kernels.anchor_geometry import AnchorGeometry
 from tvm_hquant.kernels.dot_product import ShortSums
 from tvm_hquant.kernels.kernel_function import Buffer
+from tvm_hquant.kernels.last_steps import LastSteps
 from tvm_hquant.kernels.primitives import STACK, Expression, vector_type
 from tvm_hquant.kernels.vector_loops import CACHE_LINE, load, prefetch, store
 
@@ -46,8 +47,12 @@ class StepEmitter:
         activation: Expression,
         weight: Expression,
         steps: int,
+        held: Expression = 0,
     ) -> None:
-        """A run of steps of a tile of so many pixels, for the accumulators that take part."""
+        """A run of steps of a tile of so many pixels, for the accumulators that take part.
+
+        ``held``: how many of the last whole steps are left out, where steps are taken one by one.
+        """
         geometry, dot = self.geometry, self.geometry.dot
         step_weights = geometry.tile.vectors * dot.lanes * dot.products
         full_steps = max(dot.operand_steps, geometry.chain)
@@ -60,7 +65,7 @@ class StepEmitter:
             self._steps(pixels, accumulators, at, weight + first * step_weights, count)
 
         if full > 1:
-            with T.serial(full) as number:
+            with T.serial(full - held) as number:
                 part(number * full_steps, full_steps)
         elif full:
             part(0, full_steps)
@@ -71,6 +76,16 @@ class StepEmitter:
         if overlapping:
             last = activation + (geometry.run_inputs - dot.products)
             self._steps(pixels, accumulators, last, weight + done * step_weights, 1)
+
+    def last(
+        self, pixels: int, accumulators: Mapping[tuple[int, int], Buffer], steps: LastSteps, prefetches: bool
+    ) -> None:
+        """Steps that :meth:`run` has left out, for some of the accumulators. ``prefetches`` as others do."""
+        dot = self.geometry.dot
+        for step in range(steps.count):
+            at = steps.activation + step * (dot.products * dot.groups)
+            weight = steps.weight + step * (self.geometry.tile.vectors * dot.lanes * dot.products)
+            self._steps(pixels, accumulators, at, weight, 1, prefetches)
 
     def in_table_order(
         self,
@@ -123,6 +138,7 @@ class StepEmitter:
         activation: Expression,
         weight: Expression,
         steps: int,
+        prefetches: bool = True,
     ) -> None:
         """Some steps, whose operands are loaded at once, for all accumulators."""
         geometry, dot, conv = self.geometry, self.geometry.dot, self.geometry.conv
@@ -148,7 +164,7 @@ class StepEmitter:
                 ]
                 for j in range(vectors)
             ]
-            if dot.prefetches_weights:
+            if dot.prefetches_weights and prefetches:
                 self._prefetch_weights(weight + first * vectors * vector_weights, chain * vectors * vector_weights)
             for (i, j), accumulator in accumulators.items():
                 if i not in operands:

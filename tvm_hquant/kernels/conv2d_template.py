@@ -26,6 +26,7 @@ from tvm_hquant.kernels.epilogue import Epilogue, scale_accumulator
 from tvm_hquant.kernels.interface import Array, Kernel, KernelRequest, LayerConstants, Tile
 from tvm_hquant.kernels.interleaved_groups import InterleavedGroups
 from tvm_hquant.kernels.kernel_function import Buffer, imported_functions, kernel_function
+from tvm_hquant.kernels.last_steps import MOST_STEPS, LastSteps, pixel_groups
 from tvm_hquant.kernels.packed_epilogue import PackedEpilogue, vector_groups
 from tvm_hquant.kernels.patches import PatchCopy, conv_of_patches, padded_elements, takes_patches
 from tvm_hquant.kernels.primitives import Expression
@@ -289,7 +290,7 @@ class _Emitter:
 
         self._prefetch([output_index(i, 0) for i in range(pixels)])
         if geometry.passes == 1:
-            self._accumulate(accumulators, run, row, x, group, channel_block, None)
+            last = self._accumulate(accumulators, run, row, x, group, channel_block, None, self._held_steps(run))
 
             def scaled(i: int, j: int) -> Expression:
                 value = sums(i, j)
@@ -299,7 +300,13 @@ class _Emitter:
                 multiplier, offset = load(self.multipliers, at, dot.lanes), load(self.offsets, at, dot.lanes)
                 return scale_accumulator(value, multiplier, offset)
 
-            self._finish(pixels, scaled, output_index)
+            if last is None:
+                self._finish(range(pixels), scaled, output_index)
+                return
+            for number, chosen in enumerate(pixel_groups(pixels, vectors)):
+                of_chosen = {(i, j): a for (i, j), a in accumulators.items() if i in chosen}
+                self.steps.last(pixels, of_chosen, last, prefetches=number == 0)
+                self._finish(chosen, scaled, output_index)
             return
         values = {(i, j): register("float32", dot.lanes) for i in range(pixels) for j in range(vectors)}
         for i, j in values:
@@ -312,7 +319,19 @@ class _Emitter:
                 for i in range(pixels):
                     value = load(values[i, j], 0, dot.lanes)
                     store(values[i, j], 0, scale_accumulator(sums(i, j), multiplier, value), dot.lanes)
-        self._finish(pixels, lambda i, j: load(values[i, j], 0, dot.lanes), output_index)
+        self._finish(range(pixels), lambda i, j: load(values[i, j], 0, dot.lanes), output_index)
+
+    def _held_steps(self, run: TileRun) -> int:
+        """Steps at the end of a tile that its pixels take in groups, each followed by the group's epilogue; 0 for none.
+
+        Only where a tile has one run of steps: in loops over kernel rows they would cost more than they save.
+        """
+        geometry, dot = self.geometry, self.dot
+        has_one_run = geometry.conv.window.kernel[0] == 1 and geometry.runs == 1 and not geometry.skips_padding
+        is_packed = self.packed_epilogue is not None and geometry.passes == 1 and not geometry.groups_steps
+        has_groups = len(pixel_groups(run.pixels, geometry.tile.vectors)) > 1
+        has_steps = dot.held_steps < geometry.full_steps <= MOST_STEPS
+        return dot.held_steps if has_one_run and is_packed and has_groups and has_steps else 0
 
     def _prefetch(self, places: Sequence[Expression]) -> None:
         """What the epilogue reads and writes for each pixel; it comes to the cache while the sums are computed."""
@@ -324,20 +343,20 @@ class _Emitter:
 
     def _finish(
         self,
-        pixels: int,
+        pixels: range,
         value: Callable[[int, int], Expression],
         output_index: Callable[[int, int], Expression],
     ) -> None:
-        """The epilogue of all vectors of a tile, given the float32 value and the place of each."""
+        """The epilogue of all vectors of some pixels, given the float32 value and the place of each."""
         vectors = self.geometry.tile.vectors
         if self.packed_epilogue is None:
-            for i in range(pixels):
+            for i in pixels:
                 for j in range(vectors):
                     self.epilogue.finish(value(i, j), output_index(i, j))
             return
         for first, size in vector_groups(vectors):
-            for start in range(0, pixels, GROUPS // size):
-                packed = range(start, min(start + GROUPS // size, pixels))
+            for start in range(pixels.start, pixels.stop, GROUPS // size):
+                packed = range(start, min(start + GROUPS // size, pixels.stop))
                 values = [[value(i, first + j) for j in range(size)] for i in packed]
                 self.packed_epilogue.finish(values, [output_index(i, first) for i in packed])
 
@@ -350,8 +369,9 @@ class _Emitter:
         group: Expression,
         channel_block: Expression,
         number: Expression | None,
-    ) -> None:
-        """Sums of one pass, from its start values."""
+        held: int = 0,
+    ) -> LastSteps | None:
+        """Sums of one pass, from its start values; ``held`` steps are left out, where a tile has one run, and returned."""
         geometry, dot, window = self.geometry, self.dot, self.geometry.conv.window
         vectors = geometry.tile.vectors
         kh, (sh, sw), (dh, dw) = window.kernel[0], window.strides, window.dilation
@@ -387,7 +407,7 @@ class _Emitter:
         weight_base = T.bind(channel_block * (kh * row_weights) + point * geometry.weight_elements)
         if self.step_table is not None:
             self.steps.in_table_order(self.step_table, accumulators, corner, weight_base, channel_block)
-            return
+            return None
         with ExitStack() as loops:
             first_row, end_row = geometry.axes[0].steps(y) if geometry.skips_padding else (0, kh)
             ky = loops.enter_context(T.serial(first_row, end_row)) if kh > 1 or geometry.skips_padding else 0
@@ -395,8 +415,12 @@ class _Emitter:
             if run.columns is None:
                 kx = loops.enter_context(T.serial(geometry.runs)) if geometry.runs > 1 else 0
                 at, weight_at = row_at + kx * (dw * pixel), weight_row + kx * (geometry.steps * step_weights)
-                self.steps.run(run.pixels, accumulators, T.bind(at), T.bind(weight_at), geometry.steps)
-                return
+                at, weight_at = T.bind(at), T.bind(weight_at)
+                self.steps.run(run.pixels, accumulators, at, weight_at, geometry.steps, held)
+                if not held:
+                    return None
+                done = geometry.full_steps - held
+                return LastSteps(at + done * (dot.products * dot.groups), weight_at + done * step_weights, held)
             row_at, weight_row = T.bind(row_at), T.bind(weight_row)
             steps = geometry.padded_inputs // dot.products
             for column, (begin, end) in enumerate(run.columns):
@@ -404,3 +428,4 @@ class _Emitter:
                 if reached:
                     weight_at = weight_row + column * (steps * step_weights)
                     self.steps.run(run.pixels, reached, row_at + column * (dw * pixel), weight_at, steps)
+        return None

@@ -64,6 +64,8 @@ class DotProduct(Protocol):
         reverses_products: whether the weights of a step stand in the reverse order of its channels.
         prefetches_weights: whether a step asks for weights that are read later: where steps are so fast that weights
             from behind the second-level cache would come too late.
+        held_steps: how many steps at the end of a tile its pixels take in groups, each followed by the group's epilogue
+            (:mod:`tvm_hquant.kernels.last_steps`), where that packs codes; 0 for none. Steps are taken one by one then.
         llvm_functions: definitions, in LLVM's language, of the functions that ``accumulate`` calls.
     """
 
@@ -112,6 +114,8 @@ class DotProduct(Protocol):
     @property
     def prefetches_weights(self) -> bool: ...
     @property
+    def held_steps(self) -> int: ...
+    @property
     def llvm_functions(self) -> str: ...
 
     def for_groups(self, groups: int) -> DotProduct | None:
@@ -149,6 +153,7 @@ class OnePixel:
     groups_steps: bool = False
     reverses_products: bool = False
     prefetches_weights: bool = False
+    held_steps: int = 0
     llvm_functions: str = ""
 
     @property

@@ -56,6 +56,7 @@ class UsmmlaDot:
     groups_steps: bool = False
     reverses_products: bool = False
     prefetches_weights: bool = False
+    held_steps: int = 0
     llvm_functions: str = ""
     accumulator_registers: int = 2
     row_vectors: int = 8

@@ -37,6 +37,7 @@ class VnniDot(RepeatedOperand):
     name: str = "vpdpbusd"
     splits_pixels: bool = True
     prefetches_weights: bool = True
+    held_steps: int = 4
     operand_cost: float = 0.5
     groups: int = 1
 
