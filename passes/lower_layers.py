@@ -19,6 +19,12 @@ A shuffle of the channels of a grouped convolution costs nothing where the convo
         lv = cls.gconv(x)                     lv = cls.gconv(x)          # request with shuffled=True
         lv1 = cls.take_0(lv)       →          lv1 = cls.take_0(lv)       # lv, "hquant.kernel": "in place"
 
+A residual, or what an elementwise layer reads, is written over where no other layer reads it any more
+(:mod:`tvm_hquant.overwritten_inputs`)::
+
+    def conv3(x, residual):                                    def conv3(x, residual):
+        return call_tir(cls.conv2d_…, (x, residual, …))   →        return call_tir_inplace(cls.conv2d_…, (x, …, residual), 6)
+
 Operators without a kernel of ours are legalized by TVM, each in its own layer, so that they compile to the same code
 here and in the simulator.
 """
@@ -35,6 +41,7 @@ from tvm_hquant.channel_shuffles import find_absorbed_shuffles
 from tvm_hquant.kernel_graph import KernelCall
 from tvm_hquant.kernels.interface import KernelFamily, KernelRequest, LayerConstants
 from tvm_hquant.layers import read_layers
+from tvm_hquant.overwritten_inputs import find_overwritten_inputs
 from tvm_hquant.relax_ir.kernel_calls import read_realized, with_kernels
 
 
@@ -54,6 +61,10 @@ def lower_layers(families: Sequence[KernelFamily]) -> Any:
             entry = realized[str(shuffle.tensor)]
             assert entry is not None
             realized[str(shuffle.tensor)] = shuffle.kernel.request, entry[1]
+        for tensor, kernel in find_overwritten_inputs(calls, graph.outputs, families, shuffles).items():
+            entry = realized[str(tensor)]
+            assert entry is not None
+            realized[str(tensor)] = kernel.request, entry[1]
         return with_kernels(mod, graph, realized, families, {str(name) for name in shuffles})
 
     return tvm.transform.module_pass(transform, opt_level=0, name="hquant.lower_layers")

@@ -159,8 +159,11 @@ class DeployedLibrary:
             function = self._library.get_function(kernel_symbol(kernel), query_imports=True)
         except (AttributeError, RuntimeError):
             return None
-        output = self._tensor(np.zeros(request.output_shape, STORAGE_DTYPE[request.output]))
-        function(*(self._tensor(a) for a in (*inputs, *kernel.pack(constants))), output)
+        activations, before = list(inputs), np.zeros(request.output_shape, STORAGE_DTYPE[request.output])
+        if request.overwritten is not None:
+            before = activations.pop(request.overwritten)
+        output = self._tensor(before)
+        function(*(self._tensor(a) for a in (*activations, *kernel.pack(constants))), output)
         return in_channel_order(request, output.numpy())
 
     def _tensor(self, array: Array) -> Any:

@@ -1,4 +1,5 @@
-"""How the library of a graph stores outputs: shuffled where a channel shuffle follows, in the buffer of a concatenation."""
+"""How the library of a graph stores outputs: shuffled where a channel shuffle follows, in the buffer of a concatenation, over
+an input that nobody reads any more."""
 
 from __future__ import annotations
 
@@ -12,17 +13,20 @@ from tvm_hquant.concat_parts import ConcatPart, find_concat_parts
 from tvm_hquant.kernel_graph import KernelCall
 from tvm_hquant.kernels.interface import Array, Kernel, KernelFamily, KernelRequest
 from tvm_hquant.operators import Conv2D
+from tvm_hquant.overwritten_inputs import find_overwritten_inputs
 
 
 @dataclass(frozen=True, eq=False)
 class StoredOutputs:
     """What the passes that place outputs decide for a graph.
 
-    ``concats`` holds the parts of concatenations that are written in place, ``shuffles`` channel shuffles that move nothing.
+    ``concats`` holds the parts of concatenations that are written in place, ``shuffles`` channel shuffles that move nothing,
+    ``overwriting`` the kernels that write over an input.
     """
 
     concats: Mapping[Hashable, Sequence[ConcatPart]]
     shuffles: Mapping[Hashable, AbsorbedShuffle]
+    overwriting: Mapping[Hashable, Kernel]
 
     @property
     def parts(self) -> Mapping[Hashable, ConcatPart]:
@@ -33,14 +37,16 @@ class StoredOutputs:
     def kernels(self) -> Mapping[Hashable, Kernel]:
         """The kernels of layers whose outputs are stored in another way than by themselves and in order."""
         shuffled = {shuffle.tensor: shuffle.kernel for shuffle in self.shuffles.values()}
-        return {**shuffled, **{tensor: part.kernel for tensor, part in self.parts.items()}}
+        return {**shuffled, **{tensor: part.kernel for tensor, part in self.parts.items()}, **self.overwriting}
 
 
 def find_stored_outputs(
     calls: Sequence[KernelCall], outputs: Sequence[Hashable], families: Sequence[KernelFamily]
 ) -> StoredOutputs:
     """The decisions for calls in execution order; ``outputs`` are the tensors that leave the graph."""
-    return StoredOutputs(find_concat_parts(calls, outputs, families), find_absorbed_shuffles(calls, outputs, families))
+    shuffles = find_absorbed_shuffles(calls, outputs, families)
+    overwriting = find_overwritten_inputs(calls, outputs, families, shuffles)
+    return StoredOutputs(find_concat_parts(calls, outputs, families), shuffles, overwriting)
 
 
 def in_channel_order(request: KernelRequest, stored: Array) -> Array:

@@ -16,6 +16,14 @@ def tiles(runs: tuple[TileRun, ...], width: int) -> list[tuple[int, int]]:
 
 
 @given(st.integers(1, 70), st.integers(1, 16), st.integers(0, 12))
+def test_tiles_that_may_not_overlap(width: int, pixels: int, constant: int) -> None:
+    """Every pixel belongs to one tile, and none has more pixels than asked for."""
+    found = tiles(cut_row(width, pixels, lambda count: count + constant, may_not_overlap=True), width)
+    assert sorted(start + i for start, count in found for i in range(count)) == list(range(width))
+    assert max(count for _, count in found) <= pixels
+
+
+@given(st.integers(1, 70), st.integers(1, 16), st.integers(0, 12))
 def test_tiles_make_up_the_row(width: int, pixels: int, constant: int) -> None:
     """Whatever a tile costs besides its pixels, no pixel is missing, and no row costs more than with a tile that overlaps."""
 

@@ -101,3 +101,72 @@ def test_tensors_of_any_dtype_share_blocks() -> None:
     x = np.arange(64, dtype="float32")
     np.testing.assert_array_equal(run(after, x), 2 * (x + 1))
     np.testing.assert_array_equal(run(Before, x), 2 * (x + 1))
+
+
+@I.ir_module
+class InPlaceBefore:
+    @T.prim_func(s_tir=True)
+    def double(x: T.Buffer((64,), "float32"), y: T.Buffer((64,), "float32")):
+        for i in range(64):
+            y[i] = x[i] * T.float32(2)
+
+    @T.prim_func(s_tir=True)
+    def add_to(x: T.Buffer((64,), "float32"), y: T.Buffer((64,), "float32")):
+        for i in range(64):
+            y[i] = y[i] + x[i]
+
+    @R.function
+    def main(x: R.Tensor((64,), "float32")) -> R.Tensor((64,), "float32"):
+        R.func_attr({"relax.force_pure": True})
+        cls = InPlaceBefore
+        residual = R.builtin.alloc_tensor(R.shape([64]), "float32", 0, "global")
+        cls.double(x, residual)
+        second = R.builtin.alloc_tensor(R.shape([64]), "float32", 0, "global")
+        cls.double(residual, second)
+        cls.add_to(second, residual)
+        total = residual
+        third = R.builtin.alloc_tensor(R.shape([64]), "float32", 0, "global")
+        cls.double(total, third)
+        output = R.builtin.alloc_tensor(R.shape([64]), "float32", 0, "global")
+        cls.double(third, output)
+        return output
+
+
+def test_a_sum_written_over_its_residual_needs_no_block() -> None:
+    """It has that of the residual, until it is read itself: the tensor made of it takes the place of the other summand."""
+
+    @I.ir_module
+    class Expected:
+        @T.prim_func(s_tir=True)
+        def double(x: T.Buffer((64,), "float32"), y: T.Buffer((64,), "float32")):
+            for i in range(64):
+                y[i] = x[i] * T.float32(2)
+
+        @T.prim_func(s_tir=True)
+        def add_to(x: T.Buffer((64,), "float32"), y: T.Buffer((64,), "float32")):
+            for i in range(64):
+                y[i] = y[i] + x[i]
+
+        @R.function
+        def main(x: R.Tensor((64,), "float32")) -> R.Tensor((64,), "float32"):
+            R.func_attr({"relax.force_pure": True})
+            cls = Expected
+            storage = R.memory.alloc_storage(R.shape([256]), 0, "global", "uint8")
+            storage1 = R.memory.alloc_storage(R.shape([256]), 0, "global", "uint8")
+            residual = R.memory.alloc_tensor(storage, 0, R.shape([64]), "float32")
+            cls.double(x, residual)
+            second = R.memory.alloc_tensor(storage1, 0, R.shape([64]), "float32")
+            cls.double(residual, second)
+            cls.add_to(second, residual)
+            total = residual
+            third = R.memory.alloc_tensor(storage1, 0, R.shape([64]), "float32")
+            cls.double(total, third)
+            output = R.builtin.alloc_tensor(R.shape([64]), "float32", 0, "global")
+            cls.double(third, output)
+            return output
+
+    after = plan_memory()(InPlaceBefore)
+    tvm.ir.assert_structural_equal(after, Expected)
+    x = np.arange(64, dtype="float32")
+    np.testing.assert_array_equal(run(after, x), 4 * (2 * x + 4 * x))
+    np.testing.assert_array_equal(run(InPlaceBefore, x), 4 * (2 * x + 4 * x))

@@ -52,10 +52,14 @@ class AnchorFamily:
     def kernel(self, request: KernelRequest, tile: Tile | None = None) -> Kernel | None:
         """The kernel for a convolution, dense layer or batch matmul; None for others, and where there is no dot product.
 
+        None also for a layer that is to be written over its residual, if tiles overlap: some would read what was written.
+
         Raises:
             KernelError: ``tile`` is not one of :meth:`tiles`.
         """
         if isinstance(request.operator, BatchMatmul):
+            if request.overwritten is not None:
+                return None
             dense = as_dense_request(request)
             dot = self.dot(dense) if dense is not None else None
             return batch_matmul_kernel(request, dot, self.name) if dot is not None else None
@@ -64,6 +68,8 @@ class AnchorFamily:
             return None
         if request.placement is not None and len(request.inputs) > 1:
             # Templates read a residual at the place where they write.
+            return None
+        if request.overwritten is not None and not self._writes_over_residual(request, dot, tile):
             return None
         if tile is not None and not self.tiles(request):
             raise KernelError(f"{request.operator} has no choice of tiles: leave {tile} out")
@@ -74,6 +80,13 @@ class AnchorFamily:
                 return float_depthwise_kernel(request, dot, self.name)
             return self._interleaved(request) or depthwise_kernel(request, dot, self.name)
         return conv2d_kernel(request, dot, self.name, tile, self._byte_vectors(request))
+
+    def _writes_over_residual(self, request: KernelRequest, dot: DotProduct, tile: Tile | None) -> bool:
+        """Whether a kernel reads the residual at exactly the places that it writes, each once."""
+        tiles_may_overlap = _is_depthwise(request) or self.winograd(request)
+        if request.overwritten != 1 or request.placement is not None or tiles_may_overlap:
+            return False
+        return not conv2d_geometry(request, dot, tile, self._byte_vectors(request)).overlaps
 
     def _dot(self, request: KernelRequest) -> DotProduct | None:
         operator = request.operator

@@ -70,7 +70,8 @@ class AnchorGeometry:
     ``chosen_tile`` takes the place of the tile that the model below picks. With ``packs_codes`` vectors of sums are finished
     by a :class:`tvm_hquant.kernels.packed_epilogue.PackedEpilogue`, which wants channels in an order of its own. Where
     ``padding_is_neutral``, kernel positions in the padding may be left out: the sums would be the same.
-    ``patches`` is the convolution that ``conv`` computes on patches of its activations.
+    ``patches`` is the convolution that ``conv`` computes on patches of its activations. With ``writes_once`` tiles of a row do
+    not overlap, whatever shorter ones cost.
     """
 
     conv: Conv2D
@@ -81,6 +82,7 @@ class AnchorGeometry:
     packs_codes: bool = False
     padding_is_neutral: bool = False
     patches: Conv2D | None = None
+    writes_once: bool = False
 
     # Channels.
 
@@ -226,7 +228,8 @@ class AnchorGeometry:
     def tile_runs(self, tile: Tile) -> tuple[TileRun, ...]:
         """The tiles of a row of output pixels."""
         _, width = self.output_size
-        runs = cut_row(width, tile.pixels, cache(lambda pixels: self._run_cost(TileRun(0, 1, 0, pixels), tile.vectors)))
+        cost = cache(lambda pixels: self._run_cost(TileRun(0, 1, 0, pixels), tile.vectors))
+        runs = cut_row(width, tile.pixels, cost, self.writes_once)
         return split_at_borders(runs, self.axes[1]) if self.skips_padding else runs
 
     def _row_cost(self, tile: Tile) -> float:
@@ -277,6 +280,13 @@ class AnchorGeometry:
     def blocks(self) -> int:
         """Tiles over the output channels of a group; the last one overlaps the one before it."""
         return 1 if self.is_narrow else -(-self.group_outputs // self.block)
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether some outputs are computed by two tiles."""
+        _, width = self.output_size
+        in_row = any(run.start + run.count * run.pixels > width for run in self.row_tiles)
+        return in_row or (not self.is_narrow and self.group_outputs % self.block > 0)
 
     @cached_property
     def output_size(self) -> tuple[int, int]:

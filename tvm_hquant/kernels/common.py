@@ -35,6 +35,8 @@ class CommonFamily:
         vector_bytes = 4 * self.lanes
         if request.placement is not None and not isinstance(request.operator, MaxPool2D | AveragePool2D | Concat):
             return None
+        if request.overwritten is not None:
+            return elementwise_kernel(request, self.lanes)
         return (
             elementwise_kernel(request, self.lanes)
             or multiplication_kernel(request, self.lanes)

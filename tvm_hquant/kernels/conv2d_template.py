@@ -70,7 +70,8 @@ def conv2d_geometry(
     else:
         # Products with padding are zeros. They may still turn a sum of −0 into +0, which this clamp makes the same.
         is_neutral = request.finite_weights and conv.epilogue.lower >= 0
-    return AnchorGeometry(conv, dot, planes, request.weight_points, tile, packs_codes, is_neutral, patches)
+    writes_once = request.overwritten is not None
+    return AnchorGeometry(conv, dot, planes, request.weight_points, tile, packs_codes, is_neutral, patches, writes_once)
 
 
 def conv2d_kernel(

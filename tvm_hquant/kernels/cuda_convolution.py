@@ -290,6 +290,6 @@ def served_convolution(request: KernelRequest) -> Conv2D | Dense | None:
         return None
     # A residual is read at the place where the result is written.
     is_apart = (request.placement is not None or request.shuffled) and len(request.inputs) > 1
-    if is_apart or (isinstance(operator, Conv2D) and operator.is_depthwise):
+    if is_apart or request.overwritten is not None or (isinstance(operator, Conv2D) and operator.is_depthwise):
         return None
     return operator

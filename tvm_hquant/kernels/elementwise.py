@@ -43,7 +43,7 @@ from tvm_hquant.kernels.primitives import (
     requantize,
     widen,
 )
-from tvm_hquant.kernels.vector_loops import elements, fitting_lanes, flat, flat_loop, load, store
+from tvm_hquant.kernels.vector_loops import elements, fitting_lanes, flat, flat_loop, flat_loop_overlaps, load, store
 from tvm_hquant.operators import Add, Convert, Unary
 from tvm_hquant.tensor_format import STORAGE_DTYPE
 
@@ -219,13 +219,16 @@ def _dequantize(request: KernelRequest) -> ElementwiseForm:
 
 
 def elementwise_kernel(request: KernelRequest, lanes: int) -> Kernel | None:
-    """One loop over the flat tensors, in vectors of ``lanes`` float32; None if the request is not elementwise."""
+    """One loop over the flat tensors, in vectors of ``lanes`` float32; None if the request is not elementwise, or is to be
+    written over an input and vectors overlap."""
     form = elementwise_form(request)
     if form is None:
         return None
     length = elements(request.operator.output_shape)
     width = fitting_lanes(length, lanes if form.vectorizes else _UNROLLED)
     vector = width if form.vectorizes else 1
+    if request.overwritten is not None and (request.placement is not None or flat_loop_overlaps(length, width)):
+        return None
 
     def emit(inputs: Sequence[Buffer], constants: Sequence[Buffer], output: Buffer) -> None:
         sources, target = [flat(buffer) for buffer in inputs], flat(output)

@@ -50,7 +50,8 @@ class Epilogue:
     @property
     def memory(self) -> Sequence[Buffer]:
         """What :meth:`finish` reads and writes at the index."""
-        return (self.output,) if self.residual is None else (self.residual, self.output)
+        is_apart = self.residual is not None and self.request.overwritten is None
+        return (self.residual, self.output) if is_apart else (self.output,)
 
     def finish(self, value: Expression, index: Expression) -> None:
         """Adds the residual to float32 ``value``, clamps, rounds and stores at the flat ``index`` of the output."""

@@ -68,6 +68,9 @@ class KernelRequest:
             unchanged elsewhere; None for an output of its own.
         shuffled: whether the output's channels are stored as a channel shuffle orders them: channel j of group g of a
             convolution's n groups at j·n + g.
+        overwritten: which of ``inputs`` the output is written over: a residual, or what an elementwise operator reads. The
+            kernel gets one buffer for both, as its output, and reads every element before it writes it, once. None for an
+            output of its own.
     """
 
     operator: Operator
@@ -81,6 +84,7 @@ class KernelRequest:
     ending: ProvenEnding = ProvenEnding()
     placement: Placement | None = None
     shuffled: bool = False
+    overwritten: int | None = None
 
     @property
     def output_shape(self) -> Shape:

@@ -54,7 +54,7 @@ def input_shapes(operator: Operator) -> tuple[Shape, ...]:
 
 
 def argument_types(request: KernelRequest) -> tuple[list[ArrayType], ArrayType]:
-    """Types of the activations of a request, and of its output.
+    """Types of the activations of a request, but for one that the output is written over, and of its output.
 
     Raises:
         KernelError: the request names more or fewer storages than the operator reads.
@@ -66,7 +66,10 @@ def argument_types(request: KernelRequest) -> tuple[list[ArrayType], ArrayType]:
             "give one for each, a fused residual last"
         )
     inputs = [(shape, STORAGE_DTYPE[storage]) for shape, storage in zip(shapes, request.inputs, strict=True)]
-    return inputs, (request.output_shape, STORAGE_DTYPE[request.output])
+    output = request.output_shape, STORAGE_DTYPE[request.output]
+    if request.overwritten is not None and inputs.pop(request.overwritten) != output:
+        raise KernelError(f"{request.operator} cannot be written over an input of another shape or storage")
+    return inputs, output
 
 
 def imported_functions(definitions: str) -> Any:
@@ -75,12 +78,17 @@ def imported_functions(definitions: str) -> Any:
 
 
 def kernel_function(request: KernelRequest, constants: Sequence[ArrayType], emit: Emit) -> Any:
-    """The TIR function of a request: arguments (inputs…, constants…, output), body written by ``emit``."""
+    """The TIR function of a request: arguments (inputs…, constants…, output), body written by ``emit``.
+
+    An input that the output is written over is no argument; ``emit`` gets the output's buffer for it.
+    """
     input_types, output_type = argument_types(request)
     with IRBuilder() as builder, T.prim_func(s_tir=True):
         inputs = [T.arg(f"input_{i}", T.buffer(shape, dtype)) for i, (shape, dtype) in enumerate(input_types)]
         arrays = [T.arg(f"constant_{i}", T.buffer(shape, dtype)) for i, (shape, dtype) in enumerate(constants)]
         output = T.arg("output", T.buffer(*output_type))
         T.func_attr({"tirx.noalias": True})
+        if request.overwritten is not None:
+            inputs.insert(request.overwritten, output)
         emit(inputs, arrays, output)
     return builder.get()

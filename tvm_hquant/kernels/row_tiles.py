@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -39,17 +40,19 @@ class TileRun:
         return (start, pixels, columns) == (self.start + self.count * self.pixels, self.pixels, self.columns)
 
 
-def cut_row(width: int, pixels: int, cost: Callable[[int], float]) -> tuple[TileRun, ...]:
+def cut_row(
+    width: int, pixels: int, cost: Callable[[int], float], may_not_overlap: bool = False
+) -> tuple[TileRun, ...]:
     """Tiles of ``pixels``, and some shorter ones or one that overlaps where these do not make up the row.
 
-    ``cost`` is what a tile of so many pixels takes.
+    ``cost`` is what a tile of so many pixels takes. Where tiles ``may_not_overlap``, shorter ones may cost more.
     """
     if pixels >= width:
         return (TileRun(0, 1, 0, width),)
     whole = TileRun(0, -(-width // pixels), 0, pixels)
     if width % pixels == 0:
         return (whole,)
-    limit = whole.count * cost(pixels) * _WORTHWHILE
+    limit = math.inf if may_not_overlap else whole.count * cost(pixels) * _WORTHWHILE
     best: tuple[TileRun, ...] = (whole,)
     for count in range(width // pixels, max(-1, width // pixels - _SHORTER_TILES), -1):
         left = width - count * pixels

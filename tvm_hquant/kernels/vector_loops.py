@@ -105,8 +105,14 @@ def flat_loop(length: int, lanes: int) -> Iterator[Expression]:
     inner = vectors(count, _CHUNKS)
     with T.parallel(vectors(count, inner)) as chunk, T.serial(inner) as index:
         position = (chunk * inner + index) * lanes
-        exact = count % inner == 0 and length % lanes == 0
-        yield T.bind(position if exact else T.min(position, length - lanes))
+        yield T.bind(T.min(position, length - lanes) if flat_loop_overlaps(length, lanes) else position)
+
+
+def flat_loop_overlaps(length: int, lanes: int) -> bool:
+    """Whether :func:`flat_loop` comes to some elements more than once."""
+    count = vectors(length, lanes)
+    is_cut = length >= PARALLEL_ELEMENTS and count % vectors(count, _CHUNKS) > 0
+    return is_cut or length % lanes > 0
 
 
 def row_loop(rows: int, elements_in_all: int) -> Any:

@@ -74,7 +74,13 @@ def kernel_layer_function(
             else:
                 packed = [relax.const(runtime_tensor(a)) for a in kernel[0].pack(constants)]
                 output_type = relax.TensorType(output_shape, STORAGE_DTYPE[request.output])
-                value = builder.emit(relax.call_tir(kernel[1], [*parameters, *packed], out_ty=output_type))
+                if request.overwritten is None:
+                    call = relax.call_tir(kernel[1], [*parameters, *packed], out_ty=output_type)
+                else:
+                    others = [p for i, p in enumerate(parameters) if i != request.overwritten]
+                    arguments = [*others, *packed, parameters[request.overwritten]]
+                    call = relax.op.call_tir_inplace(kernel[1], arguments, len(arguments) - 1, output_type)
+                value = builder.emit(call)
             result = builder.emit_output(value)
         builder.emit_func_output(result)
     return builder.finalize()["layer"]

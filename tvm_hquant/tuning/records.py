@@ -118,7 +118,7 @@ class TunedFamily:
 
     def kernel(self, request: KernelRequest) -> Kernel | None:
         """The kernel with the measured tile, wherever its output goes; a tile that the family has no more is passed over."""
-        tile = self.tiles.get(replace(request, placement=None))
+        tile = self.tiles.get(replace(request, placement=None, overwritten=None))
         return self.base.kernel(request, tile if tile is not None and tile in self.base.tiles(request) else None)
 
 

@@ -1,0 +1,119 @@
+"""Which kernels write their output over one of their inputs, found from requests alone.
+
+A layer may do so with a tensor that nobody reads any more: where all other layers that read it, or a view of it, come before,
+because the layer depends on them. So it does not matter in which order layers run otherwise. Graph inputs belong to the caller,
+outputs have memory of their own, and operators that TVM computes may hold on to what they get.
+
+The pass that picks kernels and the check of compiled artifacts both ask here, so that they agree.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Hashable, Mapping, Sequence
+from dataclasses import replace
+
+from tvm_hquant.channel_shuffles import AbsorbedShuffle
+from tvm_hquant.kernel_graph import KernelCall
+from tvm_hquant.kernels.interface import Kernel, KernelFamily, KernelRequest
+from tvm_hquant.kernels.kernel_function import input_shapes
+from tvm_hquant.operators import Add, Concat, Conv2D, Convert, Dense, Unary
+from tvm_hquant.relax_ir.kernel_calls import is_view
+from tvm_hquant.tensor_format import STORAGE_DTYPE
+
+
+def find_overwritten_inputs(
+    calls: Sequence[KernelCall],
+    outputs: Sequence[Hashable],
+    families: Sequence[KernelFamily],
+    shuffles: Mapping[Hashable, AbsorbedShuffle],
+) -> Mapping[Hashable, Kernel]:
+    """The kernels of layers that write over an input, by the tensors that they make.
+
+    ``calls`` are in execution order; ``outputs`` are the tensors that leave the graph; ``shuffles`` are those that move
+    nothing. What a concatenation reads is left to :mod:`tvm_hquant.concat_parts`.
+    """
+    views = {call.tensor for call in calls if call.request is not None and is_view(call.request)}
+    memory = _Memory(calls, outputs, {*views, *shuffles})
+    settled = {*views, *shuffles, *(shuffle.tensor for shuffle in shuffles.values())}
+    settled |= {tensor for call in calls if _is_concat(call) for tensor in call.inputs}
+    kernels: dict[KernelRequest, Kernel | None] = {}
+    found: dict[Hashable, Kernel] = {}
+    for index, call in enumerate(calls):
+        if call.request is None or call.tensor in settled:
+            continue
+        for number in _fitting_inputs(call.request):
+            request = replace(call.request, overwritten=number)
+            if not memory.is_free(index, number):
+                continue
+            if request not in kernels:
+                kernels[request] = _kernel(families, request)
+            kernel = kernels[request]
+            if kernel is not None:
+                found[call.tensor] = kernel
+                break
+    return found
+
+
+def _is_concat(call: KernelCall) -> bool:
+    return call.request is not None and isinstance(call.request.operator, Concat)
+
+
+def _fitting_inputs(request: KernelRequest) -> list[int]:
+    """The inputs, of layers that read each element just for the one at the same place, that are stored as the output is."""
+    first = {Conv2D: 1, Dense: 1, Add: 0, Unary: 0, Convert: 0}.get(type(request.operator))
+    if first is None:
+        return []
+    output = request.operator.output_shape, STORAGE_DTYPE[request.output]
+    stored = zip(input_shapes(request.operator), (STORAGE_DTYPE[s] for s in request.inputs), strict=True)
+    return [number for number, own in enumerate(stored) if number >= first and own == output]
+
+
+def _kernel(families: Sequence[KernelFamily], request: KernelRequest) -> Kernel | None:
+    """The kernel of the family whose kernel the layer would have anyway; None if that must not write over its input."""
+    for family in families:
+        kernel = family.kernel(request)
+        if kernel is not None or family.kernel(replace(request, overwritten=None)) is not None:
+            return kernel
+    return None
+
+
+class _Memory:
+    """Which calls use the memory of which tensors, and which calls depend on which."""
+
+    def __init__(self, calls: Sequence[KernelCall], outputs: Sequence[Hashable], names: Collection[Hashable]) -> None:
+        makers = {call.tensor: index for index, call in enumerate(calls)}
+        self._owner: dict[Hashable, Hashable] = {}
+        self._readers: dict[Hashable, set[int]] = defaultdict(set)
+        self._taken: set[Hashable] = set()
+        self._before: list[int] = []
+        """For every call a bit for each call that it depends on."""
+        self._calls = calls
+        for index, call in enumerate(calls):
+            before = 0
+            for tensor in call.inputs:
+                maker = makers.get(tensor)
+                if maker is None:
+                    self._taken.add(tensor)
+                else:
+                    before |= 1 << maker | self._before[maker]
+                self._readers[self._owner_of(tensor)].add(index)
+            self._before.append(before)
+            self._owner[call.tensor] = self._owner_of(call.inputs[0]) if call.tensor in names else call.tensor
+            if call.request is None:
+                self._taken |= {call.tensor, *map(self._owner_of, call.inputs)}
+        self._taken |= set(map(self._owner_of, outputs))
+
+    def _owner_of(self, tensor: Hashable) -> Hashable:
+        return self._owner.get(tensor, tensor)
+
+    def is_free(self, index: int, number: int) -> bool:
+        """Whether nothing needs the memory of an input of a call from then on."""
+        owners = [self._owner_of(tensor) for tensor in self._calls[index].inputs]
+        owner = owners[number]
+        others = self._readers[owner] - {index}
+        return (
+            owner not in self._taken
+            and owners.count(owner) == 1
+            and all(self._before[index] >> other & 1 for other in others)
+        )
