@@ -11,7 +11,7 @@ import pytest
 from tests.target_spec.spec_content import on_linux
 from tvm_hquant.errors import TargetSpecError
 from tvm_hquant.target_spec import cpu_features, detect_host, load_target_spec
-from tvm_hquant.target_spec.detect import best_host, cache_sizes_kib
+from tvm_hquant.target_spec.detect import best_instruction_set, cache_sizes_kib
 
 
 def test_features_of_unlike_cores(tmp_path: Path) -> None:
@@ -29,7 +29,7 @@ def test_base_follows_flags() -> None:
     """Protects the choice of kernels: by what the flags say, the best set whose whole level is there."""
 
     def base_spec(machine: str, features: Set[str]) -> str:
-        return best_host(machine, features)[1].name
+        return best_instruction_set(machine, features)[1].name
 
     v3 = {"avx", "avx2", "fma", "bmi1", "bmi2", "f16c", "abm", "movbe"}
     v4 = v3 | {"avx512f", "avx512bw", "avx512vl", "avx512cd", "avx512dq"}

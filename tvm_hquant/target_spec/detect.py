@@ -1,7 +1,7 @@
 """Describes the machine this runs on: by its CPU's flags, never by its name, and a measurement of less than a second.
 
-The rates per cycle come from the shipped spec of the best instruction set that the CPU has; cores, clock, caches and
-memory bandwidth are this machine's own.
+The rates per cycle come from the shipped spec of the best instruction set that the CPU has; cores, clock, vector pipes, caches
+and memory bandwidth are this machine's own.
 """
 
 from __future__ import annotations
@@ -13,15 +13,18 @@ import time
 from collections.abc import Set
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from tvm_hquant.cpu_features import cpu_features, cpuinfo_entries
 from tvm_hquant.errors import TargetSpecError
-from tvm_hquant.kernels.instruction_set import Host, load_instruction_sets
+from tvm_hquant.kernels.instruction_set import Host, InstructionSet, load_instruction_sets
 from tvm_hquant.target_spec.load import load_target_spec, spec_from
 from tvm_hquant.target_spec.spec import TargetSpec
+
+if TYPE_CHECKING:
+    from tvm_hquant.target_spec.core_probe import Core
 
 _OLDEST = {"x86_64": "x86-64", "aarch64": "generic"}
 """LLVM's name for the oldest CPU of an architecture."""
@@ -38,20 +41,21 @@ def detect_host() -> TargetSpec:
     """
     features = cpu_features()
     machine = _architecture()
-    host, base = best_host(machine, features)
+    instruction_set, base = best_instruction_set(machine, features)
     content: dict[str, Any] = base.model_dump(mode="json", by_alias=True, exclude_none=True)
     cores = usable_cores()
-    clock = clock_ghz()
+    core = _measured_core(base)
     content["name"] = "host"
     content["description"] = (
-        f"This machine ({machine}, {cores} cores), detected from its CPU's flags. Memory bandwidth and sizes are its "
-        f"own; the rates per cycle are those of {base.name}."
+        f"This machine ({machine}, {cores} cores), detected from its CPU's flags. Clock, memory bandwidth and sizes "
+        f"are its own; the rates per cycle are those of {base.name}."
     )
-    content["target"] = _target(machine, host, cores)
+    content["target"] = _target(machine, instruction_set.host or Host(None), cores)
     for unit in content["units"]:
         unit["count"] = cores
-        if clock is not None:
-            unit["clock_ghz"] = clock
+        unit["clock_ghz"] = round(core.clock_ghz, 1)
+        if unit["vector_pipes"] > 1:  # where the shipped spec says that processors differ
+            unit["vector_pipes"] = core.vector_pipes
     content["memory"] = {
         "bandwidth_gb_per_s": round(copy_bandwidth_gb_per_s(), 1),
         **cache_sizes_kib(),
@@ -60,8 +64,8 @@ def detect_host() -> TargetSpec:
     return spec_from(content, "the detected spec of this machine")
 
 
-def best_host(machine: str, features: Set[str]) -> tuple[Host, TargetSpec]:
-    """How a machine of an architecture is described whose CPU has ``features``, and the shipped spec with its rates.
+def best_instruction_set(machine: str, features: Set[str]) -> tuple[InstructionSet, TargetSpec]:
+    """The best of those that a CPU of an architecture with ``features`` has and specs are named for, and that spec.
 
     Raises:
         TargetSpecError: no instruction set is for such a machine.
@@ -73,7 +77,7 @@ def best_host(machine: str, features: Set[str]) -> tuple[Host, TargetSpec]:
         if instruction_set.cpu_features <= features:
             spec = load_target_spec(host.spec)
             if not spec.missing_features(features):
-                return host, spec
+                return instruction_set, spec
     raise TargetSpecError(f"no instruction set is for a machine of architecture {machine}; write a spec by hand")
 
 
@@ -103,15 +107,6 @@ def _container_quota(cpu_max: Path = Path("/sys/fs/cgroup/cpu.max")) -> float | 
     return None if quota == "max" else int(quota) / int(period)
 
 
-def clock_ghz() -> float | None:
-    """Highest clock of the first core, GHz to one decimal, as the driver says, else /proc/cpuinfo; or None."""
-    driver = Path("/sys/devices/system/cpu/cpu0/cpufreq/cpuinfo_max_freq")
-    if driver.is_file():
-        return round(int(driver.read_text()) / 1e6, 1)
-    megahertz = [float(value) for key, value in cpuinfo_entries() if key == "cpu MHz"]
-    return round(max(megahertz) / 1e3, 1) if megahertz else None
-
-
 def cache_sizes_kib(caches: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> dict[str, int]:
     """``l1_data_kib``, ``l2_kib`` and ``l3_kib`` of the first core, KiB, as far as the kernel tells."""
     fields = {"1": "l1_data_kib", "2": "l2_kib", "3": "l3_kib"}
@@ -125,6 +120,14 @@ def cache_sizes_kib(caches: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -
         if number and field:
             sizes[field] = int(number[1]) * (1024 if number[2] == "M" else 1)
     return sizes
+
+
+@cache
+def _measured_core(spec: TargetSpec) -> Core:
+    """This machine's core with the vectors that a spec's units fill. A process measures once."""
+    from tvm_hquant.target_spec.core_probe import measure_core  # here, so that reading specs does not wait for TVM
+
+    return measure_core(spec.tvm_target(), max(unit.channel_alignment for unit in spec.units))
 
 
 @cache

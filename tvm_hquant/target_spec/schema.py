@@ -172,7 +172,8 @@ class Unit(Table):
         clock_ghz: its clock under load, GHz.
         count: how many there are (cores, multiprocessors).
         macs_per_cycle: for each precision that it offers, best choice first, multiply-accumulates per cycle of one of
-            them; for operators without weights, elements per cycle.
+            its pipes; for operators without weights, elements per cycle.
+        vector_pipes: how many pipes for whole vectors one of them has, where processors of the target differ in that.
         required_features: CPU features that it needs beyond those of the spec.
         channel_alignment: channels are computed in multiples of this.
         bit_exact: whether it computes the arithmetic contract's bits; else within the bound that the contract states for it.
@@ -184,6 +185,7 @@ class Unit(Table):
     count: PositiveCount = 1
     required_features: CpuFeatures = ()
     channel_alignment: PositiveCount = 1
+    vector_pipes: PositiveCount = 1
     bit_exact: bool = True
     macs_per_cycle: Rates
 

@@ -212,12 +212,12 @@ class TargetSpec(Table):
         """SHA-256 (hexadecimal) of everything but the description and what a detection measures anew each time.
 
         The order of fields and comments in the file have no part in it; the order of lists and precisions, which says
-        what comes first, has. Left out as measured: clocks and memory bandwidth.
+        what comes first, has. Left out as measured: clocks, vector pipes and memory bandwidth.
         """
         content = self.model_dump(mode="json", by_alias=True)
         del content["description"], content["memory"]["bandwidth_gb_per_s"]
         for unit in content["units"]:
-            del unit["clock_ghz"]
+            del unit["clock_ghz"], unit["vector_pipes"]
             unit["macs_per_cycle"] = list(unit["macs_per_cycle"].items())
         text = json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
@@ -261,7 +261,7 @@ class TargetSpec(Table):
                     if _equivalent(parse_precision(name), operator_kind) == precision
                 ]
                 if rates:
-                    found.append((unit, max(rates)))
+                    found.append((unit, max(rates) * unit.vector_pipes))
         return tuple(found)
 
     def _fastest(self, precision: str, operator_kind: str) -> tuple[Unit, float]:

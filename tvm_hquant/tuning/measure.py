@@ -10,6 +10,7 @@ import statistics
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import tvm
 from tvm_hquant.artifact import check_linker
 from tvm_hquant.channel_shuffles import find_absorbed_shuffles
 from tvm_hquant.cpu_features import cpu_identity
+from tvm_hquant.cpu_pipeline import CPU_PIPELINE
 from tvm_hquant.errors import DataError, TuningError
 from tvm_hquant.kernel_graph import KernelCall
 from tvm_hquant.kernels.interface import Kernel, KernelFamily, KernelRequest, LayerConstants, Tile
@@ -37,6 +39,8 @@ Array = npt.NDArray[Any]
 _FLUSHED_BYTES = 4 * 2**20
 """More than the second-level cache of a core has."""
 _TURNS = 3
+_TASKS_OF_A_LIBRARY = 6
+"""Linking and loading take as long as compiling some kernels, so several share a library."""
 _CLEAR_GAIN = 0.98
 """Another tile than the expected one has to be this much faster: smaller differences are noise."""
 
@@ -49,6 +53,11 @@ class _Task:
     constants: LayerConstants
     family: Any
     tiles: tuple[Tile, ...]
+
+    @cached_property
+    def kernels(self) -> tuple[Kernel, ...]:
+        """One for each tile."""
+        return tuple(self.family.kernel(self.request, tile) for tile in self.tiles)
 
 
 def tune_artifact(
@@ -87,7 +96,12 @@ def tune_artifact(
     found = (_task(families, request, values, candidates) for request, values in constants.items())
     tasks = [task for task in found if task is not None]
     bench = _Bench(spec, rpc)
-    return tuple(bench.measure(task, repeat) for task in progress("tuning", tasks, len(tasks)))
+    shares = [tasks[start : start + _TASKS_OF_A_LIBRARY] for start in range(0, len(tasks), _TASKS_OF_A_LIBRARY)]
+    records: list[TuningRecord] = []
+    for share in progress("tuning", shares, len(shares)):
+        library = bench.library([kernel for task in share for kernel in task.kernels])
+        records += [bench.measure(task, library, repeat) for task in share]
+    return tuple(records)
 
 
 def _task(
@@ -122,10 +136,9 @@ class _Bench:
                 raise TuningError(f"nobody answers at {rpc}: {str(error).strip().splitlines()[-1]}") from None
             self._device = self._session.cpu(0)
 
-    def measure(self, task: _Task, repeat: int) -> TuningRecord:
-        """The record of one task."""
-        kernels = [task.family.kernel(task.request, tile) for tile in task.tiles]
-        library = self._library(kernels)
+    def measure(self, task: _Task, library: Any, repeat: int) -> TuningRecord:
+        """The record of one task, whose kernels are in the library."""
+        kernels = task.kernels
         arguments = [[self._tensor(a) for a in _arguments(kernel, task.constants)] for kernel in kernels]
         seconds: list[list[float]] = [[] for _ in kernels]
         for _ in range(_TURNS):
@@ -142,9 +155,10 @@ class _Bench:
             task.request, task.family.name, self.cpu, task.tiles[best], medians[best], task.tiles[0], medians[0]
         )
 
-    def _library(self, kernels: Sequence[Kernel]) -> Any:
+    def library(self, kernels: Sequence[Kernel]) -> Any:
+        """Compiled kernels, loaded where they are timed."""
         symbols = {kernel_symbol(k): k.function.with_attr("global_symbol", kernel_symbol(k)) for k in kernels}
-        executable = tvm.compile(tvm.IRModule(symbols), target=self._target)
+        executable = tvm.compile(tvm.IRModule(symbols), target=self._target, tir_pipeline=CPU_PIPELINE)
         with tempfile.TemporaryDirectory(prefix="tvm_hquant_tuning_") as folder:
             # The server has mapped the libraries before: one of the same name would be written over them.
             self._uploads += 1
