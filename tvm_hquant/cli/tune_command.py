@@ -17,7 +17,7 @@ def tune_command(
         Path, typer.Option("--records", help="File of tuning records to add to, one JSON object a line.")
     ],
     candidates: Annotated[int, typer.Option("--candidates", min=1, help="Tiles to try for each kernel at most.")] = 8,
-    repeat: Annotated[int, typer.Option("--repeat", min=1, help="Timed calls in each of three turns.")] = 10,
+    repeat: Annotated[int, typer.Option("--repeat", min=1, help="Timed calls in each of ten turns.")] = 10,
     rpc: Annotated[
         str | None,
         typer.Option("--rpc", help="HOST:PORT of a TVM RPC server on the target; this machine if not given."),

@@ -83,10 +83,10 @@ def _multiply_adds(lanes: int) -> Any:
         sums = [T.alloc_buffer((lanes,), "float32", scope=STACK) for _ in range(_ACCUMULATORS)]
         for number, total in enumerate(sums):
             store(total, 0, load(vectors, number * lanes, lanes), lanes)
-        factors = [T.bind(load(vectors, (_ACCUMULATORS + i) * lanes, lanes)) for i in range(2)]
+        first, second = (T.bind(load(vectors, (_ACCUMULATORS + i) * lanes, lanes)) for i in range(2))
         with T.serial(_ITERATIONS):
             for total in sums:
-                store(total, 0, LlvmPrimitives().fma(*factors, load(total, 0, lanes)), lanes)
+                store(total, 0, LlvmPrimitives().fma(first, second, load(total, 0, lanes)), lanes)
         for number, total in enumerate(sums):
             store(vectors, number * lanes, load(total, 0, lanes), lanes)
     return builder.get()
