@@ -2,7 +2,7 @@
 
 Tiles take turns in a random order, so that what the machine does besides hits all alike. Inside a network, activations have
 just been written, but weights have not been read since the sample before: so every call takes another copy of the weights, and
-the copies are larger together than the nearer caches. Over RPC, where calls cannot be timed one by one, these caches are flushed.
+the copies are larger together than the nearer caches. Over RPC, where calls cannot be timed singly, these caches are flushed.
 
 Of several tiles that take the same time, one is the fastest by chance. So the fastest has to beat the expected one again, in
 calls of their own.
