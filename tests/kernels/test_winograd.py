@@ -138,8 +138,12 @@ def test_which_layers_are_computed_so() -> None:
 
 
 def test_blocks_of_tiles_cover_a_map() -> None:
-    """Blocks of about equal size that keep the transformed codes in the second-level cache."""
+    """Blocks that keep the transformed codes in the second-level cache, and two of them for threads where weights are few."""
     geometry = WinogradGeometry(Conv2D((1, 56, 56, 64), 64, Window((3, 3), padding=(1, 1, 1, 1))), 8)
     assert geometry.tiles == (28, 28)
     assert geometry.block_rows == 7
     assert sum(run.count * run.pixels for run in geometry.runs) >= geometry.block_tiles == 196
+    small = replace(geometry, conv=Conv2D((2, 32, 32, 16), 16, Window((3, 3), padding=(1, 1, 1, 1))))
+    assert (small.block_rows, small.blocks) == (8, 4)
+    whole = replace(geometry, conv=Conv2D((1, 14, 14, 256), 256, Window((3, 3), padding=(1, 1, 1, 1))))
+    assert (whole.block_rows, whole.blocks) == (7, 1)

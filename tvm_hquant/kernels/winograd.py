@@ -50,6 +50,10 @@ _SUMS = 6
 _VECTORS = 2
 _SOURCE_BYTES = 416 * 1024
 """Transformed codes that exist at a time: with the weights of some channels they stay in the second-level cache."""
+_WEIGHTS_READ_AGAIN = 256 * 1024
+"""Bytes of transformed weights up to which a map is cut into two blocks at least, for two threads that read all of them."""
+_FEWEST_TILES = 24
+"""Of such a block."""
 _PARALLEL_MACS = 100_000
 
 _WEIGHT_TRANSFORM = np.array([[2, 0, 0], [1, 1, 1], [1, -1, 1], [0, 0, 2]])
@@ -118,10 +122,21 @@ class WinogradGeometry:
 
     @cached_property
     def block_rows(self) -> int:
-        """Rows of tiles that are transformed before they are multiplied: blocks of about the same size."""
+        """Rows of tiles that are transformed before they are multiplied: as the cache holds, and as divide the map best."""
         rows, columns = self.tiles
-        most = max(1, _SOURCE_BYTES // (2 * _POSITIONS * columns * self.conv.in_channels))
-        return -(-rows // -(-rows // most))
+        most = min(rows, max(1, _SOURCE_BYTES // (2 * _POSITIONS * columns * self.conv.in_channels)))
+        if weight_bytes(self.conv) <= _WEIGHTS_READ_AGAIN and rows // 2 * columns >= _FEWEST_TILES:
+            most = min(most, rows // 2)
+        return min(range((most + 1) // 2, most + 1), key=lambda count: (-(-rows // count) * count, -count))
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of tiles of all images."""
+        return self.conv.input_shape[0] * -(-self.tiles[0] // self.block_rows)
+
+    @property
+    def channel_blocks(self) -> int:
+        return self.conv.out_channels // self.block_channels
 
     @property
     def block_tiles(self) -> int:
@@ -201,23 +216,26 @@ class _Emitter:
             fill = T.Cast("uint8", self.zero_points[2])
             ActivationCopy(conv, channels, "uint8", "uint8", self.source, padded, (fill,)).emit()
             self.source = padded
-        self.transformed = T.alloc_buffer((_POSITIONS * geometry.source_stride,), "int16")
-        blocks = -(-geometry.tiles[0] // geometry.block_rows)
-        with T.serial(images * blocks) as number:
-            image = T.bind(number // blocks)
-            first = T.bind(T.min(number % blocks * geometry.block_rows, geometry.tiles[0] - geometry.block_rows))
-            with self._shared(geometry.block_rows) as row, T.serial(geometry.tiles[1]) as column:
-                self._transform(image, first, row, column)
-            with self._shared(conv.out_channels // geometry.block_channels) as block:
+        per_image = geometry.blocks // images
+        # Threads share the blocks of tiles, or the channels where there are more blocks of those.
+        by_tiles = geometry.blocks >= geometry.channel_blocks
+        with self._shared(geometry.blocks, by_tiles) as number:
+            transformed = T.alloc_buffer((_POSITIONS * geometry.source_stride,), "int16")
+            image = T.bind(number // per_image)
+            first = T.bind(T.min(number % per_image * geometry.block_rows, geometry.tiles[0] - geometry.block_rows))
+            with self._shared(geometry.block_rows, not by_tiles) as row, T.serial(geometry.tiles[1]) as column:
+                self._transform(transformed, image, first, row, column)
+            with self._shared(geometry.channel_blocks, not by_tiles) as block:
                 sums = T.alloc_buffer((_POSITIONS * geometry.sums_stride,), "int32")
                 with T.serial(_POSITIONS) as position:
-                    self._multiply(sums, position, block)
+                    self._multiply(transformed, sums, position, block)
                 with T.serial(geometry.block_rows) as row, T.serial(geometry.tiles[1]) as column:
                     self._finish(sums, image, first, row, column, block)
 
-    def _shared(self, count: int) -> Any:
-        """A loop that threads share where there is work enough."""
-        return T.parallel(count) if count > 1 and self.geometry.conv.macs > _PARALLEL_MACS else T.serial(count)
+    def _shared(self, count: int, is_wanted: bool) -> Any:
+        """A loop that threads share, if wanted, where there is work enough."""
+        is_shared = is_wanted and count > 1 and self.geometry.conv.macs > _PARALLEL_MACS
+        return T.parallel(count) if is_shared else T.serial(count)
 
     def _pixel(self, first: Expression, row: Expression, column: Expression) -> tuple[Expression, Expression]:
         """Row and column of a tile's first output."""
@@ -228,7 +246,9 @@ class _Emitter:
             T.bind(T.min(x, width - _OUTPUTS) if width % _OUTPUTS else x),
         )
 
-    def _transform(self, image: Expression, first: Expression, row: Expression, column: Expression) -> None:
+    def _transform(
+        self, transformed: Buffer, image: Expression, first: Expression, row: Expression, column: Expression
+    ) -> None:
         """Bᵀ d B of the codes of a tile."""
         geometry, channels = self.geometry, self.geometry.conv.in_channels
         height, width = geometry.padded_size
@@ -244,9 +264,9 @@ class _Emitter:
             for i in range(_INPUTS):
                 for j, value in enumerate(_differences([column[i] for column in columns])):
                     place = (_INPUTS * i + j) * geometry.source_stride + tile + at
-                    store(self.transformed, place, value, _LANES)
+                    store(transformed, place, value, _LANES)
 
-    def _multiply(self, sums: Buffer, position: Expression, block: Expression) -> None:
+    def _multiply(self, transformed: Buffer, sums: Buffer, position: Expression, block: Expression) -> None:
         """Sums over the input channels of the products at one position, of all tiles and the channels of a block."""
         geometry, lanes = self.geometry, self.geometry.lanes
         channels, count = geometry.conv.in_channels, 2 * self.geometry.lanes
@@ -265,7 +285,7 @@ class _Emitter:
                     codes = T.bind(weight + pair * (_VECTORS * count))
                     of_vectors = [T.bind(load(self.weights, codes + j * count, count)) for j in range(_VECTORS)]
                     for i in range(run.pixels):
-                        operand = T.bind(repeated_words(self.transformed, at + i * channels, "int16", lanes))
+                        operand = T.bind(repeated_words(transformed, at + i * channels, "int16", lanes))
                         for j in range(_VECTORS):
                             value = self.vectors.multiply(load(totals[i, j], 0, lanes), operand, of_vectors[j])
                             store(totals[i, j], 0, value, lanes)
