@@ -154,7 +154,8 @@ class Quantizer:
         """Which precisions layers may have."""
         options = self.options
         precisions = options.precisions or (tuple(options.levels) if options.levels else None)
-        return CandidateRules(self.session, precisions, options.fixed, options.objective)
+        keep_all = options.levels is not None
+        return CandidateRules(self.session, precisions, options.fixed, options.objective, keep_all)
 
     def problem(self, with_check: bool = False) -> SearchProblem:
         """What a strategy has to solve: the candidates of all layers, and the ways to measure them.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
+from functools import cached_property
 
 from tvm_hquant.cost.predicted import predicted_cycles, weight_bytes
 from tvm_hquant.errors import PrecisionError
@@ -13,6 +14,9 @@ from tvm_hquant.session import QuantizationSession
 
 HIERARCHY: tuple[str, ...] = ("a8w8", "int8", "a16w8", "float16", "bfloat16", "a16w16", "float32")
 """The precisions that every search chooses from by default, where the target offers them."""
+
+_STARTS = ("a8w8", "int8")
+"""What searches start from."""
 
 _NARROW = tuple(f"a8w{bits}" for bits in range(7, 1, -1))
 
@@ -44,6 +48,11 @@ class CandidateRules:
             starts from 8 bits.
         fixed: precisions fixed by the user, for layers by name or pattern.
         objective: what is minimized. A width without a kernel, such as ``a6w6``, can be searched for size only.
+        keep_all: whether to keep precisions that cannot make a layer faster, since each has to go to some layers.
+
+    For latency a layer may not have what the target computes no faster than something more exact: weights of fewer bits than
+    others of the same speed, and, unless the user names precisions, anything as slow as float32: less has to be measured.
+    What the user names although it is faster nowhere stays.
     """
 
     def __init__(
@@ -52,6 +61,7 @@ class CandidateRules:
         precisions: Sequence[str] | None = None,
         fixed: Mapping[str, str] | None = None,
         objective: str = "latency",
+        keep_all: bool = False,
     ) -> None:
         self._session = session
         self._given = precisions is not None
@@ -59,6 +69,7 @@ class CandidateRules:
         self._precisions = tuple(dict.fromkeys(parse_precision(name).name for name in names))
         self._rules = dict(fixed or {})
         self._objective = objective
+        self._keep_all = keep_all
 
     def of(self, layer: Layer) -> tuple[str, ...]:
         """Precisions that the search may give a layer: where it starts first, then by cost, the most exact last.
@@ -75,6 +86,10 @@ class CandidateRules:
                 f"layer {layer.name} ({layer.operator_kind}) can have none of {', '.join(self._precisions)} on "
                 f"{self._session.spec.name}; 'hquant inspect' shows why"
             )
+        if self._objective == "latency" and not self._keep_all:
+            pointless = self._no_faster(layer.operator_kind, allowed)
+            pointless -= self._nowhere_faster if self._given else frozenset()
+            allowed = [name for name in allowed if name not in pointless]
         # a8w8 and int8 cost the same: the one that the target prefers stands for both.
         offered = self._session.spec.offered_precisions(layer.operator_kind)
         eight = [name for name in offered if name in allowed and name in ("a8w8", "int8")][:1]
@@ -107,8 +122,36 @@ class CandidateRules:
         refusal = self._session.refusal(layer, precision)
         return None if refusal is None else refusal.detail
 
+    def _no_faster(self, kind: str, names: Sequence[str]) -> frozenset[str]:
+        """Precisions that a more exact one equals in speed, by the rates of the spec for a kind of operator."""
+        spec, precisions = self._session.spec, {name: parse_precision(name) for name in names}
+        rates = {name: spec.macs_per_cycle(name, kind) for name in names if spec.reason_against(name, kind) is None}
+        found = {
+            name
+            for name, rate in rates.items()
+            for other, other_rate in rates.items()
+            if other_rate >= rate and _is_wider(precisions[other], precisions[name])
+        }
+        if not self._given and "float32" in rates:
+            found |= {name for name, rate in rates.items() if rate <= rates["float32"] and name not in _STARTS}
+        return frozenset(found - {"float32"})
+
+    @cached_property
+    def _nowhere_faster(self) -> frozenset[str]:
+        """Precisions that are no faster in any layer. Where the user names some, they are meant for something else."""
+        kinds = {layer.operator_kind for layer in self._session.graph.anchors}
+        return frozenset.intersection(*(self._no_faster(kind, self._precisions) for kind in kinds))
+
     def _order(self, layer: Layer, precision: Precision) -> tuple[bool, float, float]:
         is_float = precision.name == "float32"
         if precision.is_realized:
             return is_float, predicted_cycles(self._session.spec, layer, precision), weight_bytes(layer, precision)
         return is_float, 0.0, weight_bytes(layer, precision) + precision.activation_bits
+
+
+def _is_wider(precision: Precision, other: Precision) -> bool:
+    """Whether both read the same codes and have one tensor of weight codes, this one of more bits: finer steps."""
+    if not all(p.is_integer and p.weight_points == 1 for p in (precision, other)):
+        return False
+    same_activations = (precision.activation_bits, precision.symmetric) == (other.activation_bits, other.symmetric)
+    return same_activations and precision.weight_bits > other.weight_bits
