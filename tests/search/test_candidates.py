@@ -1,0 +1,63 @@
+"""Which precisions a search may choose from: protects that none is offered that only costs evaluations, and what users name."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+
+from tests.planned_models import new_session, partitioned
+from tvm_hquant.layers import Layer
+from tvm_hquant.search.candidates import CandidateRules
+from tvm_hquant.session import QuantizationSession
+from tvm_hquant.target_spec import load_target_spec
+
+NARROW = ("a8w8", "a8w7", "a8w6", "a8w5", "a8w4")
+
+
+@cache
+def session_for(target: str) -> QuantizationSession:
+    return new_session(partitioned("branches"), load_target_spec(target), samples=1)
+
+
+def layer_of(session: QuantizationSession, kind: str) -> Layer:
+    return next(layer for layer in session.graph.anchors if layer.operator_kind == kind)
+
+
+def test_nothing_as_slow_as_float32_is_offered_for_latency() -> None:
+    """Float32 loses nothing: 16 bits have to be faster. For size they are smaller, whatever they take."""
+    session = session_for("x86-64-avx2")
+    layer, spec = layer_of(session, "conv2d"), session.spec
+    offered = CandidateRules(session).of(layer)
+    assert offered[0] == "a8w8"
+    assert offered[-1] == "float32"
+    for name in offered[1:-1]:
+        assert spec.macs_per_cycle(name, "conv2d") > spec.macs_per_cycle("float32", "conv2d"), name
+    assert {"float16", "bfloat16", "a16w8"} <= set(CandidateRules(session, objective="size").of(layer))
+
+
+def test_narrow_weights_have_to_be_faster_in_the_layer() -> None:
+    """On plain AVX2 depthwise layers of all weights below 8 bits take the same time: the widest of them is enough."""
+    session = session_for("x86-64-avx2")
+    rules = CandidateRules(session, NARROW)
+    assert rules.of(layer_of(session, "conv2d")) == ("a8w4", "a8w5", "a8w6", "a8w7", "a8w8")
+    assert rules.of(layer_of(session, "depthwise_conv2d")) == ("a8w7", "a8w8")
+    by_size = CandidateRules(session, NARROW, objective="size").of(layer_of(session, "depthwise_conv2d"))
+    assert set(by_size) == set(NARROW)
+
+
+def test_what_the_user_names_stays_where_it_is_faster_nowhere() -> None:
+    """Whoever asks for 4 bits where all widths are as fast wants them for something else; so do those who prescribe levels."""
+    vnni = session_for("x86-64-avx512-vnni")
+    assert set(CandidateRules(vnni, ("a8w8", "a8w4")).of(layer_of(vnni, "conv2d"))) == {"a8w8", "a8w4"}
+    avx2 = session_for("x86-64-avx2")
+    kept = CandidateRules(avx2, NARROW, keep_all=True).of(layer_of(avx2, "depthwise_conv2d"))
+    assert set(kept) == set(NARROW)
+
+
+@pytest.mark.parametrize("name", ["a8w8", "a8w4"])
+def test_a_fixed_precision_is_the_only_one(name: str) -> None:
+    """What the user fixes is not judged by its speed."""
+    session = session_for("x86-64-avx2")
+    layer = layer_of(session, "depthwise_conv2d")
+    assert CandidateRules(session, fixed={layer.name: name}).of(layer) == (name,)
