@@ -250,6 +250,8 @@ def _decision(layer: str, entry: Any) -> LayerDecision:
     stored_bits = entry.get("stored_bits")
     if stored_bits is not None and (not isinstance(stored_bits, int) or isinstance(stored_bits, bool)):
         raise PlanError(f"layer {layer}: stored_bits {stored_bits!r} is not an integer; leave it out, or write 2 to 8")
+    if stored_bits is None and precision.computed != precision:
+        precision, stored_bits = precision.computed, precision.weight_bits
     try:
         precision.with_stored_weights(stored_bits)
     except PrecisionError as error:

@@ -19,6 +19,7 @@ def make_plan(session: QuantizationSession, decisions: Mapping[str, LayerDecisio
     person can change a layer's precision in the file.
     """
     graph = session.graph
+    decisions = {name: _with_storage_apart(decision) for name, decision in decisions.items()}
     anchors = {name: parse_precision(d.precision) for name, d in decisions.items()}
     followed = follow_consumers(graph, anchors, {}, session.output_precision)
     layers = dict(decisions)
@@ -37,6 +38,14 @@ def make_plan(session: QuantizationSession, decisions: Mapping[str, LayerDecisio
         stored,
         {name: made_for[name].name for name in stored},
     )
+
+
+def _with_storage_apart(decision: LayerDecision) -> LayerDecision:
+    """A decision whose precision is the one that is computed in, beside the bits that weights are stored in."""
+    precision = parse_precision(decision.precision)
+    if precision.computed == precision:
+        return decision
+    return replace(decision, precision=precision.computed.name, stored_bits=precision.weight_bits)
 
 
 def with_stored_bits(

@@ -14,6 +14,7 @@ name                  activations                weights
 ``bfloat16``          bfloat16 storage           bfloat16 storage, float32 accumulators
 ``float32``           float32                    float32
 ``w8`` … ``w2``       float32                    integer codes, made float32 again at compile time
+``bfloat16w4``, …     bfloat16 (float16) storage integer codes of 2 to 8 bits, made bfloat16 (float16) again
 ====================  =========================  ====================================================
 
 Any other pair ``a{2…16}w{2…16}`` is simulated with exact integer sums and the same epilogue, but has no kernel.
@@ -66,6 +67,16 @@ class Precision:
         return self.arithmetic is Arithmetic.INTEGER
 
     @property
+    def computed(self) -> Precision:
+        """What a layer computes in whose weights are stored in fewer bits: ``bfloat16`` for ``bfloat16w4``; others themselves.
+
+        Plans hold the two apart, as precision and ``stored_bits``.
+        """
+        if self.arithmetic is not Arithmetic.WEIGHT_ONLY or self.activation_bits == 32:
+            return self
+        return FLOAT16 if self.name.startswith(FLOAT16.name) else BFLOAT16
+
+    @property
     def needs_calibration(self) -> bool:
         """Whether ranges of activations must be known."""
         return self.is_integer
@@ -74,13 +85,13 @@ class Precision:
         """The precision whose weight codes a layer has that computes in this one and stores its weights in ``bits`` bits.
 
         A float layer has those of weight-only ``w{bits}``, an integer layer those of the same activations with narrower
-        weights. None gives the precision itself.
+        weights. None gives the precision itself, or what the name says of the weights.
 
         Raises:
             PrecisionError: weights of this precision cannot be stored in so many bits.
         """
         if bits is None:
-            return self
+            return self if self.computed == self else parse_precision(f"w{self.weight_bits}")
         most = min(8, self.weight_bits)
         if not 2 <= bits <= most:
             raise PrecisionError(f"weights of {self.name} cannot be stored in {bits} bits: use 2 to {most}")
@@ -89,7 +100,7 @@ class Precision:
     @property
     def is_realized(self) -> bool:
         """Whether a compiled module can have this precision; otherwise it is only simulated."""
-        return self.name in _REALIZED_NAMES or (self.is_multipoint and self.activation_bits in (8, 16))
+        return self.computed.name in _REALIZED_NAMES or (self.is_multipoint and self.activation_bits in (8, 16))
 
     @property
     def is_multipoint(self) -> bool:
@@ -129,6 +140,7 @@ REALIZED: tuple[str, ...] = (
 _PAIR = re.compile(r"a(\d{1,2})w(\d{1,2})")
 _MULTIPOINT = re.compile(r"a(\d{1,2})w([2-8])x(\d(?:\.\d{1,2})?)")
 _WEIGHT_ONLY = re.compile(r"w([2-8])")
+_STORED_FLOAT = re.compile(r"b?float16w([2-8])")
 
 
 @cache
@@ -143,6 +155,8 @@ def parse_precision(name: str) -> Precision:
         return _NAMED[canonical]
     if match := _WEIGHT_ONLY.fullmatch(canonical):
         return Precision(canonical, Arithmetic.WEIGHT_ONLY, 32, int(match[1]))
+    if match := _STORED_FLOAT.fullmatch(canonical):
+        return Precision(canonical, Arithmetic.WEIGHT_ONLY, 16, int(match[1]))
     if (match := _MULTIPOINT.fullmatch(canonical)) and 2 <= int(match[1]) <= 16 and 1 <= float(match[3]) <= 8:
         return _multipoint(int(match[1]), int(match[2]), float(match[3]))
     if match := _PAIR.fullmatch(canonical):

@@ -106,7 +106,12 @@ class QuantizationSession:
         """Weight codes of a layer in a precision; None for float precisions."""
         if not layer.is_anchor or not (precision.is_integer or precision.name.startswith("w")):
             return None
-        if self.ranges is None or not precision.is_integer:
+        if not precision.is_integer:
+            name = (layer.name, precision.name)
+            if name not in self._weights:
+                self._weights[name] = quantize_layer_weights(layer, precision, self.rounding)
+            return self._weights[name]
+        if self.ranges is None:
             return quantize_layer_weights(layer, precision, self.rounding)
         # Precisions that differ in their activations alone have the same weights.
         identity = (layer.name, precision.weight_bits, precision.point_bits, precision.terms, precision.weight_points)
@@ -175,13 +180,18 @@ class QuantizationSession:
 
         ``stored_bits`` are those of all weights in the artifact, where a precision has more.
         """
-        precisions = self.all_precisions(anchors)
-        weights = None if stored_bits is None else partial(self._stored_weights, stored_bits)
+        precisions = self.all_precisions({name: precision.computed for name, precision in anchors.items()})
+        stored = {name: precision for name, precision in anchors.items() if precision.computed != precision}
+        weights = partial(self._stored_weights, stored, stored_bits) if stored or stored_bits is not None else None
         return self.builder.program(precisions, self.scales(precisions.values()), weights)
 
-    def _stored_weights(self, bits: int, layer: Layer, precision: Precision) -> QuantizedWeights | None:
-        has_more = layer.is_anchor and precision.weight_bits > bits
-        return self.layer_weights(layer, precision.with_stored_weights(bits) if has_more else precision)
+    def _stored_weights(
+        self, stored: Mapping[str, Precision], bits: int | None, layer: Layer, precision: Precision
+    ) -> QuantizedWeights | None:
+        own = stored.get(layer.name, precision)
+        if bits is not None and layer.is_anchor and own.weight_bits > bits:
+            own = precision.with_stored_weights(bits)
+        return self.layer_weights(layer, own.with_stored_weights(None))
 
     def uniform(self, precision: Precision) -> dict[str, Precision]:
         """One precision for all layers with weights; float32 for those that cannot have it at all."""
@@ -192,7 +202,7 @@ class QuantizationSession:
 
     def impossible(self, layer: Layer, precision: Precision) -> str | None:
         """Why a layer cannot even be simulated in a precision, or None."""
-        if precision.name == "float16" and self.ranges is not None:
+        if precision.computed.name == "float16" and self.ranges is not None:
             for tensor in (*layer.inputs, layer.name):
                 if (largest := self.ranges.largest_magnitude(tensor)) > FLOAT16_LARGEST:
                     return f"tensor {tensor} reaches {largest:.3g}, float16 ends at {FLOAT16_LARGEST:g}"

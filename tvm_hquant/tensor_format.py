@@ -72,6 +72,7 @@ def code_limits(precision: Precision) -> tuple[Literal["uint8", "int8", "uint16"
 
 def float_format(precision: Precision) -> TensorFormat:
     """The format of activations of a float or weight-only precision."""
-    if precision.arithmetic is Arithmetic.FLOAT and precision.activation_bits == 16:
-        return TensorFormat("float16" if precision.name == "float16" else "bfloat16")
+    computed = precision.computed
+    if computed.arithmetic is Arithmetic.FLOAT and computed.activation_bits == 16:
+        return TensorFormat("float16" if computed.name == "float16" else "bfloat16")
     return FLOAT32_FORMAT

@@ -6,8 +6,12 @@ from functools import cache
 
 import pytest
 
-from tests.planned_models import new_session, partitioned
+from tests.planned_models import new_session, partitioned, shared_session
+from tvm_hquant.cost.plan_costs import plan_costs
 from tvm_hquant.layers import Layer
+from tvm_hquant.plan import LayerDecision
+from tvm_hquant.planning import make_plan
+from tvm_hquant.precision import parse_precision
 from tvm_hquant.search.candidates import CandidateRules
 from tvm_hquant.session import QuantizationSession
 from tvm_hquant.target_spec import load_target_spec
@@ -61,3 +65,35 @@ def test_a_fixed_precision_is_the_only_one(name: str) -> None:
     session = session_for("x86-64-avx2")
     layer = layer_of(session, "depthwise_conv2d")
     assert CandidateRules(session, fixed={layer.name: name}).of(layer) == (name,)
+
+
+@pytest.mark.parametrize("objective", ["size", "macs", "latency"])
+def test_stored_bits_cost_what_they_change(objective: str) -> None:
+    """bfloat16 with weights stored in 4 bits takes the bytes of these, and the time and the operations of bfloat16."""
+    session = shared_session("branches")
+    names = ("bfloat16w4", "w4", "bfloat16")
+    rules = CandidateRules(session, names, objective=objective)
+    layers = {layer.name: rules.of(layer) for layer in session.graph.anchors}
+    assert all(set(own) == set(names) for own in layers.values())
+    costs = plan_costs(session, layers, objective).layers
+    same = "w4" if objective == "size" else "bfloat16"
+    for layer in layers:
+        assert costs[layer, "bfloat16w4"] == pytest.approx(costs[layer, same], rel=1e-9)
+
+
+def test_stored_bits_are_the_same_program_as_in_a_plan() -> None:
+    """What a search evaluates under a name is what its plan says with precision and stored bits apart."""
+    session = shared_session("branches")
+    names = dict(zip((a.name for a in session.graph.anchors), ("bfloat16w4", "a8w8", "w3", "bfloat16w8"), strict=True))
+    plan = make_plan(session, {layer: LayerDecision(name, "within budget") for layer, name in names.items()})
+    stem, merge = (plan.layers[list(names)[i]] for i in (0, 3))
+    assert (stem.precision, stem.stored_bits, merge.precision, merge.stored_bits) == ("bfloat16", 4, "bfloat16", 8)
+    searched = session.program({layer: parse_precision(name) for layer, name in names.items()})
+    planned = session.builder.program(plan.precisions(), plan.scales, plan.layer_weights)
+    plain = {
+        layer: parse_precision(name.removesuffix("w4").removesuffix("w8"))
+        for layer, name in names.items()
+        if "b" in name
+    }
+    exact = session.program({**{layer: parse_precision(name) for layer, name in names.items()}, **plain})
+    assert searched.digest == planned.digest != exact.digest

@@ -66,8 +66,9 @@ def plan_costs(
 
 def weighted_macs(layer: Layer, precision: Precision) -> float:
     """Multiply-accumulates of a layer in units of 8 × 8 bits. Weights that are only stored in few bits count as float32."""
-    weight_bits = precision.weight_bits if precision.activation_bits < 32 else 32
-    return layer.macs * precision.activation_bits * weight_bits / 64
+    computed = precision.computed
+    weight_bits = computed.weight_bits if computed.activation_bits < 32 else 32
+    return layer.macs * computed.activation_bits * weight_bits / 64
 
 
 def computed_precision(precision: Precision) -> Precision:

@@ -117,7 +117,7 @@ class CandidateRules:
         return tuple(p for p in self._rules if not any(fnmatchcase(name, p) for name in names))
 
     def _refusal(self, layer: Layer, precision: Precision) -> str | None:
-        if precision.name not in REALIZED and self._objective != "latency":
+        if precision.computed.name not in REALIZED and self._objective != "latency":
             return self._session.impossible(layer, precision)
         refusal = self._session.refusal(layer, precision)
         return None if refusal is None else refusal.detail

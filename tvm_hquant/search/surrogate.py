@@ -36,7 +36,8 @@ def activation_error(precision: Precision) -> float:
     """Half a step: of the range for codes (of twice the largest value for symmetric ones), else of a float's last place."""
     bits = precision.activation_bits
     if not precision.is_integer:
-        return _HALF_LAST_PLACE[precision.name if precision.name in _HALF_LAST_PLACE else "float32"]
+        name = precision.computed.name
+        return _HALF_LAST_PLACE[name if name in _HALF_LAST_PLACE else "float32"]
     return float(0.5 / (2 ** (bits - 1) - 1) if precision.symmetric else 0.5 / (2**bits - 1))
 
 

@@ -288,7 +288,8 @@ class TargetSpec(Table):
 
 
 def _equivalent(precision: Precision, operator_kind: str) -> Precision:
-    """The precision itself; for an operator without weights, the plainest one with the same activations."""
+    """What the precision is computed in; for an operator without weights, the plainest one with the same activations."""
+    precision = precision.computed
     if operator_kind in OPERATORS_WITH_WEIGHTS:
         return precision
     if precision.arithmetic is Arithmetic.WEIGHT_ONLY:
