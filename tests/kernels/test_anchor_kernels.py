@@ -344,6 +344,15 @@ def test_channels_left_over_by_chains_are_exact(channels: int, limit: int) -> No
     assert ("chain" in kernel.name) == (limit == 7)
 
 
+@pytest.mark.skipif("avx2" not in HOST, reason="this CPU has no AVX2")
+@pytest.mark.parametrize(("channels", "chain"), [(96, 24), (128, 32), (144, 16)])
+def test_one_chain_takes_all_steps_of_a_pixel(channels: int, chain: int) -> None:
+    """Where the weights let it and it is not too long; several chains of a pixel have 16 steps at most."""
+    operator = Conv2D((1, 3, 4, channels), 16, Window((1, 1)))
+    kernel = check("avx2", KernelRequest(operator, ("uint8",), "uint8", "int8"), weight_limit=1)
+    assert f"chain {chain}]" in kernel.name
+
+
 def test_odd_channels_need_no_copy() -> None:
     """Steps of dot products that may split pixels read groups of 34 channels, and kernel rows of 3 · 7, where they are.
 

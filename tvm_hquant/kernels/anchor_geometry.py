@@ -35,6 +35,8 @@ _PACKED_EPILOGUE = {4: 6, 2: 7, 1: 10}
 """The same where as many vectors of a pixel are packed together: fewer of them take more shuffles and stores."""
 _TILE = 20
 """Instructions around a tile."""
+_SEVERAL_CHAINS = 16
+"""Steps of a chain, at most, where others follow: longer ones are so much code that small layers take longer."""
 _FEWEST_GROUPED = 7
 """Of fewer steps, reading their order from a table takes longer than taking some together saves."""
 _UNROLLED = 300
@@ -110,7 +112,8 @@ class AnchorGeometry:
         chain, steps = self.dot.chain, -(-self.group_inputs // self.dot.products)
         takes_one_pixel = self.runs == self.conv.window.kernel[1]
         if takes_one_pixel and self.dot.operand_steps == 1:
-            return min(chain, steps)
+            return steps if steps <= chain else min(chain, _SEVERAL_CHAINS)
+        chain = min(chain, _SEVERAL_CHAINS)
         while chain > steps or (steps % chain and not takes_one_pixel):
             chain //= 2
         return chain

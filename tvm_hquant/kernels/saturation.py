@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from tvm_hquant.kernels.patches import is_patch, weights_of_patches
 
-LONGEST_CHAIN = 16
+LONGEST_CHAIN = 32
 """Pair sums of a chain, at most."""
 _MOST_CENTRED = 8
 _OCTET = 8
@@ -23,7 +23,7 @@ _INT16 = np.iinfo(np.int16)
 
 
 def saturation_free_pairs(weight_codes: npt.NDArray[Any]) -> int:
-    """How many chained pair sums of u8·s8 products surely fit int16, for every output channel: mostly 0, 1, 2, 4, 8 or 16.
+    """How many chained pair sums of u8·s8 products surely fit int16, for every output channel: mostly 0, 1, 2, 4, 8, 16 or 32.
 
     Args:
         weight_codes: int8 [points, out_channels, in_channels / groups, kernel_h, kernel_w].
@@ -54,7 +54,7 @@ def _longest_chain(weight_codes: npt.NDArray[Any]) -> int:
     rows = np.moveaxis(weight_codes, 2, -1).reshape(-1, in_channels).astype(np.int32)
     rows = np.pad(rows, ((0, 0), (0, -in_channels % (4 * LONGEST_CHAIN))))
     longest = 0
-    for chain in (1, 2, 4, 8, LONGEST_CHAIN):
+    for chain in (1, 2, 4, 8, 16, LONGEST_CHAIN):
         # [kernel positions of every channel, chains, quad of the chain, pair within the quad, member of the pair]
         quads = rows.reshape(points * out_channels * height * width, -1, chain, 2, 2)
         if not _fits(quads.swapaxes(2, 3).reshape(-1, 2 * chain)):

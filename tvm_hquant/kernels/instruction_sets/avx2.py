@@ -2,9 +2,9 @@
 
 ``vpmaddwd`` adds two products of int16 values in int32. ``vpmaddubsw`` adds two products of u8 and s8 codes in int16; with
 weights of 7 bits one such sum cannot saturate, nor can mostly two in an order of steps that the weights decide; with 6 bits
-two, with 4 bits eight or, mostly, 16, and then half as many instructions or fewer do the same work, bit for bit. Sums of long
-chains stay in the registers of a tile, and its int32 sums wait on the stack: so each weight and each activation is loaded
-once for the whole tile. 3×3 layers of 8 and 7 bits mostly take Winograd's algorithm in integers.
+two, with 4 bits eight or, mostly, 16 and more, and then half as many instructions or fewer do the same work, bit for bit. Sums
+of long chains stay in the registers of a tile, and its int32 sums wait on the stack: so each weight and each activation is
+loaded once for the whole tile. 3×3 layers of 8 and 7 bits mostly take Winograd's algorithm in integers.
 """
 
 from __future__ import annotations
