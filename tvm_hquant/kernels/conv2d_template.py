@@ -325,12 +325,14 @@ class _Emitter:
     def _held_steps(self, run: TileRun) -> int:
         """Steps at the end of a tile that its pixels take in groups, each followed by the group's epilogue; 0 for none.
 
-        Only where a tile has one run of steps: in loops over kernel rows they would cost more than they save.
+        Only where a tile has one run of steps: in loops over kernel rows they would cost more than they save; so they do where
+        a group would read all weights for one vector, but not on patches, whose few steps LLVM orders so that sums are spilled.
         """
         geometry, dot = self.geometry, self.dot
         has_one_run = geometry.conv.window.kernel[0] == 1 and geometry.runs == 1 and not geometry.skips_padding
         is_packed = self.packed_epilogue is not None and geometry.passes == 1 and not geometry.groups_steps
-        has_groups = len(pixel_groups(run.pixels, geometry.tile.vectors)) > 1
+        shares_weights = geometry.tile.vectors > 1 or geometry.patches is not None
+        has_groups = shares_weights and len(pixel_groups(run.pixels, geometry.tile.vectors)) > 1
         has_steps = dot.held_steps < geometry.full_steps <= MOST_STEPS
         return dot.held_steps if has_one_run and is_packed and has_groups and has_steps else 0
 
