@@ -46,8 +46,6 @@ _CACHE_SETS = 64
 _LINES_OF_A_SET = 4
 """Pixels of a tile that may share a set with no loss; every further one costs ``_CROWDED`` of a step."""
 _CROWDED = 0.04
-_WEIGHTS_IN_CACHE = 512 * 1024
-"""Weights larger than this are walked through once, in the outer loop."""
 
 
 def as_conv2d(operator: Conv2D | Dense) -> Conv2D:
@@ -373,15 +371,14 @@ class AnchorGeometry:
         return self.planes * self.points
 
     @property
-    def weights_stay_outside(self) -> bool:
-        """Whether the loop over output channels is the outer one."""
-        size = np.dtype(self.dot.weight_dtype).itemsize
-        return self.points * int(np.prod(self.conv.weight_shape)) * size > _WEIGHTS_IN_CACHE
+    def step_weights(self) -> int:
+        """Elements of the weights of a step of a tile."""
+        return self.block * self.dot.products
 
     @property
     def tile_weights(self) -> int:
         """Elements of the weights of a tile, for one point. Those of the next tile over channels lie behind them."""
-        return self.all_steps * self.block * self.dot.products
+        return self.all_steps * self.step_weights
 
     # Constants.
 

@@ -7,10 +7,9 @@ surely fit into short ones, those stay in registers until they are widened.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 from tvm.tirx.script import builder as T
 
 from tvm_hquant.kernels.anchor_geometry import AnchorGeometry
@@ -18,7 +17,8 @@ from tvm_hquant.kernels.dot_product import ShortSums
 from tvm_hquant.kernels.kernel_function import Buffer
 from tvm_hquant.kernels.last_steps import LastSteps
 from tvm_hquant.kernels.primitives import STACK, Expression, vector_type
-from tvm_hquant.kernels.vector_loops import CACHE_LINE, load, prefetch, store
+from tvm_hquant.kernels.tile_order import UpcomingWeights
+from tvm_hquant.kernels.vector_loops import load, store
 
 
 def register(dtype: str, lanes: int) -> Buffer:
@@ -40,6 +40,18 @@ class StepEmitter:
     weights: Buffer
     source: Buffer
 
+    @property
+    def take_one_run(self) -> bool:
+        """Whether all steps of a tile are one run that asks for memory, with a full load of operands or more for each pixel."""
+        geometry = self.geometry
+        return (
+            geometry.dot.prefetches
+            and geometry.all_steps == geometry.steps
+            and geometry.passes == 1
+            and not (geometry.groups_steps or geometry.skips_padding)
+            and geometry.parts(geometry.full_steps)[0] >= geometry.tile.pixels
+        )
+
     def run(
         self,
         pixels: int,
@@ -47,14 +59,18 @@ class StepEmitter:
         activation: Expression,
         weight: Expression,
         steps: int,
-        held: Expression = 0,
+        upcoming: UpcomingWeights | None,
+        done: Expression,
+        between: Callable[[Expression], None] | None = None,
+        held: int = 0,
     ) -> None:
         """A run of steps of a tile of so many pixels, for the accumulators that take part.
 
-        ``held``: how many of the last whole steps are left out, where steps are taken one by one.
+        ``done`` counts the steps of the tile before it. What ``between`` writes for the number of a pixel is written for every
+        pixel, spread over the run. ``held``: how many of the last whole steps are left out, where steps are taken one by one.
         """
         geometry, dot = self.geometry, self.geometry.dot
-        step_weights = geometry.tile.vectors * dot.lanes * dot.products
+        step_weights = geometry.step_weights
         full_steps = max(dot.operand_steps, geometry.chain)
         overlapping = steps == geometry.steps and geometry.full_steps < steps
         full, rest = geometry.parts(steps - overlapping)
@@ -62,30 +78,36 @@ class StepEmitter:
         def part(first: Expression, count: int) -> None:
             """``count`` steps from step ``first``."""
             at = activation + first * (dot.products * dot.groups)
+            if upcoming is not None:
+                upcoming.prefetch(self.weights, done + first, count)
             self._steps(pixels, accumulators, at, weight + first * step_weights, count)
 
-        if full > 1:
+        if between is not None:
+            # Parts of equal length are loops of one body.
+            parts = next((size for size in range(pixels, full) if full % size == 0), full)
+            with T.serial(parts) as number:
+                between(T.min(number, pixels - 1))
+                with T.serial(full // parts) as step:
+                    part((number * (full // parts) + step) * full_steps, full_steps)
+        elif full > 1:
             with T.serial(full - held) as number:
                 part(number * full_steps, full_steps)
         elif full:
             part(0, full_steps)
-        done = full * full_steps
+        first = full * full_steps
         for size in rest:
-            part(done, size)
-            done += size
+            part(first, size)
+            first += size
         if overlapping:
             last = activation + (geometry.run_inputs - dot.products)
-            self._steps(pixels, accumulators, last, weight + done * step_weights, 1)
+            self._steps(pixels, accumulators, last, weight + first * step_weights, 1)
 
-    def last(
-        self, pixels: int, accumulators: Mapping[tuple[int, int], Buffer], steps: LastSteps, prefetches: bool
-    ) -> None:
-        """Steps that :meth:`run` has left out, for some of the accumulators. ``prefetches`` as others do."""
-        dot = self.geometry.dot
+    def last(self, pixels: int, accumulators: Mapping[tuple[int, int], Buffer], steps: LastSteps) -> None:
+        """Steps that :meth:`run` has left out, for some of the accumulators."""
+        geometry = self.geometry
         for step in range(steps.count):
-            at = steps.activation + step * (dot.products * dot.groups)
-            weight = steps.weight + step * (self.geometry.tile.vectors * dot.lanes * dot.products)
-            self._steps(pixels, accumulators, at, weight, 1, prefetches)
+            at = steps.activation + step * (geometry.dot.products * geometry.dot.groups)
+            self._steps(pixels, accumulators, at, steps.weight + step * geometry.step_weights, 1)
 
     def in_table_order(
         self,
@@ -138,7 +160,6 @@ class StepEmitter:
         activation: Expression,
         weight: Expression,
         steps: int,
-        prefetches: bool = True,
     ) -> None:
         """Some steps, whose operands are loaded at once, for all accumulators."""
         geometry, dot, conv = self.geometry, self.geometry.dot, self.geometry.conv
@@ -164,22 +185,12 @@ class StepEmitter:
                 ]
                 for j in range(vectors)
             ]
-            if dot.prefetches_weights and prefetches:
-                self._prefetch_weights(weight + first * vectors * vector_weights, chain * vectors * vector_weights)
             for (i, j), accumulator in accumulators.items():
                 if i not in operands:
                     indices = [activation + min(i + k, pixels - 1) * pixel for k in range(dot.pixels)]
                     operands[i] = [T.bind(operand) for operand in dot.operands(self.source, indices, steps)]
                 value = dot.accumulate(load(accumulator, 0, size), operands[i][first : first + chain], of_vectors[j])
                 store(accumulator, 0, value, size)
-
-    def _prefetch_weights(self, weight: Expression, count: int) -> None:
-        """Asks for the weights that the next tile over channels reads in place of these ``count``; every tile does, as it is
-        not known which is the first. Behind the last one lies what belongs to others, often the weights of the next layer.
-        """
-        line = CACHE_LINE // np.dtype(self.geometry.dot.weight_dtype).itemsize
-        for offset in range(0, count, line):
-            prefetch(self.weights, weight + (self.geometry.tile_weights + offset), level=2)
 
     def _add_chain(
         self,

@@ -31,6 +31,7 @@ from tvm_hquant.kernels.packed_epilogue import PackedEpilogue, vector_groups
 from tvm_hquant.kernels.patches import PatchCopy, conv_of_patches, padded_elements, takes_patches
 from tvm_hquant.kernels.primitives import Expression
 from tvm_hquant.kernels.row_tiles import TileRun
+from tvm_hquant.kernels.tile_order import TileOrder, TilePlace
 from tvm_hquant.kernels.vector_loops import CACHE_LINE, flat, load, prefetch, store
 from tvm_hquant.kernels.word_vectors import GROUPS
 from tvm_hquant.kernels.x86_byte_vectors import ByteVectors
@@ -41,10 +42,6 @@ _PARALLEL_MACS = 100_000
 """Layers with less work stay on one thread."""
 _MOST_PRODUCTS = 2**31 // (2 * 255 * 128)
 """Products of bytes whose sum stays below 2^31 together with the zero point times any of their weights."""
-_TILES_PER_ITEM = 8
-"""Tiles of one row that a thread takes at a time, at most."""
-_FEWEST_ITEMS = 32
-"""Items that tiles are grouped into, where there are as many: threads that take whole items finish at about the same time."""
 
 
 def conv2d_geometry(
@@ -139,6 +136,7 @@ class _Emitter:
     ) -> None:
         self.request = request
         self.geometry = geometry
+        self.order = TileOrder(geometry)
         self.dot = geometry.dot
         self.is_integer = is_integer
         self.inputs = [flat(b) for b in inputs]
@@ -182,29 +180,10 @@ class _Emitter:
             else:
                 self._copy_activations()
         self.steps = StepEmitter(geometry, self.weights, self.source)
-        rows, channel_blocks = (
-            geometry.conv.input_shape[0] * geometry.output_size[0],
-            geometry.groups * geometry.blocks,
-        )
-        most = max(1, min(_TILES_PER_ITEM, geometry.tiles * rows * channel_blocks // _FEWEST_ITEMS))
-        chunks = -(-geometry.tiles // most)
-        per_item = -(-geometry.tiles // chunks)
-        items = rows * channel_blocks * chunks
-        loop = T.parallel if geometry.conv.macs > _PARALLEL_MACS and items > 1 else T.serial
-        with loop(items) as item:
-            if geometry.weights_stay_outside:
-                channel_block, rest = T.bind(item // (rows * chunks)), T.bind(item % (rows * chunks))
-                row, chunk = T.bind(rest // chunks), T.bind(rest % chunks)
-            else:
-                place, channel_block = T.bind(item // channel_blocks), T.bind(item % channel_blocks)
-                row, chunk = T.bind(place // chunks), T.bind(place % chunks)
-            if per_item == 1:
-                self._tile_of_row(row, chunk, channel_block, geometry.row_tiles)
-            else:
-                first = T.bind(chunk * per_item)
-                last = first + per_item if geometry.tiles % per_item == 0 else T.min(first + per_item, geometry.tiles)
-                with T.serial(first, last) as tile:
-                    self._tile_of_row(row, tile, channel_block, geometry.row_tiles)
+        order = self.order
+        loop = T.parallel if geometry.conv.macs > _PARALLEL_MACS and order.items > 1 else T.serial
+        with loop(order.items) as item, order.tile_loop(item) as place:
+            self._tile_of_row(place, geometry.row_tiles)
 
     def _rows_of_patches(self, patches: Conv2D) -> None:
         """Every row of the map of patches from a copy of its own."""
@@ -229,7 +208,7 @@ class _Emitter:
             with T.serial(pixels // width) as part:
                 copy.emit(row * (pixels // width) + part, T.bind(part * (width * geometry.padded_inputs)))
             with T.serial(geometry.groups * geometry.blocks) as channel_block, T.serial(geometry.tiles) as tile:
-                self._tile_of_row(row, tile, channel_block, geometry.row_tiles)
+                self._tile_of_row(TilePlace(row, tile, channel_block, number=0, visit=1), geometry.row_tiles)
 
     def _copy_activations(self) -> None:
         geometry = self.geometry
@@ -250,26 +229,24 @@ class _Emitter:
             return T.Cast(self.dot.operand_dtype, T.int32(0))
         return T.Cast(self.dot.operand_dtype, self.zero_points[2 + plane] + self.geometry.copy_offset)
 
-    def _tile_of_row(
-        self, row: Expression, tile: Expression, channel_block: Expression, runs: Sequence[TileRun]
-    ) -> None:
-        """The tile of that number, which belongs to one of ``runs``."""
+    def _tile_of_row(self, place: TilePlace, runs: Sequence[TileRun]) -> None:
+        """The tile at that place, which belongs to one of ``runs``."""
         run, *others = runs
         if not others:
-            self._tile(row, tile, channel_block, run)
+            self._tile(place, run)
             return
-        with T.If(tile < run.first + run.count):
+        with T.If(place.tile < run.first + run.count):
             with T.Then():
-                self._tile(row, tile, channel_block, run)
+                self._tile(place, run)
             with T.Else():
-                self._tile_of_row(row, tile, channel_block, others)
+                self._tile_of_row(place, others)
 
-    def _tile(self, row: Expression, tile: Expression, channel_block: Expression, run: TileRun) -> None:
+    def _tile(self, place: TilePlace, run: TileRun) -> None:
         """One tile: all passes and the epilogue."""
-        geometry, dot = self.geometry, self.dot
+        geometry, dot, channel_block = self.geometry, self.dot, place.channel_block
         pixels, vectors = run.pixels, geometry.tile.vectors
         _, width = geometry.output_size
-        x = (tile - run.first) * pixels + run.start if run.count > 1 else T.int32(run.start)
+        x = (place.tile - run.first) * pixels + run.start if run.count > 1 else T.int32(run.start)
         x = T.bind(x if run.start + run.count * pixels <= width else T.min(x, width - pixels))
         group = T.bind(channel_block // geometry.blocks)
         start = channel_block % geometry.blocks * geometry.block
@@ -278,20 +255,34 @@ class _Emitter:
         channel = T.bind(group * geometry.group_outputs + start)
         constants = T.bind(channel_block * geometry.block)
         # An accumulator is named by its first pixel; of its pixels, those beyond the tile are left out in the end.
-        places = [(i, j) for i in range(0, pixels, dot.pixels) for j in range(vectors)]
-        accumulators = {place: register(dot.accumulator_dtype, dot.accumulator_elements) for place in places}
+        accumulators = {
+            (i, j): register(dot.accumulator_dtype, dot.accumulator_elements)
+            for i in range(0, pixels, dot.pixels)
+            for j in range(vectors)
+        }
 
         def sums(i: int, j: int) -> Expression:
             first = i - i % dot.pixels
             return dot.rows(load(accumulators[first, j], 0, dot.accumulator_elements))[i - first]
 
-        def output_index(i: int, j: int) -> Expression:
-            pixel = row * width + x + i
+        def output_index(i: Expression, j: int) -> Expression:
+            pixel = place.row * width + x + i
             return pixel * self.request.output_shape[-1] + self.request.output_offset + channel + j * dot.lanes
 
-        self._prefetch([output_index(i, 0) for i in range(pixels)])
+        def prefetch_pixel(i: Expression) -> None:
+            """What the epilogue reads and writes for a pixel; it comes to the cache while the sums are computed."""
+            start = T.bind(output_index(i, 0))
+            for buffer in self.epilogue.memory:
+                for offset in range(0, geometry.block, CACHE_LINE // np.dtype(str(buffer.dtype)).itemsize):
+                    prefetch(buffer, start + offset)
+
+        held = self._held_steps(run)
+        between = prefetch_pixel if self.steps.take_one_run and not held else None
+        if between is None:
+            for i in range(pixels):
+                prefetch_pixel(i)
         if geometry.passes == 1:
-            last = self._accumulate(accumulators, run, row, x, group, channel_block, None, self._held_steps(run))
+            last = self._accumulate(accumulators, run, place, x, group, None, held, between)
 
             def scaled(i: int, j: int) -> Expression:
                 value = sums(i, j)
@@ -304,16 +295,16 @@ class _Emitter:
             if last is None:
                 self._finish(range(pixels), scaled, output_index)
                 return
-            for number, chosen in enumerate(pixel_groups(pixels, vectors)):
+            for chosen in pixel_groups(pixels, vectors):
                 of_chosen = {(i, j): a for (i, j), a in accumulators.items() if i in chosen}
-                self.steps.last(pixels, of_chosen, last, prefetches=number == 0)
+                self.steps.last(pixels, of_chosen, last)
                 self._finish(chosen, scaled, output_index)
             return
         values = {(i, j): register("float32", dot.lanes) for i in range(pixels) for j in range(vectors)}
         for i, j in values:
             store(values[i, j], 0, load(self.offsets, constants + j * dot.lanes, dot.lanes), dot.lanes)
         with T.serial(geometry.passes) as number:
-            self._accumulate(accumulators, run, row, x, group, channel_block, number)
+            self._accumulate(accumulators, run, place, x, group, number)
             base = number * len(geometry.channel_rows) + constants
             for j in range(vectors):
                 multiplier = load(self.multipliers, base + j * dot.lanes, dot.lanes)
@@ -335,14 +326,6 @@ class _Emitter:
         has_groups = shares_weights and len(pixel_groups(run.pixels, geometry.tile.vectors)) > 1
         has_steps = dot.held_steps < geometry.full_steps <= MOST_STEPS
         return dot.held_steps if has_one_run and is_packed and has_groups and has_steps else 0
-
-    def _prefetch(self, places: Sequence[Expression]) -> None:
-        """What the epilogue reads and writes for each pixel; it comes to the cache while the sums are computed."""
-        for buffer in self.epilogue.memory:
-            step = CACHE_LINE // np.dtype(str(buffer.dtype)).itemsize
-            for place in places:
-                for offset in range(0, self.geometry.block, step):
-                    prefetch(buffer, place + offset)
 
     def _finish(
         self,
@@ -367,16 +350,19 @@ class _Emitter:
         self,
         accumulators: Mapping[tuple[int, int], Buffer],
         run: TileRun,
-        row: Expression,
+        place: TilePlace,
         x: Expression,
         group: Expression,
-        channel_block: Expression,
         number: Expression | None,
         held: int = 0,
+        between: Callable[[Expression], None] | None = None,
     ) -> LastSteps | None:
-        """Sums of one pass, from its start values; ``held`` steps are left out, where a tile has one run, and returned."""
+        """Sums of one pass, from its start values; ``held`` steps are left out, where a tile has one run, and returned.
+
+        What ``between`` writes for the number of a pixel is spread over the steps, where a tile has one run.
+        """
         geometry, dot, window = self.geometry, self.dot, self.geometry.conv.window
-        vectors = geometry.tile.vectors
+        row, channel_block = place.row, place.channel_block
         kh, (sh, sw), (dh, dw) = window.kernel[0], window.strides, window.dilation
         height, _ = geometry.output_size
         padded_height, padded_width = geometry.padded_size
@@ -405,30 +391,35 @@ class _Emitter:
             + group * (dot.groups * geometry.padded_inputs)
             + plane * geometry.plane_elements
         )
-        step_weights = vectors * dot.lanes * dot.products
-        row_weights = geometry.runs * geometry.steps * step_weights
-        weight_base = T.bind(channel_block * (kh * row_weights) + point * geometry.weight_elements)
+        step_weights, row_steps = geometry.step_weights, geometry.runs * geometry.steps
+        weight_base = T.bind(channel_block * geometry.tile_weights + point * geometry.weight_elements)
         if self.step_table is not None:
             self.steps.in_table_order(self.step_table, accumulators, corner, weight_base, channel_block)
             return None
+        upcoming = self.order.upcoming_weights(place, weight_base)
         with ExitStack() as loops:
             first_row, end_row = geometry.axes[0].steps(y) if geometry.skips_padding else (0, kh)
             ky = loops.enter_context(T.serial(first_row, end_row)) if kh > 1 or geometry.skips_padding else 0
-            row_at, weight_row = corner + ky * (dh * padded_width * pixel), weight_base + ky * row_weights
+            row_at, weight_row = (
+                corner + ky * (dh * padded_width * pixel),
+                weight_base + ky * (row_steps * step_weights),
+            )
             if run.columns is None:
                 kx = loops.enter_context(T.serial(geometry.runs)) if geometry.runs > 1 else 0
                 at, weight_at = row_at + kx * (dw * pixel), weight_row + kx * (geometry.steps * step_weights)
                 at, weight_at = T.bind(at), T.bind(weight_at)
-                self.steps.run(run.pixels, accumulators, at, weight_at, geometry.steps, held)
+                done = T.bind(ky * row_steps + kx * geometry.steps)
+                self.steps.run(run.pixels, accumulators, at, weight_at, geometry.steps, upcoming, done, between, held)
                 if not held:
                     return None
-                done = geometry.full_steps - held
-                return LastSteps(at + done * (dot.products * dot.groups), weight_at + done * step_weights, held)
+                taken = geometry.full_steps - held
+                return LastSteps(at + taken * (dot.products * dot.groups), weight_at + taken * step_weights, held)
             row_at, weight_row = T.bind(row_at), T.bind(weight_row)
             steps = geometry.padded_inputs // dot.products
             for column, (begin, end) in enumerate(run.columns):
                 reached = {(i, j): sums for (i, j), sums in accumulators.items() if begin <= i < end}
                 if reached:
-                    weight_at = weight_row + column * (steps * step_weights)
-                    self.steps.run(run.pixels, reached, row_at + column * (dw * pixel), weight_at, steps)
+                    at, weight_at = row_at + column * (dw * pixel), weight_row + column * (steps * step_weights)
+                    done = T.bind(ky * row_steps + column * steps)
+                    self.steps.run(run.pixels, reached, at, weight_at, steps, upcoming, done)
         return None

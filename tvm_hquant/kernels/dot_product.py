@@ -62,8 +62,8 @@ class DotProduct(Protocol):
             channels before them once more, with weights of zero. All numbers may where ``splits_pixels``.
         groups_steps: whether any steps may make a chain that :mod:`tvm_hquant.kernels.step_groups` finds to fit together.
         reverses_products: whether the weights of a step stand in the reverse order of its channels.
-        prefetches_weights: whether a step asks for weights that are read later: where steps are so fast that weights
-            from behind the second-level cache would come too late.
+        prefetches: whether steps ask for memory that is read later: where they are so fast that what comes from behind the
+            second-level cache would come too late.
         held_steps: how many steps at the end of a tile its pixels take in groups, each followed by the group's epilogue
             (:mod:`tvm_hquant.kernels.last_steps`), where that packs codes; 0 for none. Steps are taken one by one then.
         llvm_functions: definitions, in LLVM's language, of the functions that ``accumulate`` calls.
@@ -112,7 +112,7 @@ class DotProduct(Protocol):
     @property
     def reverses_products(self) -> bool: ...
     @property
-    def prefetches_weights(self) -> bool: ...
+    def prefetches(self) -> bool: ...
     @property
     def held_steps(self) -> int: ...
     @property
@@ -152,7 +152,7 @@ class OnePixel:
     groups: int = 1
     groups_steps: bool = False
     reverses_products: bool = False
-    prefetches_weights: bool = False
+    prefetches: bool = False
     held_steps: int = 0
     llvm_functions: str = ""
 
@@ -227,6 +227,7 @@ class FloatDot(RepeatedOperand):
     operand_offset: int = 0
     accumulator_dtype: str = "float32"
     operand_cost: float = 0.5
+    prefetches: bool = False
 
     @property
     def name(self) -> str:

@@ -55,7 +55,7 @@ class UsmmlaDot:
     groups: int = 1
     groups_steps: bool = False
     reverses_products: bool = False
-    prefetches_weights: bool = False
+    prefetches: bool = False
     held_steps: int = 0
     llvm_functions: str = ""
     accumulator_registers: int = 2

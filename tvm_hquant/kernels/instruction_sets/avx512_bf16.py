@@ -55,7 +55,7 @@ class BFloatDot(RepeatedOperand):
     name: str = "vdpbf16ps"
     operand_cost: float = 0.5
     reverses_products: bool = True
-    prefetches_weights: bool = True
+    prefetches: bool = True
     llvm_functions: str = _DEFINITION
 
     def operand(self, buffer: Buffer, index: Expression) -> Expression:

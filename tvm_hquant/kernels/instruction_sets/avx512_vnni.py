@@ -36,7 +36,7 @@ class VnniDot(RepeatedOperand):
     accumulator_dtype: str = "int32"
     name: str = "vpdpbusd"
     splits_pixels: bool = True
-    prefetches_weights: bool = True
+    prefetches: bool = True
     held_steps: int = 4
     operand_cost: float = 0.5
     groups: int = 1
@@ -58,7 +58,7 @@ def _dot(request: KernelRequest) -> DotProduct:
         return VnniDot()
     if request.weights == "int16":
         return WideDot(8, _REGISTERS)
-    return FloatDot(_LANES, _REGISTERS, request.weights)
+    return FloatDot(_LANES, _REGISTERS, request.weights, prefetches=True)
 
 
 INSTRUCTION_SET = InstructionSet(
