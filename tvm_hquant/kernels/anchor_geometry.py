@@ -23,8 +23,6 @@ from tvm_hquant.operators import Conv2D, Dense, Window
 
 Array = npt.NDArray[Any]
 
-_LATENCY = 12
-"""Accumulators that hide the latency of a multiply-add on the processors at hand."""
 _SHORT_OPERAND = 0.2
 """Cost of an operand where sums are short: products do not wait for each other, and the loads run beside the additions."""
 _GROUP = 8
@@ -254,7 +252,7 @@ class AnchorGeometry:
         elif self.groups_steps:
             multiplications, operand_cost = float(sums), self.dot.operand_cost
         else:
-            multiplications = max(sums, (sums + _LATENCY) / 2, self.dot.row_vectors)
+            multiplications = max(sums, (sums + self.dot.latency) / 2, self.dot.row_vectors)
             operand_cost = self.dot.operand_cost
         crowded = 1 + _CROWDED * max(0, self._pixels_of_a_set(pixels) - _LINES_OF_A_SET)
         return crowded * (multiplications + operand_cost * pixels + self.dot.weight_cost * vectors)

@@ -47,6 +47,7 @@ class DotProduct(Protocol):
         weight_dtype: of packed weights.
         accumulator_dtype: int32, float32 or float64.
         operand_cost: what loading and repeating an operand costs beside the multiply-adds, in multiply-adds of a vector.
+        latency: accumulators that hide the latency of a multiply-add.
         operand_steps: steps whose operands come from memory at once, a power of two (a chain takes its own steps at least).
         groups: groups of channels that the lanes take turns among. The ``products`` channels of every group that a step takes
             then lie side by side in memory, group after group.
@@ -91,6 +92,8 @@ class DotProduct(Protocol):
     def operand_cost(self) -> float: ...
     @property
     def weight_cost(self) -> float: ...
+    @property
+    def latency(self) -> int: ...
     @property
     def operand_steps(self) -> int: ...
     @property
@@ -147,6 +150,7 @@ class OnePixel:
     """The part of a dot product whose accumulators are vectors of channels of one pixel."""
 
     lanes: int
+    latency: int = 12
     splits_pixels: bool = False
     last_channels: tuple[int, ...] = ()
     groups: int = 1
@@ -228,6 +232,7 @@ class FloatDot(RepeatedOperand):
     accumulator_dtype: str = "float32"
     operand_cost: float = 0.5
     prefetches: bool = False
+    latency: int = 12
 
     @property
     def name(self) -> str:

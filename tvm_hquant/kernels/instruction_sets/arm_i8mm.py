@@ -57,6 +57,7 @@ class UsmmlaDot:
     reverses_products: bool = False
     prefetches: bool = False
     held_steps: int = 0
+    latency: int = 12
     llvm_functions: str = ""
     accumulator_registers: int = 2
     row_vectors: int = 8

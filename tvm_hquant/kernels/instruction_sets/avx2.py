@@ -149,7 +149,8 @@ def _dot(request: KernelRequest) -> DotProduct:
     if request.weights == "int16":
         return WideDot(4, _REGISTERS)
     # Two operands are loaded in the time of two multiply-adds: tiles of many pixels and one vector wait for them.
-    return FloatDot(_LANES, _REGISTERS, request.weights, operand_cost=0.75, prefetches=True)
+    # Their latency is four cycles of two multiply-adds each.
+    return FloatDot(_LANES, _REGISTERS, request.weights, operand_cost=0.75, prefetches=True, latency=8)
 
 
 def _word_product(request: KernelRequest) -> WordProduct:
