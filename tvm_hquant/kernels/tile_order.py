@@ -20,6 +20,8 @@ _WEIGHTS_IN_CACHE = 512 * 1024
 _ACTIVATIONS_IN_CACHE = 4 * 1024 * 1024
 """So are all weights that are asked for beforehand, where activations are not larger than this: these come again for every
 block of channels."""
+_DISTANCE = 4096
+"""Bytes between the weights that a step reads and those that it asks for, where these are read once."""
 _TILES_PER_ITEM = 8
 """Tiles of one row that a thread takes at a time, at most."""
 _FEWEST_ITEMS = 32
@@ -124,12 +126,16 @@ class TileOrder:
     def upcoming_weights(self, place: TilePlace, weights: Expression) -> UpcomingWeights | None:
         """Those of the next block of channels, for a tile whose own begin at ``weights``.
 
-        A visit of one tile ends before they would come.
+        Where a visit is one tile, that ends before they would come: steps ask for what is read a little later.
         """
         geometry = self.geometry
-        if not geometry.dot.prefetches or self.channel_blocks == 1 or place.visit == 1:
-            return None
         item = np.dtype(geometry.dot.weight_dtype).itemsize
+        if not geometry.dot.prefetches or geometry.patches is not None:
+            return None
+        if place.visit == 1:
+            return UpcomingWeights(T.bind(weights + _DISTANCE // item), geometry.step_weights, 1)
+        if self.channel_blocks == 1:
+            return None
         elements, steps = weights_ahead(geometry.step_weights, place.visit, CACHE_LINE // item)
         asked_for = place.number * geometry.all_steps // steps * elements
         return UpcomingWeights(T.bind(weights + geometry.tile_weights + asked_for), elements, steps)
