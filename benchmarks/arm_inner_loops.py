@@ -5,9 +5,14 @@
     python -m benchmarks.arm_inner_loops --cores cortex-a53 --precision a8w5
 
 Typical layers are compiled for each core, the innermost loop with the most multiply-adds is cut out of the assembly, and
-``llvm-mca`` says how many cycles an iteration takes on its model of the core, loads hitting the first-level cache. The peak is
-what the same model says of the multiply-adds alone, on registers, none waiting for another. Depthwise kernels are unrolled over
-the kernel's window, so their inner loop holds the epilogue too.
+``llvm-mca`` says how many cycles an iteration takes on its model of the core, loads hitting the first-level cache.
+
+The *peak* is what the same model says of the multiply-adds alone, with the additions that widen their sums: on registers, none
+waiting for another. The *bound* is what the busiest part of the core needs for the loop's work, ``llvm-mca``'s block reciprocal
+throughput: multiply-adds, loads and stores of activations, weights and outputs, conversions and the epilogue, without moves,
+stack, addresses and jumps. Dense layers with one row load each weight for one product, and depthwise kernels, unrolled over the
+window, hold the epilogue of nine products: they cannot come near the peak, but they can come near the bound. Where an
+instruction multiplies by zeros (a word of four rows for a window of three), these are no products.
 
 Models of LLVM: the Cortex-A72 is modelled as a Cortex-A57, and the Cortex-A76 less precisely than the Neoverse N1, which
 has the same vector units.
@@ -25,15 +30,17 @@ from dataclasses import dataclass
 import tvm
 
 from tvm_hquant.cli.tables import print_table
-from tvm_hquant.kernels.interface import Kernel, KernelRequest
+from tvm_hquant.kernels.interface import Kernel, KernelRequest, ProvenEnding
 from tvm_hquant.kernels.registry import families_for_target, select_kernel
 from tvm_hquant.operators import Conv2D, Dense, Window
 
 ANALYSERS = ("llvm-mca-19", "llvm-mca")
 TRIPLE = "aarch64-linux-gnu"
 ITERATIONS = 200
+_WORD_ROWS, _WORD_PRODUCTS = 4, 16
 _PEAK_SUMS = 20
 """Independent sums in the peak's loop: more than four pipes with a latency of four cycles hold."""
+_PEAK_REGISTERS = 30
 SAME = (1, 1, 1, 1)
 
 CORES = {
@@ -41,6 +48,7 @@ CORES = {
     "cortex-a72": ("arm_neon",),
     "cortex-a76": ("arm_dotprod",),
     "neoverse-n1": ("arm_dotprod",),
+    "neoverse-n2": ("arm_bf16", "arm_fp16fml", "arm_i8mm"),
     "neoverse-v1": ("arm_bf16", "arm_fp16fml", "arm_i8mm"),
 }
 """Cores by LLVM's names, with their kernel families, the best first."""
@@ -81,6 +89,11 @@ FORMS = (
 )
 
 
+_WIDENING = r"(sadalp|saddw2?)\b"
+_NO_WORK = r"(mov\s+v|b\.|cb|tb|b\s|(add|sub|subs|cmp|and|orr|lsl|mul|madd|cset|csel|mov|sxtw|uxtw|movi)\s+[xw]|(add|sub)\s+sp)"
+"""Instructions that another register allocation, or addresses of another form, would not need."""
+
+
 @dataclass(frozen=True)
 class Loop:
     """The instructions of an innermost loop, and which form of multiply-add does its work."""
@@ -97,22 +110,30 @@ class Loop:
         """Instructions that read or write the stack: spilled registers."""
         return sum("[sp" in line for line in self.instructions)
 
+    @property
+    def work(self) -> tuple[str, ...]:
+        """Its instructions without moves, stack, addresses and jumps."""
+        return tuple(line for line in self.instructions if "[sp" not in line and not re.match(_NO_WORK, line))
+
     def peak_loop(self) -> tuple[tuple[str, ...], int]:
         """Multiply-adds of this loop's kind alone, with the widening additions that they need, and their products."""
-        sums = [line for line in self.instructions if line.startswith("sadalp")]
+        sums = [line for line in self.instructions if re.match(_WIDENING, line)]
         count = self.products // self.form.products
         lines = [self.form.spelling.format(n=n) for n in range(_PEAK_SUMS)]
         if sums:
             widened = round(_PEAK_SUMS * len(sums) / count)
-            lines += [f"sadalp v{_PEAK_SUMS + n}.4s, v30.8h" for n in range(widened)]
+            spelling = "sadalp v{n}.4s, v30.8h" if sums[0].startswith("sadalp") else "saddw v{n}.4s, v{n}.4s, v30.4h"
+            # There may be more of them than registers are left: sums take turns.
+            lines += [spelling.format(n=_PEAK_SUMS + n % (_PEAK_REGISTERS - _PEAK_SUMS)) for n in range(widened)]
         return tuple(lines), _PEAK_SUMS * self.form.products
 
 
 def request_for(operator: Conv2D | Dense, precision: str) -> KernelRequest:
-    """A layer from and to codes, or floats."""
+    """A layer from and to codes whose constants prove what those of most layers with a ReLU do, or floats."""
     if precision not in CENTRED_PRODUCTS:
         return KernelRequest(operator, (precision,), precision, precision)  # type: ignore[arg-type]
-    return KernelRequest(operator, ("uint8",), "uint8", "int8", centred_products=CENTRED_PRODUCTS[precision])
+    products, ending = CENTRED_PRODUCTS[precision], ProvenEnding(True, True, True, True)
+    return KernelRequest(operator, ("uint8",), "uint8", "int8", centred_products=products, ending=ending)
 
 
 def assembly(kernel: Kernel, core: str) -> str:
@@ -123,33 +144,49 @@ def assembly(kernel: Kernel, core: str) -> str:
 
 
 def innermost_loop(source: str) -> Loop:
-    """The innermost loop with the most products."""
+    """The innermost loop with the most products; where LLVM has unrolled all of them, one with jumps ahead inside it."""
     lines = [line.split("//")[0].strip() for line in source.splitlines()]
     labels = {match[1]: index for index, line in enumerate(lines) if (match := re.match(r"(\.LBB\w+):", line))}
-    found: list[Loop] = []
-    for index, line in enumerate(lines):
-        jump = re.match(r"(?:b|cb|tb)\S*\s+(?:.*,\s*)?(\.LBB\w+)$", line)
-        if jump is None or labels.get(jump[1], index) >= index:
-            continue
-        body = lines[labels[jump[1]] + 1 : index + 1]
-        if not any(inner.startswith(".LBB") for inner in body):
-            code = tuple(part for part in body if part and not part.startswith("."))
-            found += [Loop(code, form) for form in FORMS]
-    # With equal products the shorter loop: a copy of it may stand elsewhere with other work around it.
-    return max(found, key=lambda loop: (loop.products, -len(loop.instructions)))
+    jumps = [
+        (labels[jump[1]], index)
+        for index, line in enumerate(lines)
+        if (jump := re.match(r"(?:b|cb|tb)\S*\s+(?:.*,\s*)?(\.LBB\w+)$", line)) and labels.get(jump[1], index) < index
+    ]
+    bodies = [
+        lines[begin + 1 : end + 1]
+        for begin, end in jumps
+        if not any(begin <= b and e < end for b, e in jumps if (b, e) != (begin, end))
+    ]
+    without_labels = [body for body in bodies if not any(line.startswith(".LBB") for line in body)]
+    for candidates in (without_labels, bodies):
+        codes = [tuple(line for line in body if line and not line.startswith(".")) for body in candidates]
+        found = [loop for code in codes for form in FORMS if (loop := Loop(code, form)).products]
+        if found:
+            # With equal products the shorter loop: a copy of it may stand elsewhere with other work around it.
+            return max(found, key=lambda loop: (loop.products, -len(loop.instructions)))
+    sys.exit("there is no loop with multiply-adds in a kernel: LLVM has unrolled it in a way that is not foreseen here")
 
 
 def cycles(instructions: tuple[str, ...], core: str) -> float:
     """Cycles of an iteration on LLVM's model of a core."""
+    return _analysed(instructions, core, r"Total Cycles:\s+([\d.]+)") / ITERATIONS
+
+
+def least_cycles(instructions: tuple[str, ...], core: str) -> float:
+    """Cycles that the busiest part of the core needs for an iteration if nothing waits."""
+    return _analysed(instructions, core, r"Block RThroughput:\s+([\d.]+)")
+
+
+def _analysed(instructions: tuple[str, ...], core: str, pattern: str) -> float:
     analyser = next((found for name in ANALYSERS if (found := shutil.which(name))), None)
     if analyser is None:
         sys.exit("llvm-mca is not installed: apt install llvm-19")
     features = "-mattr=+dotprod,+i8mm,+bf16,+fp16fml"
     command = [analyser, f"-mtriple={TRIPLE}", f"-mcpu={core}", features, f"-iterations={ITERATIONS}"]
     result = subprocess.run(command, input="\n".join(instructions), capture_output=True, text=True, check=True)
-    total = re.search(r"Total Cycles:\s+(\d+)", result.stdout)
-    assert total is not None
-    return int(total[1]) / ITERATIONS
+    number = re.search(pattern, result.stdout)
+    assert number is not None
+    return float(number[1])
 
 
 def row(layer: str, operator: Conv2D | Dense, core: str, precision: str) -> list[str]:
@@ -158,9 +195,19 @@ def row(layer: str, operator: Conv2D | Dense, core: str, precision: str) -> list
     loop = innermost_loop(assembly(kernel, core))
     spent = cycles(loop.instructions, core)
     peak_instructions, peak_products = loop.peak_loop()
-    rate, peak = loop.products / spent, peak_products / cycles(peak_instructions, core)
+    useful = useful_share(operator, loop)
+    rate, peak = useful * loop.products / spent, useful * peak_products / cycles(peak_instructions, core)
     numbers = [str(len(loop.instructions)), str(loop.on_the_stack), f"{spent:.1f}", f"{rate:.1f}", f"{peak:.1f}"]
-    return [core, layer, kernel.name.partition(".")[2], *numbers, f"{rate / peak:.0%}"]
+    of_bound = least_cycles(loop.work, core) / spent
+    return [core, layer, kernel.name.partition(".")[2], *numbers, f"{rate / peak:.0%}", f"{of_bound:.0%}"]
+
+
+def useful_share(operator: Conv2D | Dense, loop: Loop) -> float:
+    """The share of a loop's products that are not by zeros: depthwise kernels of words fill them up to four rows."""
+    if not (isinstance(operator, Conv2D) and operator.is_depthwise and loop.form.products == _WORD_PRODUCTS):
+        return 1.0
+    rows = operator.window.kernel[0]
+    return rows / (-(-rows // _WORD_ROWS) * _WORD_ROWS)
 
 
 def main() -> None:
@@ -169,7 +216,18 @@ def main() -> None:
     parser.add_argument("--cores", default=",".join(CORES))
     parser.add_argument("--precision", default="a8w8", choices=PRECISIONS)
     arguments = parser.parse_args()
-    columns = ("core", "layer", "kernel", "instructions", "spills", "cycles", "MACs/cycle", "peak", "share")
+    columns = (
+        "core",
+        "layer",
+        "kernel",
+        "instructions",
+        "spills",
+        "cycles",
+        "MACs/cycle",
+        "peak",
+        "of peak",
+        "of bound",
+    )
     rows = [
         row(layer, operator, core, arguments.precision)
         for core in arguments.cores.split(",")

@@ -35,6 +35,10 @@ class ChannelPacking(Protocol):
         """[points, out, in / groups, kh, kw] to a flat array."""
 
 
+STARTS, OFFSETS = 1, 3
+"""Places of two of the arrays of :func:`integer_array_types`."""
+
+
 def integer_array_types(
     weight_count: int, weight_dtype: str, lanes: int, passes: int, planes: int, accumulator: str, parts: int = 1
 ) -> list[ArrayType]:

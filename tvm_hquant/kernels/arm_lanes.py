@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from tvm.tirx.script import builder as T
 
-from tvm_hquant.kernels.anchor_constants import WindowPart, integer_array_types, pack_integer
+from tvm_hquant.kernels.anchor_constants import OFFSETS, STARTS, WindowPart, integer_array_types, pack_integer
 from tvm_hquant.kernels.arm_operands import LANES
 from tvm_hquant.kernels.arm_words import BIAS_BITS, MOST_PRODUCTS, ArmClamp, unbiased
 from tvm_hquant.kernels.interface import Array, Kernel, KernelRequest, LayerConstants
@@ -53,10 +53,14 @@ def lanes_depthwise_kernel(request: KernelRequest, family: str) -> Kernel | None
     geometry = LanesGeometry(conv, chain)
     count, lanes = geometry.blocks * elements * _CHANNELS, len(geometry.channel_rows)
     types = integer_array_types(count, "int8", lanes, 1, 1, "int32", len(geometry.window_parts))
+    types[OFFSETS] = ((_PIXELS * lanes,), "float32")
 
     def pack(constants: LayerConstants) -> tuple[Array, ...]:
-        weights, starts, *others = pack_integer(constants, geometry, _OFFSET, "int32", geometry.window_parts)
-        return (weights, starts + np.int32(BIAS_BITS), *others)
+        arrays = list(pack_integer(constants, geometry, _OFFSET, "int32", geometry.window_parts))
+        arrays[STARTS] = arrays[STARTS] + np.int32(BIAS_BITS)
+        # Multiply-adds add to one of their operands: loading it for every pixel is cheaper than copying a register.
+        arrays[OFFSETS] = np.tile(arrays[OFFSETS], _PIXELS)
+        return tuple(arrays)
 
     def emit(inputs: Sequence[Buffer], arrays: Sequence[Buffer], output: Buffer) -> None:
         _Emitter(request, geometry, flat(inputs[0]), arrays, flat(output)).emit()
@@ -184,7 +188,7 @@ class _Emitter:
             parts = []
             for part in range(_CHANNELS // LANES):
                 at = block * _CHANNELS + part * LANES
-                multiplier, offset = load(multipliers, at, LANES), load(offsets, at, LANES)
+                multiplier, offset = load(multipliers, at, LANES), load(offsets, i * lanes + at, LANES)
                 value = unbiased(load(sums[i], part * LANES, LANES))
                 parts.append(clamp.rounded(p.fma(value, multiplier, offset)))
             codes = clamp.codes(clamp.half(parts[0], parts[1]), clamp.half(parts[2], parts[3]))

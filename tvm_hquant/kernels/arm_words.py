@@ -44,6 +44,7 @@ class ArmWords:
     start_offset: int = BIAS_BITS
     most_products: int = MOST_PRODUCTS
     most_pixels: int = 2
+    copies_offsets: bool = True
 
     @property
     def operand_dtype(self) -> str:

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from tvm.tirx.script import builder as T
 
-from tvm_hquant.kernels.anchor_constants import integer_array_types, pack_integer
+from tvm_hquant.kernels.anchor_constants import OFFSETS, STARTS, integer_array_types, pack_integer
 from tvm_hquant.kernels.interface import Array, Kernel, KernelRequest, LayerConstants, ProvenEnding
 from tvm_hquant.kernels.kernel_function import Buffer, kernel_function
 from tvm_hquant.kernels.primitives import Expression, LlvmPrimitives, broadcast
@@ -56,11 +56,15 @@ def interleaved_depthwise_kernel(
     vectors = min(fitting, key=lambda v: -(-conv.in_channels // v.width) * (v.width + _BLOCK_COST))
     geometry = InterleavedGeometry(conv, vectors)
     dtype = vectors.weight_dtype
-    types = integer_array_types(geometry.weight_elements, dtype, len(geometry.channel_rows), 1, 1, "int32")
+    lanes, copies = len(geometry.channel_rows), geometry.offset_copies
+    types = integer_array_types(geometry.weight_elements, dtype, lanes, 1, 1, "int32")
+    types[OFFSETS] = ((copies * lanes,), "float32")
 
     def pack(constants: LayerConstants) -> tuple[Array, ...]:
-        weights, starts, *others = pack_integer(constants, geometry, vectors.operand_offset, "int32")
-        return (weights, starts + np.int32(vectors.start_offset), *others)
+        arrays = list(pack_integer(constants, geometry, vectors.operand_offset, "int32"))
+        arrays[STARTS] = arrays[STARTS] + np.int32(vectors.start_offset)
+        arrays[OFFSETS] = np.tile(arrays[OFFSETS], copies)
+        return tuple(arrays)
 
     def emit(inputs: Sequence[Buffer], arrays: Sequence[Buffer], output: Buffer) -> None:
         _Emitter(request, geometry, clamp, inputs[0], arrays, output).emit()
@@ -135,6 +139,11 @@ class InterleavedGeometry:
         products = self.group_rows * self.taps * self.conv.window.kernel[1] * self.vectors.operands
         most = max(1, min(_MOST_PRODUCTS // products, width, self.vectors.most_pixels))
         return min(range(1, most + 1), key=lambda p: (-(-width // p) * (p + 1), -p))
+
+    @property
+    def offset_copies(self) -> int:
+        """How often the offsets stand in memory: once, or for each output of a tile."""
+        return self.group_rows * self.pixels if self.vectors.copies_offsets else 1
 
     def word_row(self, tap: int, part: int) -> int:
         """The input row, from the first of the group, that is part of a word; parts without weights repeat row 0."""
@@ -308,8 +317,9 @@ class _Emitter:
                 continue
             for word, code in zip(operands, weights, strict=True):
                 total = vectors.multiply(total, word, code)
+        copy = (pixel * geometry.group_rows + row) * len(geometry.channel_rows) if vectors.copies_offsets else 0
         multiplier, offset = (
             load(self.multipliers, constants, vectors.words),
-            load(self.offsets, constants, vectors.words),
+            load(self.offsets, constants + copy if copy else constants, vectors.words),
         )
         return self.clamp.rounded(p.fma(vectors.to_float(total), multiplier, offset))

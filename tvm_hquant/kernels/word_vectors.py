@@ -27,6 +27,8 @@ class WordVectors(Protocol):
         start_offset: what is added to the sums before the first product, for :meth:`to_float`.
         most_products: of a window, beyond which sums may be too large.
         most_pixels: output columns of a tile.
+        copies_offsets: whether every output of a tile has offsets of its own in memory, for instructions that add to one of
+            their operands: loading it once more is cheaper than copying a register.
         product: name of the multiplication.
     """
 
@@ -52,6 +54,8 @@ class WordVectors(Protocol):
     def most_products(self) -> int: ...
     @property
     def most_pixels(self) -> int: ...
+    @property
+    def copies_offsets(self) -> bool: ...
     @property
     def product(self) -> Any: ...
 

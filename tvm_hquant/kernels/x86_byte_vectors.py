@@ -51,6 +51,7 @@ class ByteVectors:
     start_offset: int = 0
     most_products: int = 2**31 // (2 * 255 * 128)
     most_pixels: int = 7
+    copies_offsets: bool = False
 
     @property
     def words(self) -> int:
