@@ -14,7 +14,8 @@ WIDE = {
     "wide, dense, rows": Dense(37, 48, 8),
 }
 """Channels enough for tensor cores, with and without whole words, steps and tiles."""
-NOT_DEPTHWISE = tuple(n for n, op in CASES.items() if not (isinstance(op, Conv2D) and op.is_depthwise))
-"""Of the cases of all families those that are not depthwise."""
+DEPTHWISE = tuple(n for n, op in CASES.items() if isinstance(op, Conv2D) and op.is_depthwise)
+NOT_DEPTHWISE = tuple(n for n in CASES if n not in DEPTHWISE)
+"""Of the cases of all families those that are depthwise, and the others."""
 PLACEMENT = Placement(3, 60)
 """A place in a wider buffer."""

@@ -18,7 +18,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.emulated_gpu.kernel_requests import NOT_DEPTHWISE, PLACEMENT, WIDE
+from tests.emulated_gpu.kernel_requests import PLACEMENT, WIDE
 from tests.emulated_gpu.kernel_runs import FILL, KernelRun, compile_without_spills, run_kernels
 from tests.kernels.test_anchor_kernels import CASES, random_case
 from tvm_hquant import numerics
@@ -64,8 +64,8 @@ def check_beside(request: KernelRequest, output: np.ndarray) -> None:
 @NEEDS_COMPILER
 def test_fused_multiply_adds_match_the_contract(tmp_path: Path) -> None:
     """Every form of convolution, every storage: a tile keeps one accumulator for each output, in the contract's order."""
-    served = requests(NOT_DEPTHWISE, "float32", "grouped")
-    few = ("stem, three channels", "asymmetric, dilated", "grouped", "dense")
+    served = requests(tuple(CASES), "float32", "grouped")
+    few = ("stem, three channels", "asymmetric, dilated", "grouped", "dense", "depthwise")
     served += [r for storage in ("float16", "bfloat16") for r in requests(few, storage, "grouped")]
     cases = cases_of(served)
     kernels = [fma_kernel(request) for request, _, _ in cases]
@@ -159,7 +159,6 @@ def test_what_they_do_not_serve() -> None:
     wide, depthwise = WIDE["wide, padded"], CASES["depthwise"]
     for storage in ("float16", "bfloat16"):
         assert float_mma_kernel(KernelRequest(depthwise, (storage,), storage, storage), AMPERE) is None
-        assert fma_kernel(KernelRequest(depthwise, (storage,), storage, storage)) is None
         for name in ("stem, three channels", "few outputs", "grouped, few channels"):
             assert float_mma_kernel(KernelRequest(CASES[name], (storage,), storage, storage), AMPERE) is None
     assert float_mma_kernel(KernelRequest(wide, ("bfloat16",), "bfloat16", "bfloat16"), TURING) is None

@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.emulated_gpu.kernel_requests import NOT_DEPTHWISE, PLACEMENT, WIDE
+from tests.emulated_gpu.kernel_requests import DEPTHWISE, NOT_DEPTHWISE, PLACEMENT, WIDE
 from tests.emulated_gpu.kernel_runs import FILL, KernelRun, compile_without_spills, run_kernels
 from tests.kernels.test_anchor_kernels import CASES, random_case
 from tvm_hquant import numerics
-from tvm_hquant.kernels.instruction_sets.cuda import dp4a_kernel
+from tvm_hquant.kernels.instruction_sets.cuda import depthwise_kernel, dp4a_kernel
 from tvm_hquant.kernels.instruction_sets.cuda_mma import mma_kernel
 from tvm_hquant.kernels.interface import Kernel, KernelRequest
 from tvm_hquant.operators import Epilogue
@@ -41,13 +41,14 @@ def requests(names: tuple[str, ...], repeated: tuple[str, ...], grouped: str) ->
 
 FAMILIES: dict[str, tuple[Callable[[KernelRequest], Kernel | None], list[KernelRequest], str]] = {
     "dp4a": (dp4a_kernel, requests(NOT_DEPTHWISE, ("3x3 padded", "grouped", "dense, rows"), "grouped"), "__dp4a("),
+    "depthwise": (depthwise_kernel, requests(DEPTHWISE, ("depthwise",) * 3, "depthwise"), "case_0_kernel("),
     "mma": (
         mma_kernel,
         requests((*WIDE, "grouped"), ("wide, padded", "wide, grouped", "wide, dense, rows"), "wide, grouped"),
         "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32",
     ),
 }
-"""A family's kernels, requests that it serves, and what stands in its source."""
+"""Kernels, requests that they serve, and what stands in their source."""
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")

@@ -27,6 +27,13 @@ def as_bits(buffer: Buffer) -> Buffer:
     return T.decl_buffer(buffer.shape, "uint16", data=buffer.data)
 
 
+def byte_of(code: Expression, plane: int, planes: int) -> Expression:
+    """What a byte plane holds of an int32 code; the code itself where there is one plane only."""
+    if planes == 1:
+        return code
+    return code >> T.int32(8) if plane else code & T.int32(255)
+
+
 @dataclass(frozen=True)
 class Activations(ABC):
     """Reads activations of a convolution from ``source``, a flat buffer."""
@@ -128,8 +135,7 @@ class CodeWords(Activations):
         # Bytes behind the last channel have weight 0; those behind the last element do not exist.
         last = self.group_inputs - 1 - word * WORD
         parts = [T.Cast("int32", self.source[at + T.min(byte, last)]) for byte in range(WORD)]
-        if self.planes == 2:
-            parts = [part >> T.int32(8) if plane else part & T.int32(255) for part in parts]
+        parts = [byte_of(part, plane, self.planes) for part in parts]
         value = parts[0]
         for byte, part in enumerate(parts[1:], 1):
             value = value | (part << T.int32(8 * byte))
@@ -137,6 +143,32 @@ class CodeWords(Activations):
 
     def _flipped(self, word: Expression) -> Expression:
         return word ^ T.int32(self.flip) if self.flip else word
+
+
+@dataclass(frozen=True)
+class SingleCodes(Activations):
+    """One code, or a byte of one, as int32. ``planes`` and ``zero_points`` are those of :class:`CodeWords`."""
+
+    planes: int
+    zero_points: Buffer
+
+    @property
+    def word(self) -> int:
+        return 1
+
+    @property
+    def dtype(self) -> str:
+        return "int32"
+
+    @property
+    def ends_in_zeros(self) -> bool:
+        return False
+
+    def padding(self, plane: int) -> Expression:
+        return self.zero_points[2 + plane]
+
+    def _load(self, at: Expression, word: Expression, plane: int) -> Expression:
+        return byte_of(T.Cast("int32", self.source[at]), plane, self.planes)
 
 
 @dataclass(frozen=True)

@@ -284,12 +284,10 @@ class _FloatLayer(_Layer):
 
 
 def served_convolution(request: KernelRequest) -> Conv2D | Dense | None:
-    """The convolution or dense layer, not a depthwise one, of a request that these kernels can write; else None."""
+    """The convolution or dense layer of a request that these kernels can write; else None."""
     operator: Any = request.operator
-    if not isinstance(operator, (Conv2D, Dense)):
-        return None
     # A residual is read at the place where the result is written.
     is_apart = (request.placement is not None or request.shuffled) and len(request.inputs) > 1
-    if is_apart or request.overwritten is not None or (isinstance(operator, Conv2D) and operator.is_depthwise):
+    if not isinstance(operator, (Conv2D, Dense)) or is_apart or request.overwritten is not None:
         return None
     return operator

@@ -18,7 +18,7 @@ _FLOATS = ("float32", "float16", "bfloat16")
 
 
 def fma_kernel(request: KernelRequest) -> Kernel | None:
-    """The kernel for floats; None for codes, and for depthwise layers, where no operand serves two sums."""
+    """The kernel for floats; None for codes."""
     operator = served_convolution(request)
     if operator is None or request.inputs[0] not in _FLOATS:
         return None

@@ -3,8 +3,8 @@
 For every kernel position and every word of input channels a thread loads a word of activations for each pixel and a word of
 weights for each channel, and multiplies all with all. So a sum is one accumulator, whose products come in the order of kernel
 rows, kernel columns and channels. Neighbouring threads have neighbouring channels: a warp reads few words of activations and a
-row of weights. Nothing passes between threads, so there is neither shared memory nor a barrier; the first-level cache holds
-what threads have in common.
+row of weights, which lie side by side; in a depthwise layer it reads rows of both. Nothing passes between threads, so there is
+neither shared memory nor a barrier; the first-level cache holds what threads have in common.
 """
 
 from __future__ import annotations
@@ -42,27 +42,32 @@ class ThreadGeometry(TileGeometry):
         return min(_PIXELS, self.positions)
 
     @property
-    def threads(self) -> int:
-        """Threads that have a tile."""
-        return -(-self.positions // self.pixels) * self.conv.groups * self.blocks
+    def tiles(self) -> int:
+        """Tiles over all output channels."""
+        return self.conv.groups * self.blocks
 
     @property
-    def tile_elements(self) -> int:
-        """Weights of a tile."""
-        kh, kw = self.conv.window.kernel
-        return kh * kw * self.words * self.channels * self.word
+    def threads(self) -> int:
+        """Threads that have a tile."""
+        return -(-self.positions // self.pixels) * self.tiles
+
+    @property
+    def row_elements(self) -> int:
+        """Weights of a word of input channels, for all output channels."""
+        return self.tiles * self.channels * self.word
 
     @property
     def weight_elements(self) -> int:
-        return self.conv.groups * self.blocks * self.tile_elements
+        kh, kw = self.conv.window.kernel
+        return kh * kw * self.words * self.row_elements
 
     def pack_weights(self, weights: Array) -> Array:
-        """[points, out, in / groups, kh, kw] as point, tile, kernel row, kernel column, word, channel, element; flat."""
+        """[points, out, in / groups, kh, kw] as point, kernel row, kernel column, word, tile, channel, element; flat."""
         points, _, inputs, height, width = weights.shape
         pads = ((0, 0), (0, 0), (0, self.words * self.word - inputs), (0, 0), (0, 0))
         rows = np.pad(weights, pads)[:, self.channel_rows]
         split = rows.reshape(points, -1, self.channels, self.words, self.word, height, width)
-        return np.ascontiguousarray(split.transpose(0, 1, 5, 6, 3, 2, 4).reshape(-1))
+        return np.ascontiguousarray(split.transpose(0, 5, 6, 3, 1, 2, 4).reshape(-1))
 
 
 @dataclass(frozen=True)
@@ -97,11 +102,11 @@ class ThreadTiles:
 
     def _tile(self, number: Expression) -> Tile:
         geometry = self.geometry
-        tiles = geometry.conv.groups * geometry.blocks
-        tile = T.bind(number % tiles)
+        tile = T.bind(number % geometry.tiles)
         # Positions beyond the last one repeat it: they store the same value once more.
         positions = [
-            T.bind(T.min(number // tiles * geometry.pixels + i, geometry.positions - 1)) for i in range(geometry.pixels)
+            T.bind(T.min(number // geometry.tiles * geometry.pixels + i, geometry.positions - 1))
+            for i in range(geometry.pixels)
         ]
         block = tile % geometry.blocks * geometry.channels
         start = T.bind(T.min(block, geometry.group_outputs - geometry.channels))
@@ -135,12 +140,12 @@ class _ThreadTile:
         geometry, source = self.written.geometry, self.written.activations
         kh, kw = geometry.conv.window.kernel
         padding = T.bind(source.padding(plane))
-        base = T.bind(self.number * geometry.tile_elements + point * geometry.weight_elements)
+        base = T.bind(self.number * (geometry.channels * geometry.word) + point * geometry.weight_elements)
         operands = [register(source.dtype) for _ in self.positions]
         with T.serial(kh) as ky, T.serial(kw) as kx, T.serial(geometry.words) as word:
             for position, operand in zip(self.positions, operands, strict=True):
                 operand.store(source.read(position, (ky, kx), (self.group, word), plane, padding))
-            at = base + ((ky * kw + kx) * geometry.words + word) * (geometry.channels * geometry.word)
+            at = base + ((ky * kw + kx) * geometry.words + word) * geometry.row_elements
             for j in range(geometry.channels):
                 weight = register(source.dtype)
                 weight.store(self.written.load_weight(at + j * geometry.word))
