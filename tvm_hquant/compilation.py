@@ -11,6 +11,7 @@ from tvm.s_tir import dlight
 
 from tvm_hquant.cpu_pipeline import CPU_PIPELINE
 from tvm_hquant.errors import ToolchainError
+from tvm_hquant.gpu_schedule import SumsInRegisters
 from tvm_hquant.kernels.interface import KernelFamily
 from tvm_hquant.passes.annotate_precision import annotate_precision
 from tvm_hquant.passes.exact_float_constants import exact_float_constants
@@ -33,8 +34,8 @@ def build_pipeline(target: Any) -> Any:
     functions are inlined first, so that memory is planned over the whole graph. A pass of our own plans it, in blocks that
     tensors of all dtypes share. Reshapes stay reshapes, which the runtime does without copying: TVM's own way there,
     ``RewriteDataflowReshape``, only looks into functions made of blocks. Nothing is fused: every operator that TVM
-    legalizes compiles by itself, as in the simulator. For a GPU, functions get their threads from TVM's dlight; for C
-    source, constants are written so that no digit is lost.
+    legalizes compiles by itself, as in the simulator. For a GPU, functions get their threads from TVM's dlight and a rule
+    of our own for it; for C source, constants are written so that no digit is lost.
     """
     transform = relax.transform
     kind = target.kind.name
@@ -45,7 +46,7 @@ def build_pipeline(target: Any) -> Any:
             relax.backend.DispatchSampling(),
             relax.backend.DispatchSortScan(),
             transform.LegalizeOps(skip_ops=["relax.reshape"]),
-            *([dlight.ApplyDefaultSchedule(dlight.gpu.Fallback())] if kind == "cuda" else []),
+            *([dlight.ApplyDefaultSchedule(SumsInRegisters(), dlight.gpu.Fallback())] if kind == "cuda" else []),
             *([exact_float_constants()] if kind == "c" else []),
             transform.ToNonDataflow(),
             transform.RemovePurityChecking(),
