@@ -57,13 +57,15 @@ def without_indices(code: str) -> str:
 def test_no_product_is_left_to_the_compiler(target: str, model: str, plan: str) -> None:
     """nvcc fuses products and sums as it likes: every float product has to be an intrinsic that is rounded as it says."""
     code = source(target, model, plan)
-    kernels = without_indices(code[code.index('extern "C" __global__') :])
+    kernels = code[code.index('extern "C" __global__') :]
     assert "__fmaf_rn(" in kernels
-    lines = [line for line in kernels.splitlines() if not re.search(r"__global__|\bint \w+ =", line)]
-    factors = [factor for line in lines for factor in re.findall(r" \* (\S+)", line)]
-    # What may remain: products of integers, and those with a power of two, which are exact.
-    bare = [f for f in factors if not re.match(r"\(\(int\)|-?\d+\W*$|-?0x1p[+-]\d+f", f)]
-    assert not bare
+    for kernel in kernels.split('extern "C" __global__')[1:]:
+        integers = "|".join(re.findall(r"\bint (\w+)\[", kernel)) or "none"
+        lines = [line for line in without_indices(kernel).splitlines()[1:] if not re.search(r"\bint \w+ =", line)]
+        factors = [factor for line in lines for factor in re.findall(r" \* (\S+)", line)]
+        # What may remain: products of integers, and those with a power of two, which are exact.
+        exact = rf"\(\(int\)|({integers})\[\]|-?\d+\W*$|-?0x1p[+-]\d+f"
+        assert not [f for f in factors if not re.match(exact, f)]
     assert ("__dp4a(" in kernels) == (plan != "float32")
 
 

@@ -53,7 +53,8 @@ def tensor_core_limits(request: KernelRequest, constants: LayerConstants, inputs
     """Limits for a convolution or dense layer of 16-bit floats that is summed in float32 on tensor cores.
 
     The exact sum and its limits are computed in float64; the epilogue is the contract's, which never turns the order of two
-    values round. Where an operand is infinite or NaN, both limits are what it makes of the sum.
+    values round. Where an operand is infinite or NaN, both limits are what it makes of the sum. Nothing is said of sums that
+    overflow on their way, nor of bfloat16 values, products and sums below 2⁻¹²⁶ but zero.
 
     Args:
         request, constants, inputs: as of :func:`tvm_hquant.numerics.evaluate`.
