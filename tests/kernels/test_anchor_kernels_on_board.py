@@ -20,6 +20,7 @@ from tvm_hquant.kernels.interface import IntegerElementwiseConstants, KernelRequ
 from tvm_hquant.kernels.proven_endings import proven_ending
 from tvm_hquant.kernels.registry import families_for_target, select_kernel
 from tvm_hquant.operators import BatchMatmul, Conv2D, Epilogue, Window
+from tvm_hquant.stored_outputs import in_channel_order
 from tvm_hquant.tensor_format import STORAGE_DTYPE
 
 BOARDS = [
@@ -65,6 +66,13 @@ def requests() -> list[KernelRequest]:
             operator = replace(CASES[name], epilogue=Epilogue(True, name == "3x3 padded"))
             inputs = (storage, "float32") if operator.epilogue.has_residual else (storage,)
             found.append(KernelRequest(operator, inputs, "float32", storage))
+    # Lanes that take turns among groups, and a sum over its residual.
+    for groups in (2, 4):
+        grouped = Conv2D((1, 4, 5, 24), 28, Window((3, 3), padding=(1, 1, 1, 1)), groups, Epilogue(lower=0.0))
+        found.append(KernelRequest(grouped, ("float32",), "float32", "float32", finite_weights=True, shuffled=True))
+    for storage, weights in (("uint8", "int8"), ("float32", "float32")):
+        residual = Conv2D((1, 5, 5, 12), 64, Window((1, 1)), 1, Epilogue(True, True))
+        found.append(KernelRequest(residual, (storage, storage), storage, weights, overwritten=1))
     return found
 
 
@@ -141,11 +149,13 @@ def test_anchors_on_a_board_match_the_contract(
         name = f"kernel_{index}"
         kernel = select_kernel(families_for_target(families), request)
         functions[name] = kernel.function.with_attr("global_symbol", name)
-        output = np.zeros(request.operator.output_shape, STORAGE_DTYPE[request.output])
-        for position, array in enumerate([*inputs, *kernel.pack(constants), output]):
+        activations, output = list(inputs), np.zeros(request.operator.output_shape, STORAGE_DTYPE[request.output])
+        if request.overwritten is not None:
+            output = activations.pop(request.overwritten)
+        for position, array in enumerate([*activations, *kernel.pack(constants), output]):
             arguments[f"{name}/{position}"] = array
-        expected[name] = (kernel.name, numerics.evaluate(request, constants, inputs))
-    names = " ".join(name for name, _ in expected.values())
+        expected[name] = (kernel, numerics.evaluate(request, constants, inputs))
+    names = " ".join(kernel.name for kernel, _ in expected.values())
     for instruction in INSTRUCTIONS[cpu]:
         assert instruction in names
     library = export_for_board(tvm.compile(tvm.IRModule(functions), target=tvm_target(cpu)), tmp_path / "kernels.so")
@@ -156,5 +166,5 @@ def test_anchors_on_a_board_match_the_contract(
     )
     assert result.returncode == 0, result.stderr
     with np.load(outputs) as loaded:
-        for name, (kernel_name, values) in expected.items():
-            np.testing.assert_array_equal(loaded[name], values, err_msg=kernel_name)
+        for name, (kernel, values) in expected.items():
+            np.testing.assert_array_equal(in_channel_order(kernel.request, loaded[name]), values, err_msg=kernel.name)

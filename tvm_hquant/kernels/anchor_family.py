@@ -94,7 +94,11 @@ class AnchorFamily:
         if dot is None or not request.shuffled:
             return dot
         assert isinstance(operator, Conv2D)
-        return dot.for_groups(operator.groups) if can_interleave_groups(request, dot) else None
+        in_turns = dot.for_groups(operator.groups) if can_interleave_groups(request, dot) else None
+        if in_turns is None or not any(operator.window.padding):
+            return in_turns
+        # Activations are put side by side without padding around them.
+        return in_turns if conv2d_geometry(request, in_turns).skips_padding else None
 
     def _byte_vectors(self, request: KernelRequest) -> ByteVectors | None:
         return ByteVectors(4 * self.lanes, self.word_product(request)) if self.word_product is not None else None

@@ -317,7 +317,6 @@ class AnchorGeometry:
             and any(self.conv.window.padding)
             and self.patches is None
             and self.dot.pixels == 1
-            and self.dot.groups == 1
             and self.padded_inputs % self.dot.products == 0
             and not self.groups_steps
         )

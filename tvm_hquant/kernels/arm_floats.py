@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from tvm.tirx.script import builder as T
 
 from tvm_hquant.kernels.arm_operands import LANES, REGISTERS, ElementOperands, element_in_all_lanes
-from tvm_hquant.kernels.dot_product import DotProduct
+from tvm_hquant.kernels.dot_product import DotProduct, FloatDot
 from tvm_hquant.kernels.interface import KernelRequest
 from tvm_hquant.kernels.kernel_function import Buffer
 from tvm_hquant.kernels.primitives import Expression, LlvmPrimitives, vector_type, widen
@@ -46,6 +46,10 @@ class FmlaDot(ElementOperands):
     @property
     def weight_dtype(self) -> str:
         return "uint16" if self.storage == "bfloat16" else self.storage
+
+    def for_groups(self, groups: int) -> DotProduct | None:
+        # As many neighbours in memory as groups make a vector: no element is named.
+        return FloatDot(self.lanes, self.registers).for_groups(groups) if self.storage == "float32" else None
 
     def operands(self, buffer: Buffer, indices: Sequence[Expression], steps: int) -> Sequence[Expression]:
         loaded = T.bind(buffer.vload([indices[0]], vector_type("float32", steps)))

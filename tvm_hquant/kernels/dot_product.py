@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from tvm.tirx.script import builder as T
@@ -233,6 +233,7 @@ class FloatDot(RepeatedOperand):
     operand_cost: float = 0.5
     prefetches: bool = False
     latency: int = 12
+    groups: int = 1
 
     @property
     def name(self) -> str:
@@ -242,8 +243,14 @@ class FloatDot(RepeatedOperand):
     def weight_dtype(self) -> str:
         return "uint16" if self.storage == "bfloat16" else self.storage
 
+    def for_groups(self, groups: int) -> DotProduct | None:
+        return replace(self, groups=groups) if self.storage == "float32" else None
+
     def operand(self, buffer: Buffer, index: Expression) -> Expression:
-        return T.broadcast(buffer[index], self.lanes)
+        if self.groups == 1:
+            return T.broadcast(buffer[index], self.lanes)
+        words = repeated_words(buffer, index, "uint32", self.lanes, self.groups)
+        return T.reinterpret(vector_type("float32", self.lanes), words)
 
     def accumulate(
         self, accumulator: Expression, operands: Sequence[Expression], weights: Sequence[Expression]
