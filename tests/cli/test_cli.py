@@ -24,7 +24,7 @@ from tvm_hquant.errors import DataError, HQuantError, ModelError
 
 Array = npt.NDArray[Any]
 COMMANDS = ("quickstart", "compile", "search", "run", "profile", "inspect", "verify", "tune", "targets", "version")
-TARGET_COMMANDS = ("list", "show", "detect", "check")
+TARGET_COMMANDS = ("list", "instruction-sets", "show", "detect", "check")
 
 
 class Result:
