@@ -7,6 +7,7 @@ import pytest
 
 from tvm_hquant.calibration import input_moments
 from tvm_hquant.calibration.input_moments import InputMomentsCollector
+from tvm_hquant.errors import DataError
 from tvm_hquant.layers import Layer
 from tvm_hquant.operators import Conv2D, Dense, Window
 from tvm_hquant.rounding.output_error import regularized
@@ -93,3 +94,10 @@ def test_one_row_has_no_spread() -> None:
     collector = InputMomentsCollector([layer])
     collector.observe("x", np.random.default_rng(0).normal(1e4, 1e3, (1, 64)).astype(np.float32))
     assert not collector.moments()["head"].covariances[0].any()
+
+
+def test_variances_beyond_float32() -> None:
+    collector = InputMomentsCollector([Layer("head", "head", Dense(2, 4, 8), ("x",))])
+    collector.observe("x", np.array([[1e25, 0, 0, 0], [-1e25, 0, 0, 0]], np.float32))
+    with pytest.raises(DataError, match=r"layer head: .* varies by more than"):
+        collector.moments()

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from tvm_hquant.errors import DataError
 from tvm_hquant.layers import Layer
 from tvm_hquant.operators import Conv2D, Dense
 
@@ -66,7 +67,11 @@ class InputMomentsCollector:
             sums.observe(values)
 
     def moments(self) -> Mapping[str, InputMoments]:
-        """By the name of the layer; only of layers whose input was observed."""
+        """By the name of the layer; only of layers whose input was observed.
+
+        Raises:
+            DataError: variances of a layer's input are beyond float32.
+        """
         every = (sums for readers in self._readers.values() for sums in readers)
         return {sums.layer: sums.moments() for sums in every if sums.count}
 
@@ -107,18 +112,24 @@ class _ColumnSums:
         means = rows.mean(axis=1, dtype=np.float64)
         away = means - self._means
         centred = rows - means[:, None, :].astype(np.float32)
-        for block, products in zip(self._blocks, self._products, strict=True):
-            part = centred[:, :, block]
-            products += part.transpose(0, 2, 1) @ part
-            if self._taken_in:
-                between = (away[:, block] * math.sqrt(self._taken_in * count / total)).astype(np.float32)
-                products += between[:, :, None] * between[:, None, :]
+        with np.errstate(over="ignore", invalid="ignore"):  # `moments` says so in words
+            for block, products in zip(self._blocks, self._products, strict=True):
+                part = centred[:, :, block]
+                products += part.transpose(0, 2, 1) @ part
+                if self._taken_in:
+                    between = (away[:, block] * math.sqrt(self._taken_in * count / total)).astype(np.float32)
+                    products += between[:, :, None] * between[:, None, :]
         self._means += away * (count / total)
         self._taken_in = total
 
     def moments(self) -> InputMoments:
         if self._waiting:
             self._take_in()
+        if not all(np.isfinite(products).all() for products in self._products):
+            raise DataError(
+                f"layer {self.layer}: what it reads while calibrating varies by more than 10¹⁹, whose square float32 cannot "
+                "hold: check the model's weights and the preprocessing of the samples"
+            )
         covariances = tuple(products.astype(np.float64) / self.count for products in self._products)
         return InputMoments(self.count, self._means, covariances)
 
