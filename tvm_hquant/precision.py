@@ -164,5 +164,6 @@ def parse_precision(name: str) -> Precision:
         if 2 <= activation_bits <= 16 and 2 <= weight_bits <= 16:
             return _integer(canonical, activation_bits, weight_bits)
     raise PrecisionError(
-        f"unknown precision {name!r}: use one of {', '.join(REALIZED)}, or aXwY with 2 to 16 bits each (simulated only)"
+        f"unknown precision {name!r}: use one of {', '.join(REALIZED)}, bfloat16wN or float16wN with 2 to 8 bits, sums of "
+        "terms such as a8w4x2, or aXwY with 2 to 16 bits each (simulated only)"
     )
