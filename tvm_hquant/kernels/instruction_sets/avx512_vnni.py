@@ -24,7 +24,7 @@ _REGISTERS = 32
 
 @dataclass(frozen=True)
 class VnniDot(RepeatedOperand):
-    """Four channels a step."""
+    """Four channels a step; AVX-VNNI has it with shorter vectors."""
 
     lanes: int = _LANES
     registers: int = _REGISTERS
@@ -50,7 +50,8 @@ class VnniDot(RepeatedOperand):
     def accumulate(
         self, accumulator: Expression, operands: Sequence[Expression], weights: Sequence[Expression]
     ) -> Expression:
-        return T.call_llvm_pure_intrin("int32x16", "llvm.x86.avx512.vpdpbusd.512", accumulator, operands[0], weights[0])
+        vector, intrinsic = f"int32x{self.lanes}", f"llvm.x86.avx512.vpdpbusd.{32 * self.lanes}"
+        return T.call_llvm_pure_intrin(vector, intrinsic, accumulator, operands[0], weights[0])
 
 
 def _dot(request: KernelRequest) -> DotProduct:

@@ -7,54 +7,21 @@ the EVEX form of AVX512-VL; which one is emitted follows from the target's featu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-
-from tvm.tirx.script import builder as T
-
 from tvm_hquant.kernels.anchor_family import AnchorFamily
 from tvm_hquant.kernels.common import CommonFamily
-from tvm_hquant.kernels.dot_product import DotProduct, RepeatedOperand, repeated_words
+from tvm_hquant.kernels.dot_product import DotProduct
 from tvm_hquant.kernels.instruction_set import Host, InstructionSet
+from tvm_hquant.kernels.instruction_sets.avx512_vnni import VnniDot
 from tvm_hquant.kernels.interface import KernelRequest
-from tvm_hquant.kernels.kernel_function import Buffer
-from tvm_hquant.kernels.primitives import Expression
 
 _LANES = 8
 _REGISTERS = 16
 
 
-@dataclass(frozen=True)
-class VnniDot(RepeatedOperand):
-    """Four channels a step."""
-
-    lanes: int = _LANES
-    registers: int = _REGISTERS
-    products: int = 4
-    chain: int = 1
-    operand_dtype: str = "uint8"
-    operand_offset: int = 0
-    weight_dtype: str = "int8"
-    accumulator_dtype: str = "int32"
-    name: str = "vpdpbusd"
-    splits_pixels: bool = True
-    operand_cost: float = 0.5
-    groups: int = 1
-
-    def for_groups(self, groups: int) -> DotProduct:
-        return replace(self, groups=groups)
-
-    def operand(self, buffer: Buffer, index: Expression) -> Expression:
-        return repeated_words(buffer, index, "int8", self.lanes, self.groups)
-
-    def accumulate(
-        self, accumulator: Expression, operands: Sequence[Expression], weights: Sequence[Expression]
-    ) -> Expression:
-        return T.call_llvm_pure_intrin("int32x8", "llvm.x86.avx512.vpdpbusd.256", accumulator, operands[0], weights[0])
-
-
 def _dot(request: KernelRequest) -> DotProduct | None:
-    return VnniDot() if request.weights == "int8" else None
+    if request.weights != "int8":
+        return None
+    return VnniDot(lanes=_LANES, registers=_REGISTERS, prefetches=False, held_steps=0)
 
 
 INSTRUCTION_SET = InstructionSet(
