@@ -31,6 +31,10 @@ _EPILOGUE = 8
 """Instructions that finish a vector of sums."""
 _PACKED_EPILOGUE = {4: 6, 2: 7, 1: 10}
 """The same where as many vectors of a pixel are packed together: fewer of them take more shuffles and stores."""
+_RESIDUAL = 4
+"""Instructions that add a residual to a vector of sums."""
+_AT_A_TIME = 3
+"""Of what is not hidden behind the products of other tiles, instructions that take as long as a product."""
 _TILE = 20
 """Instructions around a tile."""
 _SEVERAL_CHAINS = 16
@@ -202,7 +206,7 @@ class AnchorGeometry:
 
         A step of a tile of p pixels and v vectors takes p·v multiply-adds (longer where they are too few to hide their
         latency), and loads p operands and v weights that run beside them. Every tile pays for its epilogue, so tiles that
-        overlap cost twice.
+        overlap cost twice; where an epilogue runs beside the products of the next tile, for what is too long for that.
         """
         _, width = self.output_size
         most_vectors = 1 if self.is_narrow else self.group_outputs // self.dot.lanes
@@ -243,7 +247,18 @@ class AnchorGeometry:
         else:
             reached = (end - begin for begin, end in run.columns)
             of_steps = sum(steps / kernel_width * self._step_cost(pixels, vectors) for pixels in reached if pixels)
-        return of_steps + self._epilogue(run.pixels, vectors) + _TILE
+        return of_steps + self._around(run.pixels, vectors)
+
+    def _around(self, pixels: int, vectors: int) -> float:
+        """What finishes a tile and stands around it, in multiply-adds."""
+        instructions = self._epilogue(pixels, vectors) + _TILE
+        if not self.dot.lookahead:
+            return instructions
+        # Scaling sums and residuals takes the units of the products, all else has units of its own.
+        has_residual = self.conv.epilogue.has_residual
+        scalings = pixels * vectors * (1 + has_residual)
+        instructions += _RESIDUAL * has_residual * pixels * vectors
+        return scalings + max(0, instructions - self.dot.lookahead) / _AT_A_TIME
 
     def _step_cost(self, pixels: int, vectors: int) -> float:
         sums = -(-pixels // self.dot.pixels) * vectors * self.dot.accumulator_registers

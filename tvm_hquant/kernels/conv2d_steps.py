@@ -15,7 +15,6 @@ from tvm.tirx.script import builder as T
 from tvm_hquant.kernels.anchor_geometry import AnchorGeometry
 from tvm_hquant.kernels.dot_product import ShortSums
 from tvm_hquant.kernels.kernel_function import Buffer
-from tvm_hquant.kernels.last_steps import LastSteps
 from tvm_hquant.kernels.primitives import STACK, Expression, vector_type
 from tvm_hquant.kernels.tile_order import UpcomingWeights
 from tvm_hquant.kernels.vector_loops import load, store
@@ -62,12 +61,11 @@ class StepEmitter:
         upcoming: UpcomingWeights | None,
         done: Expression,
         between: Callable[[Expression], None] | None = None,
-        held: int = 0,
     ) -> None:
         """A run of steps of a tile of so many pixels, for the accumulators that take part.
 
         ``done`` counts the steps of the tile before it. What ``between`` writes for the number of a pixel is written for every
-        pixel, spread over the run. ``held``: how many of the last whole steps are left out, where steps are taken one by one.
+        pixel, spread over the run.
         """
         geometry, dot = self.geometry, self.geometry.dot
         step_weights = geometry.step_weights
@@ -90,7 +88,7 @@ class StepEmitter:
                 with T.serial(full // parts) as step:
                     part((number * (full // parts) + step) * full_steps, full_steps)
         elif full > 1:
-            with T.serial(full - held) as number:
+            with T.serial(full) as number:
                 part(number * full_steps, full_steps)
         elif full:
             part(0, full_steps)
@@ -101,13 +99,6 @@ class StepEmitter:
         if overlapping:
             last = activation + (geometry.run_inputs - dot.products)
             self._steps(pixels, accumulators, last, weight + first * step_weights, 1)
-
-    def last(self, pixels: int, accumulators: Mapping[tuple[int, int], Buffer], steps: LastSteps) -> None:
-        """Steps that :meth:`run` has left out, for some of the accumulators."""
-        geometry = self.geometry
-        for step in range(steps.count):
-            at = steps.activation + step * (geometry.dot.products * geometry.dot.groups)
-            self._steps(pixels, accumulators, at, steps.weight + step * geometry.step_weights, 1)
 
     def in_table_order(
         self,

@@ -26,7 +26,6 @@ from tvm_hquant.kernels.epilogue import Epilogue, scale_accumulator
 from tvm_hquant.kernels.interface import Array, Kernel, KernelRequest, LayerConstants, Tile
 from tvm_hquant.kernels.interleaved_groups import InterleavedGroups
 from tvm_hquant.kernels.kernel_function import Buffer, imported_functions, kernel_function
-from tvm_hquant.kernels.last_steps import MOST_STEPS, LastSteps, pixel_groups
 from tvm_hquant.kernels.packed_epilogue import PackedEpilogue, vector_groups
 from tvm_hquant.kernels.patches import PatchCopy, conv_of_patches, padded_elements, takes_patches
 from tvm_hquant.kernels.primitives import Expression
@@ -276,13 +275,12 @@ class _Emitter:
                 for offset in range(0, geometry.block, CACHE_LINE // np.dtype(str(buffer.dtype)).itemsize):
                     prefetch(buffer, start + offset)
 
-        held = self._held_steps(run)
-        between = prefetch_pixel if self.steps.take_one_run and not held else None
+        between = prefetch_pixel if self.steps.take_one_run else None
         if between is None:
             for i in range(pixels):
                 prefetch_pixel(i)
         if geometry.passes == 1:
-            last = self._accumulate(accumulators, run, place, x, group, None, held, between)
+            self._accumulate(accumulators, run, place, x, group, None, between)
 
             def scaled(i: int, j: int) -> Expression:
                 value = sums(i, j)
@@ -292,13 +290,7 @@ class _Emitter:
                 multiplier, offset = load(self.multipliers, at, dot.lanes), load(self.offsets, at, dot.lanes)
                 return scale_accumulator(value, multiplier, offset)
 
-            if last is None:
-                self._finish(range(pixels), scaled, output_index)
-                return
-            for chosen in pixel_groups(pixels, vectors):
-                of_chosen = {(i, j): a for (i, j), a in accumulators.items() if i in chosen}
-                self.steps.last(pixels, of_chosen, last)
-                self._finish(chosen, scaled, output_index)
+            self._finish(pixels, scaled, output_index)
             return
         values = {(i, j): register("float32", dot.lanes) for i in range(pixels) for j in range(vectors)}
         for i, j in values:
@@ -311,38 +303,24 @@ class _Emitter:
                 for i in range(pixels):
                     value = load(values[i, j], 0, dot.lanes)
                     store(values[i, j], 0, scale_accumulator(sums(i, j), multiplier, value), dot.lanes)
-        self._finish(range(pixels), lambda i, j: load(values[i, j], 0, dot.lanes), output_index)
-
-    def _held_steps(self, run: TileRun) -> int:
-        """Steps at the end of a tile that its pixels take in groups, each followed by the group's epilogue; 0 for none.
-
-        Only where a tile has one run of steps: in loops over kernel rows they would cost more than they save; so they do where
-        a group would read all weights for one vector, but not on patches, whose few steps LLVM orders so that sums are spilled.
-        """
-        geometry, dot = self.geometry, self.dot
-        has_one_run = geometry.conv.window.kernel[0] == 1 and geometry.runs == 1 and not geometry.skips_padding
-        is_packed = self.packed_epilogue is not None and geometry.passes == 1 and not geometry.groups_steps
-        shares_weights = geometry.tile.vectors > 1 or geometry.patches is not None
-        has_groups = shares_weights and len(pixel_groups(run.pixels, geometry.tile.vectors)) > 1
-        has_steps = dot.held_steps < geometry.full_steps <= MOST_STEPS
-        return dot.held_steps if has_one_run and is_packed and has_groups and has_steps else 0
+        self._finish(pixels, lambda i, j: load(values[i, j], 0, dot.lanes), output_index)
 
     def _finish(
         self,
-        pixels: range,
+        pixels: int,
         value: Callable[[int, int], Expression],
         output_index: Callable[[int, int], Expression],
     ) -> None:
-        """The epilogue of all vectors of some pixels, given the float32 value and the place of each."""
+        """The epilogue of all vectors of the pixels, given the float32 value and the place of each."""
         vectors = self.geometry.tile.vectors
         if self.packed_epilogue is None:
-            for i in pixels:
+            for i in range(pixels):
                 for j in range(vectors):
                     self.epilogue.finish(value(i, j), output_index(i, j))
             return
         for first, size in vector_groups(vectors):
-            for start in range(pixels.start, pixels.stop, GROUPS // size):
-                packed = range(start, min(start + GROUPS // size, pixels.stop))
+            for start in range(0, pixels, GROUPS // size):
+                packed = range(start, min(start + GROUPS // size, pixels))
                 values = [[value(i, first + j) for j in range(size)] for i in packed]
                 self.packed_epilogue.finish(values, [output_index(i, first) for i in packed])
 
@@ -354,10 +332,9 @@ class _Emitter:
         x: Expression,
         group: Expression,
         number: Expression | None,
-        held: int = 0,
         between: Callable[[Expression], None] | None = None,
-    ) -> LastSteps | None:
-        """Sums of one pass, from its start values; ``held`` steps are left out, where a tile has one run, and returned.
+    ) -> None:
+        """Sums of one pass, from its start values.
 
         What ``between`` writes for the number of a pixel is spread over the steps, where a tile has one run.
         """
@@ -395,7 +372,7 @@ class _Emitter:
         weight_base = T.bind(channel_block * geometry.tile_weights + point * geometry.weight_elements)
         if self.step_table is not None:
             self.steps.in_table_order(self.step_table, accumulators, corner, weight_base, channel_block)
-            return None
+            return
         upcoming = self.order.upcoming_weights(place, weight_base)
         with ExitStack() as loops:
             first_row, end_row = geometry.axes[0].steps(y) if geometry.skips_padding else (0, kh)
@@ -409,11 +386,8 @@ class _Emitter:
                 at, weight_at = row_at + kx * (dw * pixel), weight_row + kx * (geometry.steps * step_weights)
                 at, weight_at = T.bind(at), T.bind(weight_at)
                 done = T.bind(ky * row_steps + kx * geometry.steps)
-                self.steps.run(run.pixels, accumulators, at, weight_at, geometry.steps, upcoming, done, between, held)
-                if not held:
-                    return None
-                taken = geometry.full_steps - held
-                return LastSteps(at + taken * (dot.products * dot.groups), weight_at + taken * step_weights, held)
+                self.steps.run(run.pixels, accumulators, at, weight_at, geometry.steps, upcoming, done, between)
+                return
             row_at, weight_row = T.bind(row_at), T.bind(weight_row)
             steps = geometry.padded_inputs // dot.products
             for column, (begin, end) in enumerate(run.columns):
@@ -422,4 +396,3 @@ class _Emitter:
                     at, weight_at = row_at + column * (dw * pixel), weight_row + column * (steps * step_weights)
                     done = T.bind(ky * row_steps + column * steps)
                     self.steps.run(run.pixels, reached, at, weight_at, steps, upcoming, done)
-        return None

@@ -65,8 +65,8 @@ class DotProduct(Protocol):
         reverses_products: whether the weights of a step stand in the reverse order of its channels.
         prefetches: whether steps ask for memory that is read later: where they are so fast that what comes from behind the
             second-level cache would come too late.
-        held_steps: how many steps at the end of a tile its pixels take in groups, each followed by the group's epilogue
-            (:mod:`tvm_hquant.kernels.last_steps`), where that packs codes; 0 for none. Steps are taken one by one then.
+        lookahead: instructions around a tile, most of them its epilogue's, that run beside the products of its neighbours,
+            since they have units of their own and a core looks so many ahead; 0 where they add to the time of the products.
         llvm_functions: definitions, in LLVM's language, of the functions that ``accumulate`` calls.
     """
 
@@ -117,7 +117,7 @@ class DotProduct(Protocol):
     @property
     def prefetches(self) -> bool: ...
     @property
-    def held_steps(self) -> int: ...
+    def lookahead(self) -> int: ...
     @property
     def llvm_functions(self) -> str: ...
 
@@ -157,7 +157,7 @@ class OnePixel:
     groups_steps: bool = False
     reverses_products: bool = False
     prefetches: bool = False
-    held_steps: int = 0
+    lookahead: int = 0
     llvm_functions: str = ""
 
     @property

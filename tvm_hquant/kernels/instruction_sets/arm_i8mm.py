@@ -56,7 +56,7 @@ class UsmmlaDot:
     groups_steps: bool = False
     reverses_products: bool = False
     prefetches: bool = False
-    held_steps: int = 0
+    lookahead: int = 0
     latency: int = 12
     llvm_functions: str = ""
     accumulator_registers: int = 2

@@ -21,7 +21,7 @@ _REGISTERS = 16
 def _dot(request: KernelRequest) -> DotProduct | None:
     if request.weights != "int8":
         return None
-    return VnniDot(lanes=_LANES, registers=_REGISTERS, prefetches=False, held_steps=0)
+    return VnniDot(_LANES, _REGISTERS, prefetches=False, operand_cost=0.5, weight_cost=1.0, lookahead=0)
 
 
 INSTRUCTION_SET = InstructionSet(

@@ -1,0 +1,34 @@
+"""Which tile the model of the processor expects to be fastest."""
+
+import pytest
+
+from tvm_hquant.kernels.anchor_geometry import AnchorGeometry
+from tvm_hquant.kernels.conv2d_template import conv2d_geometry
+from tvm_hquant.kernels.instruction_sets.avx512_vnni import VnniDot
+from tvm_hquant.kernels.interface import KernelRequest
+from tvm_hquant.kernels.x86_byte_vectors import ByteVectors
+from tvm_hquant.operators import Conv2D, Epilogue, Window
+
+
+def vnni_geometry(operator: Conv2D, lookahead: int = VnniDot.lookahead) -> AnchorGeometry:
+    request = KernelRequest(operator, ("uint8",) * (1 + operator.epilogue.has_residual), "uint8", "int8")
+    return conv2d_geometry(request, VnniDot(lookahead=lookahead), vectors=ByteVectors(64, "vpdpbusd"))
+
+
+@pytest.mark.parametrize("channels", [64, 256])
+def test_the_longer_an_epilogue_the_smaller_a_tile(channels: int) -> None:
+    """An epilogue that a core does not see the end of keeps it from the products of the next tile."""
+    sums = []
+    for has_residual in (False, True):
+        operator = Conv2D((1, 28, 28, channels), 256, Window((1, 1)), 1, Epilogue(True, has_residual))
+        tile = vnni_geometry(operator).tile
+        sums.append(tile.pixels * tile.vectors)
+    assert 12 <= sums[1] < sums[0] < 24, "12 sums hide the latency of a product"
+    in_turn = vnni_geometry(operator, lookahead=0).tile
+    assert in_turn.pixels * in_turn.vectors == 24, "where nothing runs side by side, the largest tile of whole vectors"
+
+
+def test_tiles_do_not_overlap_where_others_fit() -> None:
+    """512 channels are no multiple of three vectors, which would take the fewest loads on rows of seven pixels."""
+    geometry = vnni_geometry(Conv2D((1, 7, 7, 512), 512, Window((3, 3), padding=(1, 1, 1, 1))))
+    assert not geometry.overlaps
