@@ -1,15 +1,19 @@
 """How long searches take: sensitivities of all layers, and greedy search, wall and CPU seconds beside the goals.
 
     python -m benchmarks.search_speed [--tasks mobilenetv2,resnet50,greedy] [--samples 200] [--target host] [--json FILE]
+        [--suffix-precisions default,float32]
 
-* ``mobilenetv2``: the loss of the zoo's MobileNetV2 with one layer alone in 8 bits, and in a 16-bit float, for all layers;
+* ``mobilenetv2``: what the zoo's MobileNetV2 loses by one layer in 8 bits, and in a 16-bit float, for all layers;
 * ``resnet50``: the same of the onnx package's ResNet-50 with random weights, on random images;
 * ``greedy``: Algorithm 1 of the greedy paper on MobileNetV2, from float32 down to 8 bits, one layer after the other.
+
+Sensitivities are measured in two ways (``--suffix-precisions``): with the layers behind the measured one in the 16-bit
+precision that a search chooses by default (:mod:`tvm_hquant.sensitivity.single_layers`), and in float32.
 
 Nothing is known beforehand, so the seconds hold the rounding of weights and the compilation of kernels;
 ``--kernel-cache FOLDER`` takes those that an earlier run has compiled. "CPU / workers" is what all processes computed
 together over the number of worker processes: the wall time to expect where nothing else runs and all are busy. "Kernels
-alone" is the same of the float32 layers that lie behind each changed layer, by the median of ten calls of each with its
+alone" is the same of the layers that lie behind each changed layer, by the median of ten calls of each with its
 weights in the cache: what no simulator that computes them can do without. ``--target x86-64-avx2`` takes the kernels of
 that spec, on a machine that has more.
 """
@@ -21,7 +25,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import accumulate
@@ -38,9 +42,11 @@ from tvm_hquant.calibration.data import open_data
 from tvm_hquant.calibration.samples import DataSource
 from tvm_hquant.cli.tables import print_table
 from tvm_hquant.kernels.registry import families_for_target
+from tvm_hquant.precision import parse_precision
 from tvm_hquant.preparation import prepare_module
 from tvm_hquant.quantizer import DataRoles, Options, Quantizer
 from tvm_hquant.sensitivity.measured import SensitivityTable
+from tvm_hquant.sensitivity.single_layers import SingleLayerPlans, suffix_precisions
 from tvm_hquant.session import QuantizationSession
 from tvm_hquant.simulator.kernel_cache import OFF, VARIABLE
 from tvm_hquant.simulator.runner import available_cores
@@ -72,6 +78,7 @@ def main() -> None:
     parser.add_argument("--tasks", default=",".join(GOALS))
     parser.add_argument("--samples", type=int, default=200)
     parser.add_argument("--target", default="host")
+    parser.add_argument("--suffix-precisions", default="default,float32", help="names, with commas between")
     parser.add_argument("--workers", type=int, default=available_cores())
     parser.add_argument("--kernel-cache", default=OFF, help="folder of compiled kernels; none are taken by default")
     parser.add_argument("--json", type=Path)
@@ -80,16 +87,17 @@ def main() -> None:
     spec = detect_host() if arguments.target == "host" else load_target_spec(arguments.target)
     phases: list[Phase] = []
     for task in arguments.tasks.split(","):
-        phases += run(task, spec, arguments.samples, arguments.workers)
-        if arguments.json:
-            found = {"machine": describe_machine(), "target": spec.name, "phases": [asdict(p) for p in phases]}
-            arguments.json.write_text(json.dumps({**found, **vars(arguments), "json": None}))
+        for suffix in ["default"] if task == "greedy" else arguments.suffix_precisions.split(","):
+            phases += run(task, spec, arguments.samples, arguments.workers, None if suffix == "default" else suffix)
+            if arguments.json:
+                found = {"machine": describe_machine(), "target": spec.name, "phases": [asdict(p) for p in phases]}
+                arguments.json.write_text(json.dumps({**found, **vars(arguments), "json": None}))
     print(f"{', '.join(spec.instruction_sets)}; {arguments.samples} samples, {arguments.workers} worker processes\n")
     _print(phases, arguments.workers)
 
 
-def run(task: str, spec: TargetSpec, samples: int, workers: int) -> list[Phase]:
-    """One task, from the file on."""
+def run(task: str, spec: TargetSpec, samples: int, workers: int, suffix: str | None = None) -> list[Phase]:
+    """One task, from the file on; ``suffix`` is what layers behind a measured one compute in."""
     phases: list[Phase] = []
 
     @contextmanager
@@ -117,12 +125,15 @@ def run(task: str, spec: TargetSpec, samples: int, workers: int) -> list[Phase]:
             quantizer.search("greedy")
         return phases
     sixteen = "bfloat16" if "avx512_bf16" in spec.instruction_sets else "float16"
-    pairs = [(layer.name, p) for p in ("a8w8", sixteen) for layer in session.graph.anchors]
-    with phase(
-        f"a8w8 and {sixteen}", goal if task == "mobilenetv2" or "avx512_vnni" in spec.instruction_sets else 2 * goal
-    ):
-        SensitivityTable(session, evaluation).measure(pairs)
-    kernels = 2 * samples * _behind_every_layer(session, evaluation)
+    names = ("a8w8", sixteen)
+    pairs = [(layer.name, p) for p in names for layer in session.graph.anchors]
+    chosen = suffix_precisions(session, {layer.name: names for layer in session.graph.anchors}, suffix)
+    behind = ", ".join(sorted(set(chosen.values())))
+    goal = goal if task == "mobilenetv2" or "avx512_vnni" in spec.instruction_sets else 2 * goal
+    with phase(f"a8w8 and {sixteen}, behind them {behind}", goal):
+        plans = SingleLayerPlans(list(chosen), chosen)
+        SensitivityTable(session, evaluation, plans=lambda: plans).measure(pairs)
+    kernels = 2 * samples * _behind_every_layer(session, evaluation, chosen)
     last = phases.pop()
     return [*phases, Phase(**{**asdict(last), "kernels": kernels})]
 
@@ -152,10 +163,11 @@ def _model(task: str, samples: int) -> tuple[Any, Any, Any]:
     return model, images[:CALIBRATION], images[CALIBRATION:]
 
 
-def _behind_every_layer(session: QuantizationSession, source: DataSource) -> float:
-    """Seconds of the float32 kernels of every layer with weights and of all behind it, one after the other."""
+def _behind_every_layer(session: QuantizationSession, source: DataSource, suffix: Mapping[str, str]) -> float:
+    """Seconds of the kernels of every layer with weights and of all behind it in the suffix precision, one after the other."""
     sample = next(iter(source))
-    times = session.engine.time_layers(sample.inputs, session.float_program)
+    program = session.program({layer: parse_precision(name) for layer, name in suffix.items()})
+    times = session.engine.time_layers(sample.inputs, program)
     names = [layer.name for layer in session.graph.layers]
     behind = dict(zip(names[::-1], accumulate(times.get(name, 0.0) for name in names[::-1]), strict=True))
     return 1e-6 * sum(behind[layer.name] for layer in session.graph.anchors)

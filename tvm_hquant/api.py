@@ -87,6 +87,7 @@ def quantize(
     fixed: Mapping[str, str] | None = None,
     strategy: SearchStrategy | str | None = None,
     objective: str = "latency",
+    suffix_precision: str | None = None,
     journal: Path | str | None = None,
     executor: Executor | None = None,
     workers: int | None = None,
@@ -113,6 +114,8 @@ def quantize(
         fixed: precisions for layers by name or pattern (``{"head*": "float32"}``).
         strategy: how to search, or the name of one (:data:`~tvm_hquant.search.registry.STRATEGIES`).
         objective: what the search makes small beside the loss: latency, size or macs.
+        suffix_precision: what layers behind a measured one compute in while single layers are measured
+            (:mod:`tvm_hquant.sensitivity.single_layers`).
         journal: file in which evaluations are kept and found, such as that of a search; None: nowhere.
         executor, workers: as in :func:`search_front`.
         seed: of the splits of the data.
@@ -121,7 +124,16 @@ def quantize(
     Raises:
         HQuantError: a subclass that says what is wrong with model, spec, data or plan.
     """
-    options = Options(metric, max_drop, tuple(precisions) if precisions else None, fixed, seed, baselines, objective)
+    options = Options(
+        metric,
+        max_drop,
+        tuple(precisions) if precisions else None,
+        fixed,
+        seed,
+        baselines,
+        objective,
+        suffix_precision=suffix_precision,
+    )
     if isinstance(strategy, str):
         check_strategy(strategy)
     session = open_session(model, spec, input_shapes, observer, progress, observe, rounding)
@@ -209,7 +221,7 @@ def search_front(
         model, spec, calibration, evaluation, observer, rounding, input_shapes, progress: as in :func:`quantize`.
         folder: is made if there is none.
         strategy: one of :data:`~tvm_hquant.search.registry.STRATEGIES`.
-        options: metric, budget, objective, precisions, levels, seed.
+        options: metric, budget, objective, precisions, levels, seed, suffix precision.
         measure_times: whether times of layers and plans are measured, where this machine is the target.
         journal: another file than ``journal.sqlite`` in the folder.
         executor: does the evaluations: anything like ``concurrent.futures.Executor`` with processes for workers, such as

@@ -38,6 +38,7 @@ from tvm_hquant.search.problem import (
 )
 from tvm_hquant.search.registry import DEFAULT_STRATEGY, StrategyContext, check_strategy, make_strategy
 from tvm_hquant.sensitivity.measured import SensitivityTable
+from tvm_hquant.sensitivity.single_layers import SingleLayerPlans, suffix_precisions
 from tvm_hquant.session import QuantizationSession
 from tvm_hquant.simulator.metrics import METRICS, Metric, MetricAccumulator, make_metric
 from tvm_hquant.simulator.program import Program
@@ -64,9 +65,12 @@ class Options:
         objective: what the search minimizes: latency, size or macs (:mod:`tvm_hquant.cost.plan_costs`).
         levels: how many layers have to get each precision, for strategies that can do that; without ``precisions`` the
             search chooses from these.
+        suffix_precision: what layers behind a measured one compute in while single layers are measured; by default the fastest
+            16-bit candidate, or float32 (:func:`~tvm_hquant.sensitivity.single_layers.suffix_precisions`).
 
     Raises:
         BudgetError: the budget is not a number.
+        PrecisionError: there is no such precision.
         SearchError: there is no such objective, or a level is none of the precisions.
     """
 
@@ -78,12 +82,15 @@ class Options:
     baselines: bool = True
     objective: str = "latency"
     levels: Mapping[str, int] | None = None
+    suffix_precision: str | None = None
 
     def __post_init__(self) -> None:
         if math.isnan(self.max_drop):
             raise BudgetError("the loss budget max_drop is not a number: give one, such as 0.01")
         if self.objective not in OBJECTIVES:
             raise SearchError(f"unknown objective {self.objective!r}: use one of {', '.join(OBJECTIVES)}")
+        if self.suffix_precision is not None:
+            parse_precision(self.suffix_precision)
         chosen = None if self.precisions is None else {parse_precision(name).name for name in self.precisions}
         for name in self.levels or ():
             if chosen is not None and name not in chosen:
@@ -142,7 +149,7 @@ class Quantizer:
         if session.ranges is None:
             session.calibrate(roles.calibration)
         samples = random_samples(roles.calibration, SENSITIVITY_SAMPLES, options.seed)
-        self.table = SensitivityTable(session, samples)
+        self.table = SensitivityTable(session, samples, plans=lambda: self.single_layer_plans)
         self.archive = PlanArchive()
         self._losses: list[JointLosses] = []
         self.layer_times: Mapping[tuple[str, str], float] = {}
@@ -157,6 +164,21 @@ class Quantizer:
         keep_all = options.levels is not None
         return CandidateRules(self.session, precisions, options.fixed, options.objective, keep_all)
 
+    @cached_property
+    def candidates(self) -> Mapping[str, tuple[str, ...]]:
+        """The precisions that each layer with weights may have, the cheapest first.
+
+        Raises:
+            PrecisionError: a layer can have no precision at all.
+        """
+        return {layer.name: self.rules.of(layer) for layer in self.session.graph.anchors}
+
+    @cached_property
+    def single_layer_plans(self) -> SingleLayerPlans:
+        """The plans by which single layers are measured."""
+        suffix = suffix_precisions(self.session, self.candidates, self.options.suffix_precision)
+        return SingleLayerPlans(list(self.candidates), suffix)
+
     def problem(self, with_check: bool = False) -> SearchProblem:
         """What a strategy has to solve: the candidates of all layers, and the ways to measure them.
 
@@ -168,8 +190,7 @@ class Quantizer:
             SearchError: there is no such objective.
         """
         anchors = self.session.graph.anchors
-        candidates = {layer.name: self.rules.of(layer) for layer in anchors}
-        costs = plan_costs(self.session, candidates, self.options.objective, self.layer_times)
+        costs = plan_costs(self.session, self.candidates, self.options.objective, self.layer_times)
         samples = self.roles.search
         keep_back = with_check and count_samples(samples) >= 3
         losses = JointLosses(self.session, samples, self.metric, self.options.seed, keep_back)
@@ -181,7 +202,7 @@ class Quantizer:
 
         is_accuracy = self.metric.name == "top1"
         return SearchProblem(
-            candidates,
+            self.candidates,
             self.table.measure,
             costs,
             evaluate,
@@ -192,8 +213,9 @@ class Quantizer:
             self.options.levels,
             self.options.seed,
             losses.smooth_losses,
-            losses.of_layers,
+            lambda pairs: losses.of_layers(pairs, self.single_layer_plans),
             evaluate,
+            lambda pairs: self.single_layer_plans.plans(pairs),
         )
 
     def search(self, strategy: SearchStrategy | str | None = None, front: bool = False) -> SearchResult:

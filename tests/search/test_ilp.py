@@ -220,3 +220,20 @@ def test_the_solver_writes_nothing(capfd: pytest.CaptureFixture[str]) -> None:
     assert program.solve(0.01 * largest) is not None
     written = capfd.readouterr()
     assert written.out == written.err == ""
+
+
+def test_plans_that_measuring_evaluates_are_points() -> None:
+    """For a front they cost nothing more; those with a precision that a search may not choose are no plans of it."""
+    network = chain(4)
+    layers = list(network.losses)
+    may = {**dict.fromkeys(layers, "a8w8"), layers[0]: "a8w4"}
+    may_not = {**may, layers[3]: "bfloat16"}
+    measured = network.problem(2.5)
+    again = dict(measured.measure([(layer, p) for layer, own in network.losses.items() for p in own]))
+    problem = replace(measured, measure_on_search=lambda _pairs: again, measured_plans=lambda _pairs: [may, may_not])
+    IntegerProgramStrategy(front=True).search(problem)
+    assert network.evaluated[0] == may
+    assert may_not not in network.evaluated
+    network.evaluated.clear()
+    IntegerProgramStrategy(front=False).search(problem)
+    assert network.evaluated[0] != may

@@ -53,6 +53,14 @@ Strategy = Annotated[
         show_default=False,
     ),
 ]
+SuffixPrecision = Annotated[
+    str | None,
+    typer.Option(
+        "--suffix-precision",
+        help="What layers behind a measured one compute in while layers are measured one by one; by default the fastest "
+        "16-bit precision that the search may choose, or float32.",
+    ),
+]
 Objective = Annotated[str, typer.Option("--objective", help="What to minimize beside the loss: latency, size or macs.")]
 Workers = Annotated[
     int | None, typer.Option("--workers", min=1, help="Processes for large evaluations; one for each core.")

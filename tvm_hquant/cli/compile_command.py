@@ -21,6 +21,7 @@ from tvm_hquant.cli.arguments import (
     Rounding,
     Seed,
     Strategy,
+    SuffixPrecision,
     Target,
     Verbose,
     Workers,
@@ -51,6 +52,7 @@ def compile_command(
     journal: Annotated[
         Path | None, typer.Option("--journal", help="Keep evaluations in this file, and use those in it.")
     ] = None,
+    suffix_precision: SuffixPrecision = None,
     workers: Workers = None,
     tuning_records: Annotated[
         Path | None, typer.Option("--tuning-records", help="Use the tiles that 'hquant tune' wrote to this file.")
@@ -92,6 +94,7 @@ def compile_command(
         plan=plan,
         strategy=strategy,
         objective=objective,
+        suffix_precision=suffix_precision,
         journal=journal,
         workers=workers,
         observer=observer,

@@ -21,6 +21,7 @@ from tvm_hquant.cli.arguments import (
     Rounding,
     Seed,
     Strategy,
+    SuffixPrecision,
     Target,
     Workers,
     parse_input_shapes,
@@ -61,6 +62,7 @@ def search_command(
     journal: Annotated[
         Path | None, typer.Option("--journal", help="Where evaluations are kept; journal.sqlite in the folder.")
     ] = None,
+    suffix_precision: SuffixPrecision = None,
     workers: Workers = None,
     observer: Observer = "mean-squared-error",
     rounding: Rounding = "output-error",
@@ -82,7 +84,7 @@ def search_command(
     if times not in ("measured", "predicted"):
         raise SearchError(f"unknown --times {times!r}: use measured or predicted")
     names = tuple(p.strip() for p in precisions.split(",") if p.strip()) if precisions else None
-    options = Options(metric, max_drop, names, None, seed, False, objective, parse_levels(levels))
+    options = Options(metric, max_drop, names, None, seed, False, objective, parse_levels(levels), suffix_precision)
     front = api.search_front(
         str(model),
         target,

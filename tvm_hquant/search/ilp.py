@@ -32,7 +32,6 @@ from scipy.optimize import isotonic_regression
 
 from tvm_hquant.errors import SearchError
 from tvm_hquant.plan import LayerDecision
-from tvm_hquant.precision import FLOAT32
 from tvm_hquant.search.front_filling import Promise, SingleChanges, bounds_in_gaps, most_promising
 from tvm_hquant.search.integer_program import IntegerProgram
 from tvm_hquant.search.loss_model import LossModel
@@ -158,10 +157,13 @@ class _Search:
         if self.strategy.front and problem.measure_on_search is not None:
             measure = problem.measure_on_search
         self.model = LossModel.of(measure(pairs))
-        if measure is not problem.measure and all(FLOAT32.name in own for own in problem.candidates.values()):
-            # What was measured are plans too.
-            everything_float = dict.fromkeys(problem.candidates, FLOAT32.name)
-            self._evaluate({**everything_float, layer: precision} for layer, precision in pairs)
+        if measure is not problem.measure and problem.measured_plans is not None:
+            # What was measured are plans too, where layers may have what stood before and behind the measured one.
+            self._evaluate(
+                plan
+                for plan in problem.measured_plans(pairs)
+                if all(precision in problem.candidates[layer] for layer, precision in plan.items())
+            )
             self.allowance += len(self.points)
 
     def _sweep(self) -> None:

@@ -16,9 +16,10 @@ import numpy as np
 
 from tvm_hquant.calibration.samples import DataSource
 from tvm_hquant.calibration.split import split_calibration
-from tvm_hquant.precision import FLOAT32, parse_precision
+from tvm_hquant.precision import parse_precision
 from tvm_hquant.search.expected_drop import SCORES, drop_by_margins, expected_drop
 from tvm_hquant.search.problem import Assignment, LayerPrecision
+from tvm_hquant.sensitivity.single_layers import SingleLayerPlans
 from tvm_hquant.session import QuantizationSession
 from tvm_hquant.simulator.metrics import METRICS, Floats, Metric, MetricAccumulator
 from tvm_hquant.statistics import Interval, bootstrap_interval
@@ -83,6 +84,7 @@ class JointLosses:
         self._metrics: Sequence[Metric] = SCORES if metric.name == "top1" else (metric,)
         self._smooth = METRICS["mse" if metric.name in ("mse", "sqnr") else "kl"]
         self._known: dict[str, PlanScores] = {}
+        self._digests: dict[tuple[tuple[tuple[str, str], ...], int | None], str] = {}
         self._chosen_by: tuple[int, ...] | None = None
         self._kept_back: tuple[int, ...] = ()
         if keep_back:
@@ -96,18 +98,21 @@ class JointLosses:
 
     def scores(self, assignments: Iterable[Assignment], stored_bits: int | None = None) -> list[PlanScores]:
         """Scores of plans; ``stored_bits`` are those of all weights in the artifact, where a precision has more."""
-        programs = [
-            self._session.program({name: parse_precision(p) for name, p in assignment.items()}, stored_bits)
-            for assignment in assignments
-        ]
-        new = {program.digest: program for program in programs if program.digest not in self._known}
+        plans = [(tuple(assignment.items()), stored_bits) for assignment in assignments]
+        programs = {
+            plan: self._session.program({name: parse_precision(p) for name, p in plan[0]}, stored_bits)
+            for plan in dict.fromkeys(plans)
+            if plan not in self._digests
+        }
+        self._digests.update((plan, program.digest) for plan, program in programs.items())
+        new = {program.digest: program for program in programs.values() if program.digest not in self._known}
         if new:
             metrics = [*self._metrics, self._smooth]
             found = self._session.evaluate_metrics(list(new.values()), self._samples, metrics, "searching")
             self._known.update(
                 (digest, PlanScores(tuple(own[:-1]), own[-1])) for digest, own in zip(new, found, strict=True)
             )
-        return [self._known[program.digest] for program in programs]
+        return [self._known[self._digests[plan]] for plan in plans]
 
     def losses(self, assignments: Sequence[Assignment], stored_bits: int | None = None) -> list[float]:
         """In the unit of the budget, on the samples that plans are chosen by."""
@@ -117,11 +122,9 @@ class JointLosses:
         """Smooth losses, on the samples that plans are chosen by."""
         return [scores.smooth_loss(self._chosen_by) for scores in self.scores(assignments)]
 
-    def of_layers(self, pairs: Sequence[LayerPrecision]) -> dict[LayerPrecision, float]:
-        """Smooth losses of plans in which one layer has a precision and all others compute in float32."""
-        everything_float = {layer.name: FLOAT32.name for layer in self._session.graph.anchors}
-        plans = [{**everything_float, layer: precision} for layer, precision in pairs]
-        return dict(zip(pairs, self.smooth_losses(plans), strict=True))
+    def of_layers(self, pairs: Sequence[LayerPrecision], plans: SingleLayerPlans) -> dict[LayerPrecision, float]:
+        """What each layer loses in each precision by the smooth losses of these plans."""
+        return plans.losses(pairs, self.smooth_losses)
 
     def checked_losses(self, assignments: Sequence[Assignment]) -> list[float]:
         """What plans lose at most: the larger of the loss on the samples kept back, and the upper bound on all samples."""

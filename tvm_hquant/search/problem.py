@@ -50,8 +50,9 @@ class SearchProblem:
 
     Attributes:
         candidates: for each layer the precisions that it may have, the cheapest first. The last one is the most exact.
-        measure: loss of the whole network when one layer alone has a precision, for all the given (layer, precision),
-            lower is better. Measured on calibration samples; asking for many at once is cheaper, asking again is free.
+        measure: what the whole network loses by one layer in a precision, for all the given (layer, precision), lower is
+            better (:mod:`tvm_hquant.sensitivity.single_layers`). Measured on calibration samples; asking for many at once is
+            cheaper, asking again is free.
         costs: what is minimized, or what counts beside the loss.
         evaluate: true joint losses of assignments on the search samples, in the unit of ``budget``; asking for many at
             once is cheaper, above all for those that differ in late layers.
@@ -66,6 +67,7 @@ class SearchProblem:
         seed: of whatever a strategy draws at random.
         smooth: losses of the same plans that nearly add up over layers, in the unit of ``measure``; None: ``evaluate`` does.
         measure_on_search: as ``measure``, on the search samples: closer to what ``smooth`` says of plans, and more expensive.
+        measured_plans: the plans that are evaluated to measure pairs, for those who count them as plans.
     """
 
     candidates: Mapping[str, tuple[str, ...]]
@@ -81,6 +83,7 @@ class SearchProblem:
     smooth: Callable[[Sequence[Assignment]], Sequence[float]] | None = None
     measure_on_search: Callable[[Sequence[LayerPrecision]], Mapping[LayerPrecision, float]] | None = None
     evaluate_stored: Callable[[Sequence[Assignment], int], Sequence[float]] | None = None
+    measured_plans: Callable[[Sequence[LayerPrecision]], Sequence[Assignment]] | None = None
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,17 @@
-"""Per-layer loss by measurement: the loss of the whole network when one layer alone changes precision.
+"""Per-layer loss by measurement: how much more the whole network loses when one layer changes precision.
 
 Source: X. Mao, "Hierarchical Quantization Algorithm for Deep Learning Network Models", section 3.2, step 1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cached_property
 
 from tvm_hquant.calibration.samples import DataSource
-from tvm_hquant.precision import FLOAT32, parse_precision
+from tvm_hquant.precision import parse_precision
+from tvm_hquant.search.problem import Assignment, LayerPrecision
+from tvm_hquant.sensitivity.single_layers import SingleLayerPlans
 from tvm_hquant.session import QuantizationSession
 from tvm_hquant.simulator.metrics import METRICS
 
@@ -23,29 +26,47 @@ class SensitivityTable:
         session: the calibrated model.
         samples: to measure on.
         metric: name of a metric that needs no labels.
+        plans: gives the plans by which layers are measured, once the first is; by default all other layers compute in float32.
     """
 
-    def __init__(self, session: QuantizationSession, samples: DataSource, metric: str = "kl") -> None:
+    def __init__(
+        self,
+        session: QuantizationSession,
+        samples: DataSource,
+        metric: str = "kl",
+        plans: Callable[[], SingleLayerPlans] | None = None,
+    ) -> None:
         self._session = session
         self.samples = samples
         self._metric = METRICS[metric]
-        self._losses: dict[tuple[str, str], float] = {}
+        self._make_plans = plans
+        self._losses: dict[LayerPrecision, float] = {}
+        self._evaluated: dict[str, float] = {}
 
-    def measure(self, pairs: Sequence[tuple[str, str]]) -> dict[tuple[str, str], float]:
-        """Losses of the network with one layer alone in a precision, for all pairs (layer, precision)."""
-        self._losses.update({pair: 0.0 for pair in pairs if pair[1] == "float32"})
+    @cached_property
+    def _plans(self) -> SingleLayerPlans:
+        if self._make_plans is not None:
+            return self._make_plans()
+        return SingleLayerPlans([layer.name for layer in self._session.graph.anchors])
+
+    def measure(self, pairs: Sequence[LayerPrecision]) -> dict[LayerPrecision, float]:
+        """What the network loses by each layer in each precision, for all pairs (layer, precision)."""
         missing = [pair for pair in dict.fromkeys(pairs) if pair not in self._losses]
-        if missing:
-            everything_float = {layer.name: FLOAT32 for layer in self._session.graph.anchors}
-            programs = [self._session.program({**everything_float, n: parse_precision(p)}) for n, p in missing]
-            scores = self._session.evaluate(programs, self.samples, self._metric, "measuring layers")
-            self._losses.update({pair: score.loss for pair, score in zip(missing, scores, strict=True)})
+        self._losses.update(self._plans.losses(missing, self._evaluate))
         return {pair: self._losses[pair] for pair in pairs}
+
+    def _evaluate(self, plans: Sequence[Assignment]) -> list[float]:
+        programs = [self._session.program({n: parse_precision(p) for n, p in plan.items()}) for plan in plans]
+        new = {program.digest: program for program in programs if program.digest not in self._evaluated}
+        if new:
+            scores = self._session.evaluate(list(new.values()), self.samples, self._metric, "measuring layers")
+            self._evaluated.update((digest, score.loss) for digest, score in zip(new, scores, strict=True))
+        return [self._evaluated[program.digest] for program in programs]
 
     @property
     def evaluations(self) -> int:
-        """How many pairs were measured."""
-        return sum(1 for _, precision in self._losses if precision != "float32")
+        """How many plans were measured."""
+        return len(self._evaluated)
 
     def of_layer(self, layer: str) -> dict[str, float]:
         """The losses of one layer by precision, as far as they were measured."""

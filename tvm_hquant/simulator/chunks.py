@@ -13,6 +13,9 @@ from tvm_hquant.simulator.margins import SCORED
 
 Floats = npt.NDArray[np.float64]
 
+_ELEMENTS = 2**18
+"""Elements of outputs that are scored at once, at most, unless one program has more."""
+
 
 class ChunkSample(NamedTuple):
     """One sample: arrays of the graph inputs in order, label, and what the float model gives for it, where that is known."""
@@ -63,8 +66,11 @@ class ProgramSet:
             reference, results = (
                 (sample.reference, results) if sample.reference is not None else (results[0], results[1:])
             )
-            for m, metric in enumerate(self._metrics):
-                scores[:, m, number] = metric.score_all(reference, results, sample.label)
+            step = max(1, _ELEMENTS // sum(output.size for output in reference))
+            for start in range(0, len(results), step):
+                group = slice(start, start + step)
+                for m, metric in enumerate(self._metrics):
+                    scores[group, m, number] = metric.score_all(reference, results[group], sample.label)
             references.append(reference)
         return ChunkScores(scores, tuple(references))
 

@@ -5,13 +5,12 @@ See :mod:`tvm_hquant.search.expected_drop`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
 
 from tvm_hquant.errors import DataError
-from tvm_hquant.simulator.metrics import METRICS, Floats, Metric, Outputs, Score, log_probabilities
+from tvm_hquant.simulator.metrics import METRICS, Floats, Metric, Outputs, log_probabilities
 
 
 class Margin(Metric):
@@ -22,11 +21,11 @@ class Margin(Metric):
 
     name = "margin"
 
-    def score(self, float_outputs: Outputs, outputs: Outputs, label: int | None = None) -> Score:
+    def score_all(self, float_outputs: Outputs, outputs: Sequence[Outputs], label: int | None = None) -> Floats:
         expected, actual = log_probabilities(float_outputs, outputs)
         chosen = int(np.argmax(expected))
-        lead = _lead(expected, chosen)
-        return Score(lead, _lead(actual, chosen) if np.isfinite(actual).all() else -math.inf)
+        reference, *leads = _leads(np.concatenate((expected[None], actual)), chosen).tolist()
+        return np.array([(reference, lead) for lead in leads]).reshape(-1, 2)
 
     def value(self, scores: Floats) -> float:
         return float(np.mean(scores[:, 1]))
@@ -45,20 +44,16 @@ class Preference(Metric):
     name = "preference"
     needs_labels = True
 
-    def score(self, float_outputs: Outputs, outputs: Outputs, label: int | None = None) -> Score:
+    def score_all(self, float_outputs: Outputs, outputs: Sequence[Outputs], label: int | None = None) -> Floats:
         if label is None:
             raise DataError("top1 needs labels, but the data has none: add labels, or use agreement, kl, mse or sqnr")
-        expected, _ = log_probabilities(float_outputs, float_outputs)
+        expected, _ = log_probabilities(float_outputs, [])
         first = int(np.argmax(expected))
         others = expected.copy()
         others[first] = -np.inf
         second = int(np.argmax(others))
-        return Score(
-            float(np.exp(expected[first]) - np.exp(expected[second])), float(label == first) - float(label == second)
-        )
-
-    def score_all(self, float_outputs: Outputs, outputs: Sequence[Outputs], label: int | None = None) -> list[Score]:
-        return [self.score(float_outputs, float_outputs, label)] * len(outputs)
+        score = np.exp(expected[first]) - np.exp(expected[second]), float(label == first) - float(label == second)
+        return np.tile(np.array(score), (len(outputs), 1))
 
     def value(self, scores: Floats) -> float:
         return float(np.mean(scores[:, 1]))
@@ -71,6 +66,7 @@ SCORED: dict[str, Metric] = {**METRICS, **{metric.name: metric for metric in (Ma
 """All that programs can be scored by, by name; a budget is set in one of the metrics."""
 
 
-def _lead(log_probabilities_: Floats, chosen: int) -> float:
-    others = np.delete(log_probabilities_, chosen)
-    return float(log_probabilities_[chosen] - others.max())
+def _leads(rows: Floats, chosen: int) -> Floats:
+    """Of one class over the best other one in each row of log-probabilities; −∞ where a row is not finite."""
+    others = np.delete(rows, chosen, axis=1)
+    return np.where(np.isfinite(rows).all(axis=1), rows[:, chosen] - others.max(axis=1), -np.inf)

@@ -61,18 +61,20 @@ class Metric(ABC):
     name: str
     needs_labels: bool = False
 
-    @abstractmethod
     def score(self, float_outputs: Outputs, outputs: Outputs, label: int | None = None) -> Score:
-        """The score of one sample.
+        """The score of one sample; see :meth:`score_all`."""
+        return Score(*self.score_all(float_outputs, [outputs], label)[0].tolist())
+
+    @abstractmethod
+    def score_all(self, float_outputs: Outputs, outputs: Sequence[Outputs], label: int | None = None) -> Floats:
+        """The scores of one sample under several quantized models, float64 [models, 2], columns as in :class:`Score`.
+
+        The outputs of all of them are held in float64 at once.
 
         Raises:
             DataError: the float model's output holds NaN or infinity, or a label is missing or not among its classes.
             ValueError: the outputs differ in shape.
         """
-
-    def score_all(self, float_outputs: Outputs, outputs: Sequence[Outputs], label: int | None = None) -> list[Score]:
-        """The scores of one sample under several quantized models; see :meth:`score`."""
-        return [self.score(float_outputs, own, label) for own in outputs]
 
     @abstractmethod
     def value(self, scores: Floats) -> float:
@@ -93,8 +95,8 @@ class Top1(Metric):
     name = "top1"
     needs_labels = True
 
-    def score(self, float_outputs: Outputs, outputs: Outputs, label: int | None = None) -> Score:
-        reference, output = _first_outputs(float_outputs, outputs)
+    def score_all(self, float_outputs: Outputs, outputs: Sequence[Outputs], label: int | None = None) -> Floats:
+        reference, rows = _first_outputs(float_outputs, outputs)
         if label is None:
             raise DataError("top1 needs labels, but the data has none: add labels, or use agreement, kl, mse or sqnr")
         classes = max(2, reference.size)
@@ -102,7 +104,7 @@ class Top1(Metric):
             raise DataError(
                 f"label {label} is none of the {classes} classes of the model's output: labels count from 0"
             )
-        return Score(float(_class(reference) == label), float(_class(output) == label))
+        return _table(_classes(reference[None])[0] == label, _classes(rows) == label)
 
     def value(self, scores: Floats) -> float:
         return float(np.mean(scores[:, 1]))
@@ -121,9 +123,9 @@ class Agreement(Metric):
 
     name = "agreement"
 
-    def score(self, float_outputs: Outputs, outputs: Outputs, label: int | None = None) -> Score:
-        reference, output = _first_outputs(float_outputs, outputs)
-        return Score(1.0, float(_class(reference) == _class(output)))
+    def score_all(self, float_outputs: Outputs, outputs: Sequence[Outputs], label: int | None = None) -> Floats:
+        reference, rows = _first_outputs(float_outputs, outputs)
+        return _table(1.0, _classes(rows) == _classes(reference[None])[0])
 
     def value(self, scores: Floats) -> float:
         return float(np.mean(scores[:, 1]))
@@ -144,12 +146,11 @@ class Divergence(Metric):
 
     name = "kl"
 
-    def score(self, float_outputs: Outputs, outputs: Outputs, label: int | None = None) -> Score:
+    def score_all(self, float_outputs: Outputs, outputs: Sequence[Outputs], label: int | None = None) -> Floats:
         expected, actual = log_probabilities(float_outputs, outputs)
-        if not np.isfinite(actual).all():
-            return Score(0.0, math.inf)
+        divergences = np.sum(np.exp(expected) * (expected - actual), axis=1)
         # Rounding can leave the sum for equal outputs a little below zero.
-        return Score(0.0, max(0.0, float(np.sum(np.exp(expected) * (expected - actual)))))
+        return _table(0.0, np.where(np.isfinite(divergences), np.maximum(divergences, 0.0), np.inf))
 
     def value(self, scores: Floats) -> float:
         return _mean(scores[:, 1])
@@ -163,9 +164,9 @@ class MeanSquaredError(Metric):
 
     name = "mse"
 
-    def score(self, float_outputs: Outputs, outputs: Outputs, label: int | None = None) -> Score:
-        reference, output = _joined_outputs(float_outputs, outputs)
-        return Score(0.0, _noise(reference, output) / reference.size)
+    def score_all(self, float_outputs: Outputs, outputs: Sequence[Outputs], label: int | None = None) -> Floats:
+        reference, rows = _joined_outputs(float_outputs, outputs)
+        return _table(0.0, _noises(reference, rows) / reference.size)
 
     def value(self, scores: Floats) -> float:
         return _mean(scores[:, 1])
@@ -179,9 +180,9 @@ class SignalToQuantizationNoise(Metric):
 
     name = "sqnr"
 
-    def score(self, float_outputs: Outputs, outputs: Outputs, label: int | None = None) -> Score:
-        reference, output = _joined_outputs(float_outputs, outputs)
-        return Score(float(np.sum(reference**2)), _noise(reference, output))
+    def score_all(self, float_outputs: Outputs, outputs: Sequence[Outputs], label: int | None = None) -> Floats:
+        reference, rows = _joined_outputs(float_outputs, outputs)
+        return _table(np.sum(reference**2), _noises(reference, rows))
 
     def value(self, scores: Floats) -> float:
         signal, noise = math.fsum(scores[:, 0]), math.fsum(scores[:, 1])
@@ -263,63 +264,77 @@ class MetricAccumulator:
         return np.array(self.scores, np.float64)
 
 
-def log_probabilities(float_outputs: Outputs, outputs: Outputs) -> tuple[Floats, Floats]:
-    """Logarithms of the class probabilities of the first outputs of both models, float64 [classes]; at least two classes.
+def log_probabilities(float_outputs: Outputs, outputs: Sequence[Outputs]) -> tuple[Floats, Floats]:
+    """Logarithms of the class probabilities of the first output of the float model, float64 [classes], and of several
+    quantized ones, float64 [models, classes]; at least two classes.
 
-    Outputs that the float model gives as probabilities (none negative, sum 1) are taken as such, others as logits. What the
+    Outputs that the float model gives as probabilities (none negative, sum 1) are taken as such, others as logits. What a
     quantized model gives is NaN throughout where its output is not finite.
     """
-    reference, output = _first_outputs(float_outputs, outputs)
-    is_finite = bool(np.isfinite(output).all())
-    if reference.size > 1 and reference.min() >= 0 and abs(float(reference.sum()) - 1.0) < 1e-3:
-        expected = _log_of_probabilities(reference)
-        actual = _log_of_probabilities(output) if is_finite else np.full_like(expected, np.nan)
-    else:
-        expected = _log_softmax(reference)
-        actual = _log_softmax(output) if is_finite else np.full_like(expected, np.nan)
+    reference, rows = _first_outputs(float_outputs, outputs)
+    are_probabilities = reference.size > 1 and reference.min() >= 0 and abs(float(reference.sum()) - 1.0) < 1e-3
+    logarithms = _log_of_probabilities if are_probabilities else _log_softmax
+    expected = logarithms(reference[None])[0]
+    actual = np.full((len(rows), expected.size), np.nan)
+    is_finite = np.isfinite(rows).all(axis=1)
+    actual[is_finite] = logarithms(rows[is_finite])
     return expected, actual
 
 
-def _first_outputs(float_outputs: Outputs, outputs: Outputs) -> tuple[Floats, Floats]:
-    return _checked(np.ravel(float_outputs[0]).astype(np.float64), np.ravel(outputs[0]).astype(np.float64))
+def _first_outputs(float_outputs: Outputs, outputs: Sequence[Outputs]) -> tuple[Floats, Floats]:
+    return _checked(np.ravel(float_outputs[0]), [np.ravel(own[0]) for own in outputs])
 
 
-def _joined_outputs(float_outputs: Outputs, outputs: Outputs) -> tuple[Floats, Floats]:
-    joined = [np.concatenate([np.ravel(o).astype(np.float64) for o in every]) for every in (float_outputs, outputs)]
-    return _checked(joined[0], joined[1])
+def _joined_outputs(float_outputs: Outputs, outputs: Sequence[Outputs]) -> tuple[Floats, Floats]:
+    return _checked(_joined(float_outputs), [_joined(own) for own in outputs])
 
 
-def _checked(reference: Floats, output: Floats) -> tuple[Floats, Floats]:
-    if reference.shape != output.shape or reference.size == 0:
-        raise ValueError(f"outputs have {output.size} elements, the float model's {reference.size}")
+def _joined(outputs: Outputs) -> Floats:
+    return np.concatenate([np.ravel(output).astype(np.float64) for output in outputs])
+
+
+def _checked(reference: Array, outputs: Sequence[Array]) -> tuple[Floats, Floats]:
+    """The float model's output [elements], and those of the others [models, elements], in float64."""
+    for output in outputs:
+        if reference.shape != output.shape or reference.size == 0:
+            raise ValueError(f"outputs have {output.size} elements, the float model's {reference.size}")
     if not np.isfinite(reference).all():
         raise DataError("the float model's output holds NaN or infinity: check the model and the data's preprocessing")
-    return reference, output
+    rows = np.stack(outputs) if outputs else np.empty((0, reference.size))
+    return reference.astype(np.float64), rows.astype(np.float64)
 
 
-def _class(output: Floats) -> int:
-    """The class of an output; −1, which is none, for NaN."""
-    if np.isnan(output).any():
-        return -1
-    return int(output[0] > 0) if output.size == 1 else int(np.argmax(output))
+def _table(references: npt.ArrayLike, values: npt.ArrayLike) -> Floats:
+    """Scores [models, 2]; one reference for all models."""
+    values = np.asarray(values, np.float64)
+    return np.column_stack((np.broadcast_to(np.asarray(references, np.float64), values.shape), values))
+
+
+def _classes(rows: Floats) -> npt.NDArray[np.int64]:
+    """The class of each output; −1, which is none, for NaN."""
+    found = (rows[:, 0] > 0).astype(np.int64) if rows.shape[1] == 1 else np.argmax(rows, axis=1)
+    return np.where(np.isnan(rows).any(axis=1), -1, found)
 
 
 def _log_softmax(logits: Floats) -> Floats:
-    if logits.size == 1:
-        logits = np.array([0.0, logits[0]])
-    shifted = logits - logits.max()
-    return np.asarray(shifted - np.log(np.sum(np.exp(shifted))), np.float64)
+    if logits.shape[1] == 1:
+        logits = np.concatenate((np.zeros_like(logits), logits), axis=1)
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    return np.asarray(shifted - np.log(np.sum(np.exp(shifted), axis=1, keepdims=True)), np.float64)
 
 
 def _log_of_probabilities(probabilities: Floats) -> Floats:
     """A quantized probability can be 0; it counts as the smallest that float32 resolves next to 1."""
     floored = np.maximum(probabilities, _SMALLEST_PROBABILITY)
-    return np.asarray(np.log(floored / floored.sum()), np.float64)
+    return np.asarray(np.log(floored / floored.sum(axis=1, keepdims=True)), np.float64)
 
 
-def _noise(reference: Floats, output: Floats) -> float:
-    noise = float(np.sum((output - reference) ** 2)) if np.isfinite(output).all() else math.inf
-    return math.inf if math.isnan(noise) else noise
+def _noises(reference: Floats, rows: Floats) -> Floats:
+    """Energy of each difference; infinite where an output is not finite."""
+    is_finite = np.isfinite(rows).all(axis=1)
+    noises = np.full(len(rows), np.inf)
+    noises[is_finite] = np.sum((rows[is_finite] - reference) ** 2, axis=1)
+    return noises
 
 
 def _mean(values: Floats) -> float:
