@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from tests.onnx_models import node, onnx_model, random_weights
+from tvm_hquant import api
 from tvm_hquant.kernels.interface import KernelRequest
 from tvm_hquant.layers import Layer
 from tvm_hquant.operators import Conv2D, Convert, Softmax, Window
-from tvm_hquant.roofline import Roof
+from tvm_hquant.roofline import CallEvent, Roof, outermost_calls, profile_artifact
 from tvm_hquant.simulator.program import Step
 from tvm_hquant.target_spec import load_target_spec
 from tvm_hquant.tensor_format import FLOAT32_FORMAT
@@ -64,3 +66,22 @@ def test_no_roof_where_the_spec_has_no_rate() -> None:
     kernel = Roof(SPEC, {"softmax": "a8w8"}, 1, 0).kernel(step, "symbol", 1.0)
     assert (kernel.bound, kernel.fraction) == (None, None)
     assert Roof(SPEC, {}, 1, 0).kernel(None, "tvm_function", 1.0).operations == 0
+
+
+def test_calls_inside_a_call_are_part_of_it() -> None:
+    """Times belong to the functions that took them, whatever these call in turn."""
+    seconds = iter(range(100))
+    order = [("a", True), ("a", False), ("outer", True), ("b", True), ("b", False), ("c", True), ("c", False)]
+    order += [("outer", False), ("a", True), ("a", False)]
+    events = [CallEvent(symbol, is_start, float(next(seconds))) for symbol, is_start in order]
+    assert outermost_calls(events) == [("a", 1.0), ("outer", 5.0), ("a", 1.0)]
+
+
+def test_profile_of_a_layer_that_tvm_computes() -> None:
+    """It is one call under the layer's name, and the layers around it keep their own times."""
+    weights = random_weights(w=(4, 4, 3, 3))
+    model = onnx_model([node("Conv", "x w", "c"), node("Sin", "c", "s"), node("Relu", "s", "y")], weights)
+    artifact = api.compile(api.plan_without_search(api.open_session(model, "host"), precision="float32"))
+    profile = profile_artifact(artifact, 1, repeat=2)
+    assert [(k.layer, k.operator) for k in profile.kernels][-2:] == [("sin_0", "opaque"), ("relu_0", "unary")]
+    assert [k.kernel for k in profile.kernels if k.operator == "opaque"] == ["tvm"]

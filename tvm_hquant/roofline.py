@@ -12,7 +12,7 @@ import math
 import statistics
 import time
 from collections import defaultdict, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -45,10 +45,10 @@ class KernelProfile:
     """One call of a kernel inside the network.
 
     Attributes:
-        layer: its name; for a conversion ``convert TENSOR``; for what TVM made itself the function's name.
+        layer: its name; for a conversion ``convert TENSOR``; for a function that belongs to no layer the function's name.
         operator: its kind in target specs.
         precision: of the layer; for a conversion the two storages.
-        kernel: the compiled function's family and variant.
+        kernel: the compiled function's family and variant; ``tvm`` for an operator that TVM computes.
         microseconds: median over the runs, inside the running network.
         operations: two for each multiply-accumulate; one for each element of the output without weights; 0 if unknown.
         bytes: activations read and written once, and weights.
@@ -142,13 +142,40 @@ def profile_artifact(
     steps = _steps_by_symbol(program, families)
     weights = sum(_weight_bytes(step) for step in program.steps)
     roof = Roof(spec, {n: d.precision for n, d in plan.layers.items()}, threads, weights)
+    opaque = {str(e["function"]): str(e["name"]) for e in artifact.manifest["layers"] if e.get("function")}
     kernels = []
     for symbol, microseconds in timed:
-        step, name = steps[symbol].popleft() if steps[symbol] else (None, symbol)
+        step, name = steps[symbol].popleft() if steps[symbol] else (None, opaque.get(symbol, symbol))
         kernels.append(roof.kernel(step, name, microseconds))
     return NetworkProfile(
         str(artifact.manifest["model"]), spec.name, threads, spec.memory.bandwidth_gb_per_s, tuple(kernels), whole
     )
+
+
+@dataclass(frozen=True)
+class CallEvent:
+    """The start or the end of a call, in seconds of one clock."""
+
+    symbol: str
+    is_start: bool
+    seconds: float
+
+
+def outermost_calls(events: Iterable[CallEvent]) -> list[tuple[str, float]]:
+    """Symbol and seconds of every call that no other call encloses.
+
+    A layer that TVM computes is a Relax function whose kernels are called inside of it; its time is that of the whole function.
+    """
+    calls: list[tuple[str, float]] = []
+    open_calls: list[CallEvent] = []
+    for event in events:
+        if event.is_start:
+            open_calls.append(event)
+            continue
+        start = open_calls.pop()
+        if not open_calls:
+            calls.append((start.symbol, event.seconds - start.seconds))
+    return calls
 
 
 def _timed_calls(artifact: Artifact, sample: Mapping[str, Array], repeat: int) -> list[tuple[str, float]]:
@@ -157,13 +184,13 @@ def _timed_calls(artifact: Artifact, sample: Mapping[str, Array], repeat: int) -
     from tvm.runtime.vm import VirtualMachine
 
     machine = VirtualMachine(artifact.library, artifact.device)  # of its own: instruments cannot be taken off
-    events: list[tuple[str, float]] = []
+    events: list[CallEvent] = []
 
     def record(_function: Any, symbol: str, is_before: bool, _result: Any, *_arguments: Any) -> None:
         if not symbol.startswith(_RUNTIME_PREFIX):
             if not is_before:
                 artifact.device.sync()
-            events.append((symbol, time.perf_counter()))
+            events.append(CallEvent(symbol, is_before, time.perf_counter()))
 
     tensors = [*(tensor(array, artifact.device) for array in sample.values()), *artifact.parameters]
     main = machine["main"]
@@ -173,8 +200,7 @@ def _timed_calls(artifact: Artifact, sample: Mapping[str, Array], repeat: int) -
     for _ in range(repeat):
         events.clear()
         main(*tensors)
-        pairs = zip(events[::2], events[1::2], strict=True)
-        runs.append([(symbol, end - start) for (symbol, start), (_, end) in pairs])
+        runs.append(outermost_calls(events))
     return [
         (calls[0][0], 1e6 * statistics.median(seconds for _, seconds in calls)) for calls in zip(*runs, strict=True)
     ]
