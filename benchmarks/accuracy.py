@@ -23,7 +23,7 @@ from tvm_hquant import api
 from tvm_hquant.cli.tables import print_table
 from tvm_hquant.kernels.registry import host_instruction_sets
 from tvm_hquant.precision import parse_precision
-from tvm_hquant.quantizer import DataRoles, Options, Quantizer, is_low_bit
+from tvm_hquant.quantizer import DataRoles, Options, Quantizer, low_bit_share
 from tvm_hquant.sensitivity.measured import SensitivityTable
 from tvm_hquant.simulator.metrics import METRICS, MetricAccumulator
 
@@ -80,7 +80,7 @@ def measure(model: ZooModel, arguments: argparse.Namespace) -> list[dict[str, An
         scores = session.evaluate_metrics(list(programs.values()), held_out, metrics, "scoring")
         for (name, program), own in zip(programs.items(), scores, strict=True):
             pooled.setdefault(name, []).append(own)
-            shares.setdefault(name, []).append(low_bit_share(session, program))
+            shares.setdefault(name, []).append(low_bit_share(session.graph.layers, program.formats.precisions))
     seconds = perf_counter() - start
     rows = []
     for name, folds in pooled.items():
@@ -105,14 +105,6 @@ def measure(model: ZooModel, arguments: argparse.Namespace) -> list[dict[str, An
             }
         )
     return rows
-
-
-def low_bit_share(session: Any, program: Any) -> float:
-    """Share of multiply-accumulates in at most 8 bits."""
-    anchors = session.graph.anchors
-    total = sum(layer.macs for layer in anchors)
-    low = sum(layer.macs for layer in anchors if is_low_bit(program.formats.precisions[layer.name]))
-    return float(low / total)
 
 
 def _print(rows: list[dict[str, Any]]) -> None:

@@ -94,6 +94,24 @@ def test_graph_output_is_computed_in_the_precision_of_outputs() -> None:
     assert follow_consumers(graph, {"a": A8W8}, {})["pool"].detail == "makes a graph output"
 
 
+def test_output_that_is_read_as_codes_too_is_dequantized_once() -> None:
+    """Layers make the parts of a joined output as codes; in float32 they would be quantized for each of their readers."""
+    joined = Conv2D((1, 4, 4, 4), 2, Window((1, 1)))
+    layers: list[Node] = [
+        ("a", CONVOLUTION, ("x",)), ("b", CONVOLUTION, ("a",)), ("join", Concat((SHAPE, SHAPE), 3), ("a", "b")),
+        ("c", joined, ("join",)), ("order", Movement("permute_dims", (1, 4, 4, 4), (1, 4, 4, 4), (0, 3, 1, 2)), ("join",)),
+    ]  # fmt: skip
+    graph = graph_of(layers, "join", "order", "c")
+    anchors = dict.fromkeys("abc", A8W8)
+    followed = follow_consumers(graph, anchors, {})
+    assert (followed["join"].precision, followed["join"].reason) == (A8W8, "as its readers")
+    precisions = {**anchors, **{name: f.precision for name, f in followed.items()}}
+    formats = assign_formats(graph, precisions, all_scales(graph))
+    assert [(c.tensor, c.kind) for c in formats.conversions(graph)] == [("x", "quantize"), ("join", "dequantize")]
+    for others in ({"a": FLOAT32}, {"c": FLOAT32}):  # a float maker; a float reader: then nothing is gained
+        assert follow_consumers(graph, {**anchors, **others}, {})["join"].precision == FLOAT32
+
+
 def test_operators_without_integer_kernels_stay_in_float32() -> None:
     """And the reason says so: softmax has no kernel in codes, sigmoid has none for 16-bit codes."""
     softmax = graph_of([("s", Softmax(SHAPE, 3), ("x",)), ("a", CONVOLUTION, ("s",))], "a")

@@ -7,7 +7,7 @@ precision meet without any.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from tvm_hquant.errors import PrecisionError
@@ -87,12 +87,13 @@ def follow_consumers(
     for layer in reversed(graph.layers):
         if layer.is_anchor or (layer.name in chosen and layer.name not in fixed):
             continue
-        readers = [
-            read_precision(graph.by_name[name], index, anchors[name] if name in anchors else chosen[name].precision)
-            for name, index in graph.consumers[layer.name]
-        ]
-        if layer.name in graph.outputs:
-            readers.append(output)
+        inside: list[Precision] = []  # of the readers whose results are not just an output in another order
+        leaving = [output] if layer.name in graph.outputs else []
+        for name, index in graph.consumers[layer.name]:
+            own = anchors[name] if name in anchors else chosen[name].precision
+            only_leaves = name not in fixed and _only_leaves(graph, graph.by_name[name])
+            (leaving if only_leaves else inside).append(read_precision(graph.by_name[name], index, own))
+        readers = inside if _leaves_as_codes(graph, layer, inside, anchors) else [*inside, *leaving]
         widest = max(readers, key=_width, default=output)
         # Weights have no part here: the plain precision of the same activations speaks for all of them.
         wanted = _without_weights(widest)
@@ -155,6 +156,26 @@ def _shrinks_float(graph: LayerGraph, layer: Layer, anchors: Mapping[str, Precis
         return False
     before, after = graph.tensor_shape(layer.inputs[0]), layer.operator.output_shape
     return _elements(after) < _elements(before)
+
+
+def _only_leaves(graph: LayerGraph, layer: Layer) -> bool:
+    """Whether a layer only moves what then leaves the graph."""
+    return is_transparent(layer) and all(_only_leaves(graph, graph.by_name[n]) for n, _ in graph.consumers[layer.name])
+
+
+def _leaves_as_codes(
+    graph: LayerGraph, layer: Layer, readers: Sequence[Precision], anchors: Mapping[str, Precision]
+) -> bool:
+    """Whether a graph output that ``readers`` in the graph read as codes, too, is made as codes and dequantized once.
+
+    In floats its makers would write four times the bytes, and what reads codes, of the output or of what its makers make,
+    would each need them quantized. That pays where all makers can make codes.
+    """
+    if not is_transparent(layer) or not readers or not all(reader.is_integer for reader in readers):
+        return False
+    wanted = _without_weights(max(readers, key=_width))
+    makers = [graph.by_name[tensor] for tensor in layer.inputs if tensor in graph.by_name]
+    return all(anchors[m.name].is_integer if m.is_anchor else not is_float_only(m, wanted) for m in makers)
 
 
 def _elements(shape: tuple[int, ...]) -> int:

@@ -20,7 +20,7 @@ from tvm_hquant.front_plot import draw_front
 from tvm_hquant.plan import LayerDecision, PrecisionPlan
 from tvm_hquant.planning import make_plan, stored_bits_of, with_stored_bits
 from tvm_hquant.precision import parse_precision
-from tvm_hquant.quantizer import Quantizer, is_low_bit
+from tvm_hquant.quantizer import Quantizer, low_bit_share
 from tvm_hquant.search.archive import EvaluatedPlan
 from tvm_hquant.search.problem import SearchResult
 from tvm_hquant.simulator.program import Program
@@ -133,10 +133,12 @@ class FrontWriter:
     def _point(
         self, name: str, found: EvaluatedPlan, held_out: Interval | None, latency: float, source: str
     ) -> FrontPoint:
-        layers = self._quantizer.session.graph.anchors
-        precisions = {layer.name: parse_precision(found.assignment[layer.name]) for layer in layers}
+        session = self._quantizer.session
+        layers = session.graph.anchors
+        precisions = session.all_precisions(
+            {layer.name: parse_precision(found.assignment[layer.name]).computed for layer in layers}
+        )
         decisions = with_stored_bits(found.assignment, found.stored_bits)
-        total = sum(layer.macs for layer in layers) or 1
         return FrontPoint(
             name,
             found.loss.estimate,
@@ -146,7 +148,7 @@ class FrontWriter:
             latency,
             source,
             sum(weight_bytes(layer, decisions[layer.name].weight_precision) for layer in layers),
-            sum(layer.macs for layer in layers if is_low_bit(precisions[layer.name])) / total,
+            low_bit_share(session.graph.layers, precisions),
             self._quantizer.evaluations,
         )
 

@@ -20,7 +20,7 @@ from tvm.ir.expr import GenericConst
 
 from tvm_hquant.errors import ModelError
 from tvm_hquant.operator_codec import decode
-from tvm_hquant.operators import BatchMatmul, Conv2D, Dense, Movement, Operator, Shape
+from tvm_hquant.operators import BatchMatmul, Conv2D, Dense, Movement, Opaque, Operator, Shape
 
 LAYER_ATTRIBUTE = "hquant.layer"
 OPERATOR_ATTRIBUTE = "hquant.operator"
@@ -61,7 +61,7 @@ class Layer:
     @property
     def macs(self) -> int:
         """Multiply-accumulates of one call; 0 for operators that are no products of matrices."""
-        return self.operator.macs if isinstance(self.operator, (Conv2D, Dense, BatchMatmul)) else 0
+        return self.operator.macs if isinstance(self.operator, (Conv2D, Dense, BatchMatmul, Opaque)) else 0
 
     @property
     def parameter_count(self) -> int:

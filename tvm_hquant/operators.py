@@ -334,11 +334,13 @@ class LocalResponseNormalization:
 
 @dataclass(frozen=True)
 class Opaque:
-    """Anything else: computed in float32 by TVM's own legalization. ``name`` is the Relax operator."""
+    """Anything else: computed in float32 by TVM's own legalization. ``name`` is the Relax operator, ``macs`` are its
+    multiply-accumulates of one call where it is a product of matrices (a transposed or 3D convolution, say)."""
 
     name: str
     input_shapes: tuple[Shape, ...]
     output_shape: Shape
+    macs: int = 0
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ strategy, make a quantizer with it, then ``simulate()`` or ``quantize()``.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -333,13 +334,12 @@ class Quantizer:
         agreement: MetricAccumulator,
         decisions: Mapping[str, LayerDecision],
     ) -> ModelRow:
-        precisions, anchors = program.formats.precisions, self.session.graph.anchors
+        precisions, graph = program.formats.precisions, self.session.graph
         stored = {**precisions, **{n: d.weight_precision for n, d in decisions.items()}}
-        total = sum(layer.macs for layer in anchors) or 1
-        low = sum(layer.macs for layer in anchors if is_low_bit(precisions[layer.name]))
-        size = sum(weight_bytes(layer, stored[layer.name]) for layer in anchors)
+        low = low_bit_share(graph.layers, precisions)
+        size = sum(weight_bytes(layer, stored[layer.name]) for layer in graph.anchors)
         loss = score.loss_interval() if name != "float32" else Interval(0.0, 0.0, 0.0)
-        return ModelRow(name, score.value, loss, agreement.value, low / total, size, len(program.conversions), remark)
+        return ModelRow(name, score.value, loss, agreement.value, low, size, len(program.conversions), remark)
 
     def _layer_report(self, plan: PrecisionPlan, layer: Layer) -> LayerReport:
         decision = plan.layers[layer.name]
@@ -362,9 +362,17 @@ class Quantizer:
         return spec.reason_against(precision, operator_kind) is not None or spec.is_bit_exact(precision, operator_kind)
 
 
-def is_low_bit(precision: Precision) -> bool:
-    """Whether a layer computes with codes of at most 8 bits."""
-    return precision.is_integer and max(precision.activation_bits, precision.weight_bits) <= 8
+def low_bit_share(layers: Iterable[Layer], precisions: Mapping[str, Precision]) -> float:
+    """Share of the multiply-accumulates of layers that compute with codes of at most 8 bits; 0 where there are none.
+
+    Layers that TVM computes in float32 count as what they are.
+    """
+    macs: Counter[bool] = Counter()
+    for layer in layers:
+        precision = precisions[layer.name]
+        is_low_bit = precision.is_integer and max(precision.activation_bits, precision.weight_bits) <= 8
+        macs[is_low_bit] += layer.macs
+    return macs[True] / (macs.total() or 1)
 
 
 @dataclass(frozen=True, eq=False)

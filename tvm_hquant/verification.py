@@ -50,9 +50,10 @@ class TensorCheck:
 
     ``kernel`` is the compiled function, ``elements`` how many values were compared, ``different`` how many differ, and
     ``largest`` the largest difference in stored units. ``by_bound`` says that values were not compared bit for bit: then
-    ``different`` counts those outside of their limits, and ``largest`` is the largest distance from these. ``note`` says why
-    they differ: the constants in the library are not those of the plan, or the kernel breaks the contract; or why a tensor was
-    not compared.
+    ``different`` counts those outside of their limits, and ``largest`` is the largest distance from these.
+    ``is_outside_contract`` says that TVM itself computes the tensor, and that nothing was compared. ``note`` says why values
+    differ: the constants in the library are not those of the plan, or the kernel breaks the contract; or why a tensor was not
+    compared.
     """
 
     layer: str
@@ -63,6 +64,7 @@ class TensorCheck:
     largest: float
     by_bound: bool
     note: str = ""
+    is_outside_contract: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,11 @@ class VerificationReport:
     def holds(self) -> bool:
         """Whether everything that was compared is equal bit for bit, or within its limits where it was compared by bound."""
         return self.outputs_equal and all(check.different == 0 for check in self.checks)
+
+    @property
+    def outside_contract(self) -> tuple[TensorCheck, ...]:
+        """What was not compared because TVM itself computes it: there the device may differ from what was simulated."""
+        return tuple(check for check in self.checks if check.is_outside_contract)
 
 
 @dataclass
@@ -250,7 +257,9 @@ def _cause(
 def _check(step: Step, kernel: Kernel | None, tally: _Tally) -> TensorCheck:
     layer = step.layer.name if step.layer is not None else f"convert to {step.format.dtype}"
     if step.request is None:
-        return TensorCheck(layer, step.tensor, "tvm", 0, 0, 0.0, False, "TVM's own operator, outside the contract")
+        return TensorCheck(
+            layer, step.tensor, "tvm", 0, 0, 0.0, False, "TVM's own operator, outside the contract", True
+        )
     if is_view(step.request):
         return TensorCheck(layer, step.tensor, "view", 0, 0, 0.0, False, "the same memory in another shape")
     name, by_bound = kernel.name if kernel is not None else IN_PLACE, _is_by_bound(kernel)

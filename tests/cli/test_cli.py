@@ -155,6 +155,18 @@ def test_compile_run_verify(files: Path, artifact: Path, hquant: Hquant, tmp_pat
     assert "head" in done.out
 
 
+def test_verify_names_what_it_cannot_compare(hquant: Hquant, tmp_path: Path) -> None:
+    """The contract does not cover what TVM computes: that nothing was compared there is said without being asked."""
+    weights = random_weights(w=(4, 4, 1, 1))
+    onnx.save(onnx_model([node("Conv", "x w", "c"), node("Sin", "c", "y")], weights), tmp_path / "model.onnx")
+    assert hquant("compile", tmp_path / "model.onnx", "--precision", "float32", "-o", tmp_path / "out").code == 0
+    done = hquant("verify", tmp_path / "out")
+    assert done.code == 0, done.err
+    found = re.search(r"not compared: 1 of (\d) tensors, .*: sin_0$", done.out, re.MULTILINE)
+    assert found is not None
+    assert f"{int(found[1]) - 1} of {int(found[1]) - 1} tensors equal bit for bit" in done.out
+
+
 def test_npy_serves_a_model_with_one_input(files: Path, artifact: Path, hquant: Hquant) -> None:
     """No need to pack one array into an archive."""
     assert hquant("run", artifact, "-i", files / "images.npy").code == 0

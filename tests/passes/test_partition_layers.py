@@ -7,11 +7,15 @@ import tvm
 from tvm.script import ir as I
 from tvm.script import relax as R
 
+from tests.onnx_models import node, onnx_model, random_weights
 from tests.small_models import residual_module, run_module, with_weights
+from tvm_hquant import api
 from tvm_hquant.layers import read_layers
 from tvm_hquant.operator_codec import encode
 from tvm_hquant.operators import Add, BatchMatmul, Conv2D, Dense, Epilogue, Multiply, Opaque, Window
 from tvm_hquant.passes.partition_layers import partition_layers
+from tvm_hquant.precision import A8W8, FLOAT32
+from tvm_hquant.quantizer import low_bit_share
 
 
 def test_conv_takes_bias_residual_and_clamp() -> None:
@@ -201,6 +205,20 @@ def test_unknown_operators_are_opaque_and_tuples_are_taken_apart() -> None:
     ]
     x = np.arange(12, dtype="float32").reshape(2, 6)
     np.testing.assert_array_equal(run_module(before, x)[0], run_module(partitioned, x)[0])
+
+
+def test_products_that_only_tvm_computes_count_their_work() -> None:
+    """A transposed and a 3D convolution are multiply-accumulates like any other, in float32."""
+    weights = random_weights(w=(4, 5, 3, 3), v=(3, 2, 2, 2, 2))
+    transposed = onnx_model([node("ConvTranspose", "x w", "y", strides=[2, 2])], weights)
+    spatial = onnx_model([node("Conv", "x v", "y")], weights, {"x": (1, 2, 4, 5, 6)})
+    for model, macs in ((transposed, 64 * 4 * 5 * 9), (spatial, 3 * 4 * 5 * 3 * 2 * 8)):
+        graph = api.open_session(model, "host").graph
+        (layer,) = (layer for layer in graph.layers if isinstance(layer.operator, Opaque))
+        assert layer.macs == macs
+        others = {other.name: A8W8 for other in graph.layers}
+        assert low_bit_share(graph.layers, {**others, layer.name: FLOAT32}) == 0.0
+        assert low_bit_share(graph.layers, others) == 1.0
 
 
 def test_same_values_before_and_after() -> None:

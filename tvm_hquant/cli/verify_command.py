@@ -65,6 +65,11 @@ def verify_command(
     bounded = [c for c in report.checks if c.elements and c.by_bound]
     if bounded:
         typer.echo(f"compared by bound, not bit for bit: {', '.join(c.layer for c in bounded)}")
+    if outside := report.outside_contract:
+        typer.echo(
+            f"not compared: {len(outside)} of {len(outside) + len(exact) + len(bounded)} tensors, which TVM's own operators "
+            f"make outside of the contract: {', '.join(c.layer for c in outside)}"
+        )
     within = f", {_right(bounded)} of {len(bounded)} within their bound" if bounded else ""
     typer.echo(
         f"{_right(exact)} of {len(exact)} tensors equal bit for bit{within} on {report.device} ({report.samples} samples); "

@@ -179,7 +179,20 @@ def tensor_arguments(call: Any) -> list[Any]:
 def _opaque(call: Any) -> Operator:
     name = operator_name(call) or "call"
     shape = shape_of(call) if isinstance(call.ty, relax.TensorType) else ()
-    return Opaque(name, tuple(shape_of(a) for a in tensor_arguments(call)), shape)
+    return Opaque(name, tuple(shape_of(a) for a in tensor_arguments(call)), shape, _products(call))
+
+
+def _products(call: Any) -> int:
+    """Multiply-accumulates of a convolution or a product of matrices; 0 for other calls."""
+    name = operator_name(call)
+    if name == "relax.matmul":
+        return math.prod(shape_of(call)) * shape_of(call.args[0])[-1]
+    if not name.startswith("relax.nn.conv"):
+        return 0
+    kernel, layout = shape_of(call.args[1]), str(call.attrs.kernel_layout)
+    if name.endswith("_transpose"):  # every element of the input meets all weights of its channel
+        return math.prod(shape_of(call.args[0])) * math.prod(kernel) // kernel[layout.index("I")]
+    return math.prod(shape_of(call)) * math.prod(kernel) // kernel[layout.index("O")]
 
 
 def _pair(values: Sequence[Any]) -> tuple[int, int]:
