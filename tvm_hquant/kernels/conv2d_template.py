@@ -51,7 +51,7 @@ def conv2d_geometry(
     planes = 2 if request.weights in ("int8", "int16") and request.inputs[0] == "uint16" else 1
     conv, patches = as_conv2d(request.operator), None
     has_codes = request.weights == "int8" and request.inputs[0] == "uint8"
-    if has_codes and takes_patches(conv, dot.products, dot.splits_pixels):
+    if has_codes and takes_patches(conv, dot.products, dot.splits_pixels, dot.lanes):
         conv, patches = conv_of_patches(conv), conv
     packs_codes = (
         vectors is not None

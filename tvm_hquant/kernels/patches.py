@@ -1,8 +1,8 @@
 """First layers: the few channels that all positions of a small window take are copied side by side, pixel by pixel.
 
 A 3×3 window over three channels takes 27 codes for an output pixel. Row by row, they need nine steps of four products, parts of
-them idle; as one patch they need seven. To the dot products the layer is a 1×1 convolution over patches. Those of a few output
-rows exist at a time.
+them idle; as one patch they need seven. A 7×7 window needs 37 in place of 42, or of 49 where a step takes channels of one pixel
+alone. To the dot products the layer is a 1×1 convolution over patches. Those of a few output rows exist at a time.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from tvm_hquant.kernels.vector_loops import fitting_lanes, load, store, vector_l
 from tvm_hquant.operators import Conv2D, Window
 
 _MOST_CHANNELS = 4
-_MOST_ELEMENTS = 36
+_MOST_ELEMENTS = 4 * 7 * 7
 _VECTOR_BYTES = 16
 _PATCH_BYTES = 16 * 1024
 """Patches that exist at a time: they stay in the first-level cache."""
-_CLEAR_GAIN = 0.8
-"""Patches have to save this share of the steps of rows at least, for copying them takes a little longer."""
+_CLEAR_GAIN = 0.9
+"""Patches have to leave this share of the steps of rows at most, for copying them takes a little longer."""
 
 
 def is_patch(channels: int, kernel_height: int, kernel_width: int) -> bool:
@@ -40,9 +40,10 @@ def is_patch(channels: int, kernel_height: int, kernel_width: int) -> bool:
     )
 
 
-def takes_patches(conv: Conv2D, products: int, splits_pixels: bool) -> bool:
-    """Whether a convolution of 8-bit codes is computed by patches, with so many products a step.
+def takes_patches(conv: Conv2D, products: int, splits_pixels: bool, lanes: int) -> bool:
+    """Whether a convolution of 8-bit codes is computed by patches, with so many products a step for ``lanes`` outputs.
 
+    For every pixel they have to save more multiply-adds of vectors than moves of kernel rows are made.
     ``splits_pixels``: whether a step over a row may take channels of two pixels.
     """
     height, width = conv.window.kernel
@@ -50,7 +51,8 @@ def takes_patches(conv: Conv2D, products: int, splits_pixels: bool) -> bool:
         return False
     channels = conv.in_channels if splits_pixels else -(-conv.in_channels // products) * products
     by_rows, by_patches = height * -(-channels * width // products), -(-conv.in_channels * height * width // products)
-    return by_patches <= _CLEAR_GAIN * by_rows
+    saved = (by_rows - by_patches) * -(-conv.out_channels // lanes)
+    return by_patches <= _CLEAR_GAIN * by_rows and saved > height
 
 
 def conv_of_patches(conv: Conv2D) -> Conv2D:

@@ -125,7 +125,7 @@ def _has_octets(request: KernelRequest) -> bool:
     if request.centred_products == 1:
         return False
     conv, dot = as_conv2d(request.operator), octet_dot(request.centred_products)
-    has_patches = request.inputs[0] == "uint8" and takes_patches(conv, dot.products, dot.splits_pixels)
+    has_patches = request.inputs[0] == "uint8" and takes_patches(conv, dot.products, dot.splits_pixels, dot.lanes)
     return has_patches or conv.in_channels // conv.groups >= _FEWEST_CHANNELS
 
 
