@@ -3,7 +3,7 @@
     python -m benchmarks.search_speed [--tasks mobilenetv2,resnet50,greedy] [--samples 200] [--target host] [--json FILE]
         [--suffix-precisions default,float32]
 
-* ``mobilenetv2``: what the zoo's MobileNetV2 loses by one layer in 8 bits, and in a 16-bit float, for all layers;
+* ``mobilenetv2``: what the zoo's MobileNetV2 loses by one layer in 8 bits, and in a 16-bit precision, for all layers;
 * ``resnet50``: the same of the onnx package's ResNet-50 with random weights, on random images;
 * ``greedy``: Algorithm 1 of the greedy paper on MobileNetV2, from float32 down to 8 bits, one layer after the other.
 
@@ -78,6 +78,7 @@ def main() -> None:
     parser.add_argument("--tasks", default=",".join(GOALS))
     parser.add_argument("--samples", type=int, default=200)
     parser.add_argument("--target", default="host")
+    parser.add_argument("--precision", help="measured beside a8w8; bfloat16 with AVX512-BF16, else float16 by default")
     parser.add_argument("--suffix-precisions", default="default,float32", help="names, with commas between")
     parser.add_argument("--workers", type=int, default=available_cores())
     parser.add_argument("--kernel-cache", default=OFF, help="folder of compiled kernels; none are taken by default")
@@ -88,7 +89,8 @@ def main() -> None:
     phases: list[Phase] = []
     for task in arguments.tasks.split(","):
         for suffix in ["default"] if task == "greedy" else arguments.suffix_precisions.split(","):
-            phases += run(task, spec, arguments.samples, arguments.workers, None if suffix == "default" else suffix)
+            named = None if suffix == "default" else suffix
+            phases += run(task, spec, arguments.samples, arguments.workers, named, arguments.precision)
             if arguments.json:
                 found = {"machine": describe_machine(), "target": spec.name, "phases": [asdict(p) for p in phases]}
                 arguments.json.write_text(json.dumps({**found, **vars(arguments), "json": None}))
@@ -96,8 +98,10 @@ def main() -> None:
     _print(phases, arguments.workers)
 
 
-def run(task: str, spec: TargetSpec, samples: int, workers: int, suffix: str | None = None) -> list[Phase]:
-    """One task, from the file on; ``suffix`` is what layers behind a measured one compute in."""
+def run(
+    task: str, spec: TargetSpec, samples: int, workers: int, suffix: str | None = None, precision: str | None = None
+) -> list[Phase]:
+    """One task, from the file on; layers are measured in a8w8 and ``precision``, those behind them compute in ``suffix``."""
     phases: list[Phase] = []
 
     @contextmanager
@@ -124,7 +128,7 @@ def run(task: str, spec: TargetSpec, samples: int, workers: int, suffix: str | N
         with phase("greedy search", goal):
             quantizer.search("greedy")
         return phases
-    sixteen = "bfloat16" if "avx512_bf16" in spec.instruction_sets else "float16"
+    sixteen = precision or ("bfloat16" if "avx512_bf16" in spec.instruction_sets else "float16")
     names = ("a8w8", sixteen)
     pairs = [(layer.name, p) for p in names for layer in session.graph.anchors]
     chosen = suffix_precisions(session, {layer.name: names for layer in session.graph.anchors}, suffix)
