@@ -13,10 +13,10 @@ After::
         R.func_attr({..., "hquant.kernel": "avx512_vnni.conv2d[14x2]"})
         return R.call_tir(cls.avx512_vnni_conv2d_14x2_…, (x, packed_weights, start, multiplier, …))
 
-A shuffle of the channels of a grouped convolution costs nothing where the convolution's kernel can store them shuffled::
+A shuffle of a convolution's channels is left to the convolution's kernel, which stores them shuffled::
 
     def main(x):                          def main(x):
-        lv = cls.gconv(x)                     lv = cls.gconv(x)          # request with shuffled=True
+        lv = cls.gconv(x)                     lv = cls.gconv(x)          # request with shuffled=4
         lv1 = cls.take_0(lv)       →          lv1 = cls.take_0(lv)       # lv, "hquant.kernel": "in place"
 
 A residual, or what an elementwise layer reads, is written over where no other layer reads it any more

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from tvm_hquant.kernel_graph import KernelCall, first_kernel
+from tvm_hquant.kernel_graph import KernelCall, kernel_of_same_family
 from tvm_hquant.kernels.interface import Kernel, KernelFamily, KernelRequest
 from tvm_hquant.kernels.movement import interleaved_groups
 from tvm_hquant.operators import Conv2D, Movement
@@ -31,10 +31,10 @@ class AbsorbedShuffle:
 def find_absorbed_shuffles(
     calls: Sequence[KernelCall], outputs: Sequence[Hashable], families: Sequence[KernelFamily]
 ) -> Mapping[Hashable, AbsorbedShuffle]:
-    """For each shuffle of the groups of a grouped convolution that nothing else reads, how that is stored.
+    """For each shuffle of the channels of a convolution that nothing else reads, how that is stored.
 
-    ``calls`` are in execution order; ``outputs`` are the tensors that leave the graph. Shuffles after convolutions that no
-    family stores shuffled are left out.
+    ``calls`` are in execution order; ``outputs`` are the tensors that leave the graph. Shuffles after convolutions whose
+    kernels cannot store them shuffled are left out.
     """
     makers = {call.tensor: call for call in calls}
     readers = Counter(tensor for call in calls for tensor in call.inputs) + Counter(outputs)
@@ -47,9 +47,7 @@ def find_absorbed_shuffles(
         request = makers[tensor].request if tensor in makers else None
         if request is None or readers[tensor] != 1 or not isinstance(request.operator, Conv2D):
             continue
-        if request.operator.groups != groups:
-            continue
-        kernel = first_kernel(families, replace(request, shuffled=True))
+        kernel = kernel_of_same_family(families, replace(request, shuffled=groups), request)
         if kernel is not None:
             found[call.tensor] = AbsorbedShuffle(tensor, kernel)
     return found

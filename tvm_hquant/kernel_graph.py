@@ -20,6 +20,17 @@ class KernelCall:
     inputs: tuple[Hashable, ...]
 
 
+def kernel_of_same_family(
+    families: Sequence[KernelFamily], request: KernelRequest, plain: KernelRequest
+) -> Kernel | None:
+    """The kernel for a request from the family that would serve ``plain``, or from one before it; None if there is none."""
+    for family in families:
+        kernel = family.kernel(request)
+        if kernel is not None or family.kernel(plain) is not None:
+            return kernel
+    return None
+
+
 def first_kernel(families: Sequence[KernelFamily], request: KernelRequest) -> Kernel | None:
     """The kernel of the first family that has one; None if none has."""
     return next((kernel for family in families if (kernel := family.kernel(request)) is not None), None)

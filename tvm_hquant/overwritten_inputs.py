@@ -14,7 +14,7 @@ from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import replace
 
 from tvm_hquant.channel_shuffles import AbsorbedShuffle
-from tvm_hquant.kernel_graph import KernelCall
+from tvm_hquant.kernel_graph import KernelCall, kernel_of_same_family
 from tvm_hquant.kernels.interface import Kernel, KernelFamily, KernelRequest
 from tvm_hquant.kernels.kernel_function import input_shapes
 from tvm_hquant.operators import Add, Concat, Conv2D, Convert, Dense, Unary
@@ -47,7 +47,7 @@ def find_overwritten_inputs(
             if not memory.is_free(index, number):
                 continue
             if request not in kernels:
-                kernels[request] = _kernel(families, request)
+                kernels[request] = kernel_of_same_family(families, request, call.request)
             kernel = kernels[request]
             if kernel is not None:
                 found[call.tensor] = kernel
@@ -67,15 +67,6 @@ def _fitting_inputs(request: KernelRequest) -> list[int]:
     output = request.operator.output_shape, STORAGE_DTYPE[request.output]
     stored = zip(input_shapes(request.operator), (STORAGE_DTYPE[s] for s in request.inputs), strict=True)
     return [number for number, own in enumerate(stored) if number >= first and own == output]
-
-
-def _kernel(families: Sequence[KernelFamily], request: KernelRequest) -> Kernel | None:
-    """The kernel of the family whose kernel the layer would have anyway; None if that must not write over its input."""
-    for family in families:
-        kernel = family.kernel(request)
-        if kernel is not None or family.kernel(replace(request, overwritten=None)) is not None:
-            return kernel
-    return None
 
 
 class _Memory:

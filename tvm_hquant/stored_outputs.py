@@ -12,7 +12,6 @@ from tvm_hquant.channel_shuffles import AbsorbedShuffle, find_absorbed_shuffles
 from tvm_hquant.concat_parts import ConcatPart, find_concat_parts
 from tvm_hquant.kernel_graph import KernelCall
 from tvm_hquant.kernels.interface import Array, Kernel, KernelFamily, KernelRequest
-from tvm_hquant.operators import Conv2D
 from tvm_hquant.overwritten_inputs import find_overwritten_inputs
 
 
@@ -55,7 +54,6 @@ def in_channel_order(request: KernelRequest, stored: Array) -> Array:
     output = stored[..., first : first + channels]
     if not request.shuffled:
         return output
-    assert isinstance(request.operator, Conv2D)
-    groups = request.operator.groups
+    groups = request.shuffled
     apart = output.reshape(*output.shape[:-1], channels // groups, groups)
     return np.ascontiguousarray(apart.swapaxes(-1, -2)).reshape(output.shape)

@@ -39,7 +39,7 @@ def requests(names: Sequence[str], storage: str, grouped: str) -> list[KernelReq
     """Layers of a storage, one in a wider buffer, one shuffled, two with residuals and other outputs."""
     found = [KernelRequest(OPERATORS[name], (storage,), storage, storage) for name in names]
     found.append(replace(found[0], placement=PLACEMENT))
-    found.append(replace(found[names.index(grouped)], shuffled=True))
+    found.append(replace(found[names.index(grouped)], shuffled=4))
     operator = replace(OPERATORS[names[1]], epilogue=Epilogue(True, True))
     found.append(KernelRequest(operator, (storage, "float32"), "float32", storage))
     found.append(KernelRequest(operator, (storage, storage), storage, storage))
@@ -52,7 +52,7 @@ def cases_of(served: Sequence[KernelRequest]) -> list[Case]:
 
 def plain(request: KernelRequest) -> KernelRequest:
     """The request without a place of its own, which is what the contract speaks of."""
-    return replace(request, placement=None, shuffled=False)
+    return replace(request, placement=None, shuffled=0)
 
 
 def check_beside(request: KernelRequest, output: np.ndarray) -> None:

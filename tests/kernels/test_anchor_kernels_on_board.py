@@ -66,10 +66,17 @@ def requests() -> list[KernelRequest]:
             operator = replace(CASES[name], epilogue=Epilogue(True, name == "3x3 padded"))
             inputs = (storage, "float32") if operator.epilogue.has_residual else (storage,)
             found.append(KernelRequest(operator, inputs, "float32", storage))
-    # Lanes that take turns among groups, and a sum over its residual.
-    for groups in (2, 4):
+    # Channel shuffles, and a sum over its residual.
+    for groups, shuffled, storage in (
+        (2, 2, "float32"),
+        (4, 4, "float32"),
+        (4, 4, "uint8"),
+        (2, 7, "uint8"),
+        (1, 4, "bfloat16"),
+    ):
         grouped = Conv2D((1, 4, 5, 24), 28, Window((3, 3), padding=(1, 1, 1, 1)), groups, Epilogue(lower=0.0))
-        found.append(KernelRequest(grouped, ("float32",), "float32", "float32", finite_weights=True, shuffled=True))
+        weights = "int8" if storage == "uint8" else storage
+        found.append(KernelRequest(grouped, (storage,), storage, weights, finite_weights=True, shuffled=shuffled))
     for storage, weights in (("uint8", "int8"), ("float32", "float32")):
         residual = Conv2D((1, 5, 5, 12), 64, Window((1, 1)), 1, Epilogue(True, True))
         found.append(KernelRequest(residual, (storage, storage), storage, weights, overwritten=1))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tvm_hquant.errors import KernelError
 from tvm_hquant.kernels.batch_matmul import as_dense_request, batch_matmul_kernel
@@ -11,13 +11,16 @@ from tvm_hquant.kernels.conv2d_template import conv2d_geometry, conv2d_kernel
 from tvm_hquant.kernels.depthwise_template import depthwise_kernel
 from tvm_hquant.kernels.dot_product import DotProduct
 from tvm_hquant.kernels.float_depthwise import float_depthwise_kernel
+from tvm_hquant.kernels.group_interleaving import MOST_GROUPS
 from tvm_hquant.kernels.interface import Kernel, KernelRequest, Tile
 from tvm_hquant.kernels.interleaved_depthwise import interleaved_depthwise_kernel
-from tvm_hquant.kernels.interleaved_groups import can_interleave_groups
+from tvm_hquant.kernels.interleaved_groups import can_interleave_groups, saves_time
 from tvm_hquant.kernels.saturating_clamp import SaturatingClamp
+from tvm_hquant.kernels.shuffled_outputs import is_order_of_constants, with_shuffled_outputs
 from tvm_hquant.kernels.winograd import winograd_kernel
 from tvm_hquant.kernels.x86_byte_vectors import ByteVectors, WordProduct
 from tvm_hquant.operators import BatchMatmul, Conv2D, Dense
+from tvm_hquant.tensor_format import STORAGE_DTYPE
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,8 @@ class AnchorFamily:
 
     def tiles(self, request: KernelRequest) -> tuple[Tile, ...]:
         """The tiles that a kernel for this request may have, the best first; none where there is no choice of them."""
+        if is_order_of_constants(request):
+            return self.tiles(replace(request, shuffled=0))
         dot = self._dot(request)
         if dot is None or _is_depthwise(request) or self.winograd(request):
             return ()
@@ -63,6 +68,9 @@ class AnchorFamily:
             dense = as_dense_request(request)
             dot = self.dot(dense) if dense is not None else None
             return batch_matmul_kernel(request, dot, self.name) if dot is not None else None
+        if is_order_of_constants(request):
+            plain = self.kernel(replace(request, shuffled=0), tile)
+            return with_shuffled_outputs(plain, request) if plain is not None else None
         dot = self._dot(request)
         if dot is None:
             return None
@@ -94,11 +102,19 @@ class AnchorFamily:
         if dot is None or not request.shuffled:
             return dot
         assert isinstance(operator, Conv2D)
-        in_turns = dot.for_groups(operator.groups) if can_interleave_groups(request, dot) else None
-        if in_turns is None or not any(operator.window.padding):
-            return in_turns
+        is_plain = len(request.inputs) == 1 and request.placement is None and request.overwritten is None
+        if not is_plain or operator.is_depthwise or request.shuffled > MOST_GROUPS:
+            return None
+        if request.shuffled != operator.groups or not can_interleave_groups(request, dot):
+            return dot
+        in_turns, vectors, stored = dot.for_groups(operator.groups), self._byte_vectors(request), request.inputs[0]
+        if in_turns is None:
+            return dot
+        of_turns, apart = (conv2d_geometry(request, each, vectors=vectors) for each in (in_turns, dot))
         # Activations are put side by side without padding around them.
-        return in_turns if conv2d_geometry(request, in_turns).skips_padding else None
+        is_possible = of_turns.skips_padding or not any(operator.window.padding)
+        saves = is_possible and saves_time(of_turns, apart, STORAGE_DTYPE[stored], 4 * self.lanes)
+        return in_turns if saves else dot
 
     def _byte_vectors(self, request: KernelRequest) -> ByteVectors | None:
         return ByteVectors(4 * self.lanes, self.word_product(request)) if self.word_product is not None else None

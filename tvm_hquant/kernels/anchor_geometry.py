@@ -1,53 +1,31 @@
-"""Shapes of a convolution kernel: how pixels and channels are cut into tiles, and how constants are packed for them."""
+"""Shapes of a convolution kernel: how pixels and channels are cut into tiles, and what these read."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
+from math import inf
 
 from tvm_hquant.errors import KernelError
 from tvm_hquant.kernels.anchor_constants import WHOLE_WINDOW, WindowPart
 from tvm_hquant.kernels.dot_product import DotProduct
 from tvm_hquant.kernels.interface import Tile
-from tvm_hquant.kernels.packed_epilogue import channel_order, vector_groups
-from tvm_hquant.kernels.patches import weights_of_patches
+from tvm_hquant.kernels.lane_order import LaneNumbers, lane_channels, lane_turns
+from tvm_hquant.kernels.packed_epilogue import vector_groups
 from tvm_hquant.kernels.row_tiles import TileRun, cut_row, split_at_borders
-from tvm_hquant.kernels.step_groups import group_steps
-from tvm_hquant.kernels.vector_loops import CACHE_LINE
+from tvm_hquant.kernels.tile_costs import TileCosts
 from tvm_hquant.kernels.window_axis import WindowAxis, window_axes
 from tvm_hquant.operators import Conv2D, Dense, Window
 
-Array = npt.NDArray[Any]
-
-_SHORT_OPERAND = 0.2
-"""Cost of an operand where sums are short: products do not wait for each other, and the loads run beside the additions."""
 _GROUP = 8
 """Steps of a group whose sums stay in registers: longer ones fit seldom, and there are layers with few steps."""
-_EPILOGUE = 8
-"""Instructions that finish a vector of sums."""
-_PACKED_EPILOGUE = {4: 6, 2: 7, 1: 10}
-"""The same where as many vectors of a pixel are packed together: fewer of them take more shuffles and stores."""
-_RESIDUAL = 4
-"""Instructions that add a residual to a vector of sums."""
-_AT_A_TIME = 3
-"""Of what is not hidden behind the products of other tiles, instructions that take as long as a product."""
-_TILE = 20
-"""Instructions around a tile."""
 _SEVERAL_CHAINS = 16
 """Steps of a chain, at most, where others follow: longer ones are so much code that small layers take longer."""
 _FEWEST_GROUPED = 7
 """Of fewer steps, reading their order from a table takes longer than taking some together saves."""
 _UNROLLED = 300
 """Instructions of a loop body, times its iterations, up to which LLVM unrolls a loop (``LoopUnrollPass.cpp``)."""
-_CACHE_SETS = 64
-"""Sets of a first-level data cache on the processors at hand."""
-_LINES_OF_A_SET = 4
-"""Pixels of a tile that may share a set with no loss; every further one costs ``_CROWDED`` of a step."""
-_CROWDED = 0.04
 
 
 def as_conv2d(operator: Conv2D | Dense) -> Conv2D:
@@ -69,7 +47,7 @@ def _powers_of_two_below(limit: int) -> tuple[int, ...]:
 class AnchorGeometry:
     """A convolution, the dot product that computes it, and how many byte planes its activations have.
 
-    ``chosen_tile`` takes the place of the tile that the model below picks. With ``packs_codes`` vectors of sums are finished
+    ``chosen_tile`` takes the place of the tile that :class:`TileCosts` picks. With ``packs_codes`` vectors of sums are finished
     by a :class:`tvm_hquant.kernels.packed_epilogue.PackedEpilogue`, which wants channels in an order of its own. Where
     ``padding_is_neutral``, kernel positions in the padding may be left out: the sums would be the same.
     ``patches`` is the convolution that ``conv`` computes on patches of its activations. With ``writes_once`` tiles of a row do
@@ -208,11 +186,29 @@ class AnchorGeometry:
         latency), and loads p operands and v weights that run beside them. Every tile pays for its epilogue, so tiles that
         overlap cost twice; where an epilogue runs beside the products of the next tile, for what is too long for that.
         """
+        return tuple(tile for _, tile in self._costs)
+
+    @property
+    def cost(self) -> float:
+        """Instructions of the cheapest tiles of the layer, as the model counts them; infinite where no tile fits."""
+        rows = self.conv.input_shape[0] * self.output_size[0]
+        return self.groups * rows * self._costs[0][0] if self._costs else inf
+
+    @cached_property
+    def _costs(self) -> Sequence[tuple[float, Tile]]:
+        """The tiles, each with the instructions of a row of pixels of a group."""
         _, width = self.output_size
-        most_vectors = 1 if self.is_narrow else self.group_outputs // self.dot.lanes
+        most_vectors = max(self.group_outputs // self.dot.lanes, 1)
+        if self.packs_codes or self.dot.groups > 1:
+            # Other sums gain nothing by sharing operands in wider tiles, which a multiply-add reads from memory.
+            most_vectors = -(-self.group_outputs // self.dot.lanes)
         found = []
         for pixels in range(1, min(width, 16) + 1):
             for vectors in range(1, min(most_vectors, self.dot.row_vectors if pixels == 1 else 8) + 1):
+                blocks = -(-self.group_outputs // (vectors * self.dot.lanes))
+                if blocks > 1 and vectors * self.dot.lanes % self.dot.groups:
+                    # The lanes of a vector would belong to other groups in every block.
+                    continue
                 groups = -(-pixels // self.dot.pixels)
                 sums = groups * vectors * self.dot.accumulator_registers
                 # LLVM unrolls short loops over kernel columns and keeps operands that later columns read again.
@@ -222,78 +218,67 @@ class AnchorGeometry:
                     and self.runs * self.steps * (sums + pixels + vectors) < _UNROLLED
                 )
                 shared = self.dot.registers * 3 // 8 if is_unrolled else 0
-                if sums + max(self.dot.spare_registers(groups, vectors, self.chain), shared) > self.dot.registers:
+                spare = self.dot.spare_registers(groups, vectors, self.chain) + self.operands_of_a_pixel(vectors) - 1
+                if sums + max(spare, shared) > self.dot.registers:
                     continue
-                blocks = -(-self.group_outputs // (vectors * self.dot.lanes))
                 found.append((blocks * self._row_cost(Tile(pixels, vectors)), Tile(pixels, vectors)))
-        return tuple(tile for _, tile in sorted(found))
+        return sorted(found)
 
     def tile_runs(self, tile: Tile) -> tuple[TileRun, ...]:
         """The tiles of a row of output pixels."""
         _, width = self.output_size
-        cost = cache(lambda pixels: self._run_cost(TileRun(0, 1, 0, pixels), tile.vectors))
+        costs = TileCosts(self)
+        cost = cache(lambda pixels: costs.of_run(TileRun(0, 1, 0, pixels), tile.vectors))
         runs = cut_row(width, tile.pixels, cost, self.writes_once)
         return split_at_borders(runs, self.axes[1]) if self.skips_padding else runs
 
     def _row_cost(self, tile: Tile) -> float:
-        return sum(run.count * self._run_cost(run, tile.vectors) for run in self.tile_runs(tile))
+        costs = TileCosts(self)
+        return sum(run.count * costs.of_run(run, tile.vectors) for run in self.tile_runs(tile))
 
-    def _run_cost(self, run: TileRun, vectors: int) -> float:
-        """Instructions of a tile of a run."""
-        kernel_height, kernel_width = self.conv.window.kernel
-        steps = kernel_height * self.runs * self.steps
-        if run.columns is None:
-            of_steps = steps * self._step_cost(run.pixels, vectors)
-        else:
-            reached = (end - begin for begin, end in run.columns)
-            of_steps = sum(steps / kernel_width * self._step_cost(pixels, vectors) for pixels in reached if pixels)
-        return of_steps + self._around(run.pixels, vectors)
+    def operands_of_a_pixel(self, vectors: int) -> int:
+        """Operands of a step of so many vectors: lanes may take turns among groups in several orders."""
+        return len({*self._turns(vectors)}) if self.dot.groups > 1 else 1
 
-    def _around(self, pixels: int, vectors: int) -> float:
-        """What finishes a tile and stands around it, in multiply-adds."""
-        instructions = self._epilogue(pixels, vectors) + _TILE
-        if not self.dot.lookahead:
-            return instructions
-        # Scaling sums and residuals takes the units of the products, all else has units of its own.
-        has_residual = self.conv.epilogue.has_residual
-        scalings = pixels * vectors * (1 + has_residual)
-        instructions += _RESIDUAL * has_residual * pixels * vectors
-        return scalings + max(0, instructions - self.dot.lookahead) / _AT_A_TIME
+    def lane_channels(self, vectors: int) -> LaneNumbers:
+        """The place of the channel in every lane of so many vectors of a tile, from the first of the tile."""
+        return lane_channels(vectors, self._channels(vectors), self.dot.lanes, self.packs_codes)
 
-    def _step_cost(self, pixels: int, vectors: int) -> float:
-        sums = -(-pixels // self.dot.pixels) * vectors * self.dot.accumulator_registers
-        if self.dot.short_sums(self.chain) is not None:
-            multiplications, operand_cost = float(sums), _SHORT_OPERAND
-        elif self.groups_steps:
-            multiplications, operand_cost = float(sums), self.dot.operand_cost
-        else:
-            multiplications = max(sums, (sums + self.dot.latency) / 2, self.dot.row_vectors)
-            operand_cost = self.dot.operand_cost
-        crowded = 1 + _CROWDED * max(0, self._pixels_of_a_set(pixels) - _LINES_OF_A_SET)
-        return crowded * (multiplications + operand_cost * pixels + self.dot.weight_cost * vectors)
+    @cached_property
+    def turns(self) -> LaneNumbers:
+        """For every vector of a tile the group of each lane, of those that share vectors."""
+        return self._turns(self.tile.vectors)
 
-    def _pixels_of_a_set(self, pixels: int) -> int:
-        """How many neighbouring pixels lie in the same set of the first-level cache, at most."""
-        size = self.conv.window.strides[1] * self.conv.groups * self.padded_inputs
-        size *= np.dtype(self.dot.operand_dtype).itemsize
-        sets = [i * size // CACHE_LINE % _CACHE_SETS for i in range(pixels)]
-        return max(sets.count(number) for number in set(sets)) if size >= CACHE_LINE else 1
+    def _turns(self, vectors: int) -> LaneNumbers:
+        return lane_turns(vectors, self._channels(vectors), self.dot.lanes, self.packs_codes, self.dot.groups)
 
-    def _epilogue(self, pixels: int, vectors: int) -> int:
-        """Instructions that finish a tile."""
-        if not self.packs_codes:
-            return _EPILOGUE * -(-pixels // self.dot.pixels) * vectors * self.dot.accumulator_registers
-        return pixels * sum(size * _PACKED_EPILOGUE[size] for _, size in vector_groups(vectors))
+    def _channels(self, vectors: int) -> int:
+        """Output channels of a tile of so many vectors."""
+        return min(vectors * self.dot.lanes, self.group_outputs)
 
     @property
     def block(self) -> int:
-        """Output channels of a tile."""
+        """Lanes of a tile's vectors of output channels."""
         return self.tile.vectors * self.dot.lanes
+
+    @property
+    def block_channels(self) -> int:
+        """Output channels of a tile."""
+        return self._channels(self.tile.vectors)
+
+    @cached_property
+    def vector_groups(self) -> Sequence[tuple[int, int]]:
+        """Vectors of a tile whose codes are packed together, as (first vector, number)."""
+        return vector_groups(self.tile.vectors, self.block_channels, self.dot.lanes)
+
+    def vector_channel(self, first: int, size: int = 1) -> int:
+        """The first channel, within a tile, of ``size`` of its vectors that are stored together."""
+        return max(min(first * self.dot.lanes, self.block_channels - size * self.dot.lanes), 0)
 
     @property
     def blocks(self) -> int:
         """Tiles over the output channels of a group; the last one overlaps the one before it."""
-        return 1 if self.is_narrow else -(-self.group_outputs // self.block)
+        return -(-self.group_outputs // self.block)
 
     @property
     def overlaps(self) -> bool:
@@ -392,82 +377,10 @@ class AnchorGeometry:
         """Elements of the weights of a tile, for one point. Those of the next tile over channels lie behind them."""
         return self.all_steps * self.step_weights
 
-    # Constants.
-
-    @cached_property
-    def channel_rows(self) -> npt.NDArray[np.int64]:
-        """Output channel of every packed lane, [groups · blocks · block]; −1 where there is none."""
-        rows = []
-        order = np.arange(self.block)
-        if self.packs_codes:
-            order = channel_order(self.tile.vectors, self.dot.lanes).reshape(-1)
-        for group in range(self.groups):
-            for block in range(self.blocks):
-                start = min(block * self.block, max(self.group_outputs - self.block, 0))
-                within = start + order
-                channels = group * self.group_outputs + self._channel(within)
-                rows.append(np.where(within < self.group_outputs, channels, -1))
-        return np.concatenate(rows)
-
-    def _channel(self, place: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """The channel of a group, as the operator counts them, at a place in memory."""
-        return place % self.dot.groups * (self.group_outputs // self.dot.groups) + place // self.dot.groups
-
-    def pack_channels(self, values: Array, fill: float = 0) -> Array:
-        """An array [..., out_channels] in the order of the tiles: [..., groups · blocks · block]."""
-        padded = np.concatenate([values, np.full((*values.shape[:-1], 1), fill, values.dtype)], axis=-1)
-        return np.ascontiguousarray(padded[..., self.channel_rows])
-
-    def pack_weights(self, weights: Array) -> Array:
-        """Weights [points, out, in / groups, kh, kw] in the order in which the steps read them, flat."""
-        return np.ascontiguousarray(self._steps_of_tiles(weights).reshape(-1))
-
-    def group_steps(self, packed: Array) -> tuple[Array, Array]:
-        """Packed weights with their steps in an order of groups, where ``groups_steps``, and what the kernel knows of it.
-
-        That is int32 [tiles over channels · (2 + steps)]: the numbers of groups of ``group`` and of pairs, and for each step
-        in its new place how many elements after the start of a pixel's window its activations begin.
-        """
-        starts = self._step_starts()
-        ordered, rows = [], []
-        for tile in packed.reshape(-1, self.all_steps, self.block, self.dot.products):
-            order, counts = group_steps(tile, self.group)
-            ordered.append(tile[order])
-            rows.append([*counts, *starts[order]])
-        return np.stack(ordered).reshape(-1), np.array(rows, np.int32).reshape(-1)
-
-    def _step_starts(self) -> Array:
-        """int64 [steps], in the order of the window."""
-        kernel_height = self.conv.window.kernel[0]
-        row_step, column_step = self.conv.window.dilation
-        pixel = self.conv.groups * self.padded_inputs
-        within = np.minimum(np.arange(self.steps) * self.dot.products, self.run_inputs - self.dot.products)
-        within = within * self.dot.groups
-        columns = np.arange(self.runs) * column_step * pixel
-        rows = np.arange(kernel_height) * row_step * self.padded_size[1] * pixel
-        return (rows[:, None, None] + columns[:, None] + within).reshape(-1)
-
-    def _steps_of_tiles(self, weights: Array) -> Array:
-        """Weights [points · tiles over channels, steps, vector, lane, product], in the order of the window."""
-        if self.patches is not None:
-            weights = weights_of_patches(weights)
-        points, inputs, height = weights.shape[0], *weights.shape[2:4]
-        pads = ((0, 0), (0, 1), (0, self.padded_inputs - inputs), (0, 0), (0, 0))
-        rows = np.moveaxis(np.pad(weights, pads)[:, self.channel_rows], 2, -1)
-        lanes, products = self.dot.lanes, self.dot.products
-        elements = rows.reshape(points, -1, self.tile.vectors, lanes, height, self.runs, self.run_inputs)
-        full = self.full_steps * products
-        if full < self.run_inputs:
-            # The last step repeats elements, with weights of zero.
-            last = elements[..., self.run_inputs - products :].copy()
-            last[..., : products - (self.run_inputs - full)] = 0
-            elements = np.concatenate([elements[..., :full], last], axis=-1)
-        split = elements.reshape(*elements.shape[:-1], self.steps, products)
-        if self.dot.reverses_products:
-            split = split[..., ::-1]
-        # tile, kernel row, run, step, vector, lane, product
-        ordered = split.transpose(0, 1, 4, 5, 6, 2, 3, 7)
-        return ordered.reshape(-1, self.all_steps, self.tile.vectors, lanes, products).astype(self.dot.weight_dtype)
+    @property
+    def packed_lanes(self) -> int:
+        """Lanes of all tiles over channels: so many values a packed array has per pass."""
+        return self.groups * self.blocks * self.block
 
     @property
     def weight_elements(self) -> int:

@@ -139,8 +139,10 @@ class StepEmitter:
             [T.bind(load(self.weights, weight + (c * vectors + j) * count, count)) for c in range(len(activations))]
             for j in range(vectors)
         ]
+        turns = self.geometry.turns
         for (i, j), accumulator in accumulators.items():
-            operands = [dot.operands(self.source, [start + i * pixel], 1)[0] for start in activations]
+            loaded = [dot.operands(self.source, [start + i * pixel], 1)[0] for start in activations]
+            operands = [dot.in_turns(operand, turns[j]) for operand in loaded]
             value = dot.accumulate(load(accumulator, 0, dot.lanes), operands, of_vectors[j])
             store(accumulator, 0, value, dot.lanes)
 
@@ -158,7 +160,8 @@ class StepEmitter:
         pixel = conv.window.strides[1] * conv.groups * geometry.padded_inputs
         vector_weights, chain = dot.lanes * dot.products, geometry.chain
         activation, weight = T.bind(activation), T.bind(weight)
-        operands: dict[int, list[Expression]] = {}
+        loaded: dict[int, list[Expression]] = {}
+        operands: dict[tuple[int, Sequence[int]], list[Expression]] = {}
         weight_type = vector_type(dot.weight_dtype, vector_weights)
         size = dot.accumulator_elements
         short_sums = dot.short_sums(chain)
@@ -177,10 +180,14 @@ class StepEmitter:
                 for j in range(vectors)
             ]
             for (i, j), accumulator in accumulators.items():
-                if i not in operands:
+                if i not in loaded:
                     indices = [activation + min(i + k, pixels - 1) * pixel for k in range(dot.pixels)]
-                    operands[i] = [T.bind(operand) for operand in dot.operands(self.source, indices, steps)]
-                value = dot.accumulate(load(accumulator, 0, size), operands[i][first : first + chain], of_vectors[j])
+                    loaded[i] = [T.bind(operand) for operand in dot.operands(self.source, indices, steps)]
+                turns = geometry.turns[j]
+                if (i, turns) not in operands:
+                    operands[i, turns] = [T.bind(dot.in_turns(operand, turns)) for operand in loaded[i]]
+                of_chain = operands[i, turns][first : first + chain]
+                value = dot.accumulate(load(accumulator, 0, size), of_chain, of_vectors[j])
                 store(accumulator, 0, value, size)
 
     def _add_chain(
@@ -201,11 +208,13 @@ class StepEmitter:
             at = weight + step * vectors * count
             of_vectors = [T.bind(self.weights.vload([at + j * count], weight_type)) for j in range(vectors)]
             for i in pixels:
-                (operand,) = dot.operands(self.source, [activation + i * pixel], 1)
-                operand = T.bind(operand)
-                for j in range(vectors):
+                (loaded,) = dot.operands(self.source, [activation + i * pixel], 1)
+                loaded, operands = T.bind(loaded), {}
+                for j, turns in enumerate(self.geometry.turns):
+                    if turns not in operands:
+                        operands[turns] = T.bind(dot.in_turns(loaded, turns))
                     total = load(sums[i, j], 0, short_sums.lanes) if step else None
-                    store(sums[i, j], 0, short_sums.add(total, operand, of_vectors[j]), short_sums.lanes)
+                    store(sums[i, j], 0, short_sums.add(total, operands[turns], of_vectors[j]), short_sums.lanes)
         for place, accumulator in accumulators.items():
             total = load(sums[place], 0, short_sums.lanes)
             store(accumulator, 0, short_sums.widen(load(accumulator, 0, dot.lanes), total), dot.lanes)

@@ -20,13 +20,15 @@ from tvm.tirx.script import builder as T
 from tvm_hquant.kernels.activation_copy import ActivationCopy
 from tvm_hquant.kernels.anchor_constants import float_array_types, integer_array_types, pack_float, pack_integer
 from tvm_hquant.kernels.anchor_geometry import AnchorGeometry, as_conv2d
+from tvm_hquant.kernels.anchor_packing import AnchorPacking
 from tvm_hquant.kernels.conv2d_steps import StepEmitter, register
-from tvm_hquant.kernels.dot_product import DotProduct
+from tvm_hquant.kernels.dot_product import DotProduct, units_loaded
 from tvm_hquant.kernels.epilogue import Epilogue, scale_accumulator
+from tvm_hquant.kernels.group_interleaving import interleave_groups
 from tvm_hquant.kernels.interface import Array, Kernel, KernelRequest, LayerConstants, Tile
 from tvm_hquant.kernels.interleaved_groups import InterleavedGroups
 from tvm_hquant.kernels.kernel_function import Buffer, imported_functions, kernel_function
-from tvm_hquant.kernels.packed_epilogue import PackedEpilogue, vector_groups
+from tvm_hquant.kernels.packed_epilogue import PackedEpilogue
 from tvm_hquant.kernels.patches import PatchCopy, conv_of_patches, padded_elements, takes_patches
 from tvm_hquant.kernels.primitives import Expression
 from tvm_hquant.kernels.row_tiles import TileRun
@@ -86,12 +88,12 @@ def conv2d_kernel(
     """
     geometry = conv2d_geometry(request, dot, tile, vectors)
     is_integer = request.weights in ("int8", "int16")
-    lanes, count = len(geometry.channel_rows), geometry.weight_elements * geometry.points
+    packing, count = AnchorPacking(geometry), geometry.weight_elements * geometry.points
     if is_integer:
         types = integer_array_types(
             count,
             dot.weight_dtype,
-            lanes,
+            geometry.packed_lanes,
             geometry.passes,
             geometry.planes,
             dot.accumulator_dtype,
@@ -100,16 +102,16 @@ def conv2d_kernel(
         if geometry.groups_steps:
             types.append(((geometry.groups * geometry.blocks * (2 + geometry.all_steps),), "int32"))
     else:
-        types = float_array_types(count, dot.weight_dtype, lanes)
+        types = float_array_types(count, dot.weight_dtype, geometry.packed_lanes)
 
     def pack(constants: LayerConstants) -> tuple[Array, ...]:
         if is_integer:
-            arrays = pack_integer(constants, geometry, dot.operand_offset, dot.accumulator_dtype, geometry.window_parts)
+            arrays = pack_integer(constants, packing, dot.operand_offset, dot.accumulator_dtype, geometry.window_parts)
             if not geometry.groups_steps:
                 return arrays
-            weights, steps = geometry.group_steps(arrays[0])
+            weights, steps = packing.group_steps(arrays[0])
             return (weights, *arrays[1:], steps)
-        return pack_float(constants, geometry)
+        return pack_float(constants, packing)
 
     def emit(inputs: Sequence[Buffer], arrays: Sequence[Buffer], output: Buffer) -> None:
         with imported_functions(dot.llvm_functions):
@@ -118,7 +120,8 @@ def conv2d_kernel(
     chain = f" chain {geometry.chain}" if geometry.chain > 1 else ""
     if geometry.groups_steps:
         chain = " pairs" if geometry.group == 2 else f" groups of {geometry.group}"
-    name = f"{family}.conv2d[{dot.name} {geometry.tile}{chain}{' shuffled' if request.shuffled else ''}]"
+    shuffled = "" if not request.shuffled else " shuffled" if dot.groups > 1 else " shuffled last"
+    name = f"{family}.conv2d[{dot.name} {geometry.tile}{chain}{shuffled}]"
     return Kernel(request, name, kernel_function(request, types, emit), pack)
 
 
@@ -146,6 +149,10 @@ class _Emitter:
         else:
             _, self.starts, limits = arrays
             self.zero_points = self.step_table = None
+        self.is_shuffled_last = request.shuffled > 0 and self.dot.groups == 1
+        self.output = self.shuffled = flat(output)
+        if self.is_shuffled_last:
+            self.output = T.alloc_buffer((prod(request.output_shape),), output.dtype)
         has_residual = geometry.conv.epilogue.has_residual
         self.epilogue = Epilogue(
             request,
@@ -154,7 +161,7 @@ class _Emitter:
             self.inputs[1] if has_residual else None,
             limits,
             self.zero_points,
-            flat(output),
+            self.output,
         )
         self.packed_epilogue: PackedEpilogue | None = None
         if geometry.packs_codes:
@@ -162,20 +169,29 @@ class _Emitter:
             assert self.zero_points is not None
             residual = self.inputs[1] if has_residual else None
             self.packed_epilogue = PackedEpilogue(
-                vectors, residual, limits, self.zero_points, flat(output), request.ending
+                vectors, residual, limits, self.zero_points, self.output, request.ending
             )
         self.source: Buffer = self.inputs[0]
 
     def emit(self) -> None:
+        """Writes all loops; the last one shuffles what the others could not store shuffled."""
+        self._convolution()
+        if self.is_shuffled_last:
+            shuffled = self.request.shuffled
+            interleave_groups(self.output, self.shuffled, shuffled, self.request.operator.output_shape[-1] // shuffled)
+
+    def _convolution(self) -> None:
         geometry = self.geometry
         if geometry.patches is not None:
             self._rows_of_patches(geometry.patches)
             return
         if geometry.needs_copy(STORAGE_DTYPE[self.request.inputs[0]]):
             size = geometry.plane_elements * geometry.planes
+            # Steps load some more groups than take turns, where these are no power of two.
+            size += (units_loaded(self.dot.groups) - self.dot.groups) * self.dot.products
             self.source = T.alloc_buffer((size,), self.dot.operand_dtype)
             if self.dot.groups > 1:
-                InterleavedGroups(geometry.conv, self.dot, self.inputs[0], self.source).emit()
+                InterleavedGroups(geometry.conv, self.dot, self.request.inputs[0], self.inputs[0], self.source).emit()
             else:
                 self._copy_activations()
         self.steps = StepEmitter(geometry, self.weights, self.source)
@@ -249,7 +265,7 @@ class _Emitter:
         x = T.bind(x if run.start + run.count * pixels <= width else T.min(x, width - pixels))
         group = T.bind(channel_block // geometry.blocks)
         start = channel_block % geometry.blocks * geometry.block
-        if not geometry.is_narrow and geometry.group_outputs % geometry.block:
+        if geometry.blocks > 1 and geometry.group_outputs % geometry.block:
             start = T.min(start, geometry.group_outputs - geometry.block)
         channel = T.bind(group * geometry.group_outputs + start)
         constants = T.bind(channel_block * geometry.block)
@@ -264,15 +280,16 @@ class _Emitter:
             first = i - i % dot.pixels
             return dot.rows(load(accumulators[first, j], 0, dot.accumulator_elements))[i - first]
 
-        def output_index(i: Expression, j: int) -> Expression:
+        def output_index(i: Expression, within: int) -> Expression:
+            """The place of a pixel's channel, counted within the tile."""
             pixel = place.row * width + x + i
-            return pixel * self.request.output_shape[-1] + self.request.output_offset + channel + j * dot.lanes
+            return pixel * self.request.output_shape[-1] + self.request.output_offset + channel + within
 
         def prefetch_pixel(i: Expression) -> None:
             """What the epilogue reads and writes for a pixel; it comes to the cache while the sums are computed."""
             start = T.bind(output_index(i, 0))
             for buffer in self.epilogue.memory:
-                for offset in range(0, geometry.block, CACHE_LINE // np.dtype(str(buffer.dtype)).itemsize):
+                for offset in range(0, geometry.block_channels, CACHE_LINE // np.dtype(str(buffer.dtype)).itemsize):
                     prefetch(buffer, start + offset)
 
         between = prefetch_pixel if self.steps.take_one_run else None
@@ -297,7 +314,7 @@ class _Emitter:
             store(values[i, j], 0, load(self.offsets, constants + j * dot.lanes, dot.lanes), dot.lanes)
         with T.serial(geometry.passes) as number:
             self._accumulate(accumulators, run, place, x, group, number)
-            base = number * len(geometry.channel_rows) + constants
+            base = number * geometry.packed_lanes + constants
             for j in range(vectors):
                 multiplier = load(self.multipliers, base + j * dot.lanes, dot.lanes)
                 for i in range(pixels):
@@ -312,17 +329,18 @@ class _Emitter:
         output_index: Callable[[int, int], Expression],
     ) -> None:
         """The epilogue of all vectors of the pixels, given the float32 value and the place of each."""
-        vectors = self.geometry.tile.vectors
+        geometry = self.geometry
         if self.packed_epilogue is None:
             for i in range(pixels):
-                for j in range(vectors):
-                    self.epilogue.finish(value(i, j), output_index(i, j))
+                for j in range(geometry.tile.vectors):
+                    self.epilogue.finish(value(i, j), output_index(i, geometry.vector_channel(j)))
             return
-        for first, size in vector_groups(vectors):
+        for first, size in geometry.vector_groups:
+            channel = geometry.vector_channel(first, size)
             for start in range(0, pixels, GROUPS // size):
                 packed = range(start, min(start + GROUPS // size, pixels))
                 values = [[value(i, first + j) for j in range(size)] for i in packed]
-                self.packed_epilogue.finish(values, [output_index(i, first) for i in packed])
+                self.packed_epilogue.finish(values, [output_index(i, channel) for i in packed])
 
     def _accumulate(
         self,
@@ -347,10 +365,10 @@ class _Emitter:
         point = number // geometry.planes if number is not None and geometry.points > 1 else 0
         plane = number % geometry.planes if number is not None and geometry.planes > 1 else 0
         image, y = row // height, row % height
-        part_lanes = geometry.passes * len(geometry.channel_rows)
+        part_lanes = geometry.passes * geometry.packed_lanes
         start_base = channel_block * geometry.block
         if number is not None:
-            start_base = start_base + number * len(geometry.channel_rows)
+            start_base = start_base + number * geometry.packed_lanes
         sections = (0,) * run.pixels
         if self.is_integer and geometry.skips_padding:
             rows, columns = geometry.axes

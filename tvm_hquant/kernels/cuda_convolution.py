@@ -15,6 +15,7 @@ from tvm.tirx.script import builder as T
 from tvm_hquant.kernels.anchor_constants import float_array_types, integer_array_types, pack_float, pack_integer
 from tvm_hquant.kernels.interface import Array, Kernel, KernelRequest, LayerConstants
 from tvm_hquant.kernels.kernel_function import Buffer, kernel_function
+from tvm_hquant.kernels.lane_order import place_of_channel
 from tvm_hquant.kernels.primitives import CudaPrimitives, Expression, centred, clamp, convert, narrow, requantize, widen
 from tvm_hquant.kernels.vector_loops import flat
 from tvm_hquant.operators import Conv2D, Dense
@@ -226,9 +227,9 @@ class _Layer(ABC):
 
     def index(self, tile: Tile, place: TileSum) -> Expression:
         """Where a sum's result goes in the flat output, and where the residual comes from."""
-        groups, request = self.geometry.conv.groups, self.request
-        within, outputs = place.channel, self.geometry.group_outputs
-        channel = within * groups + tile.group if request.shuffled else tile.group * outputs + within
+        request, channel = self.request, tile.group * self.geometry.group_outputs + place.channel
+        if request.shuffled:
+            channel = place_of_channel(channel, self.geometry.conv.out_channels, request.shuffled)
         return place.position * request.output_shape[-1] + request.output_offset + channel
 
 
@@ -287,7 +288,7 @@ def served_convolution(request: KernelRequest) -> Conv2D | Dense | None:
     """The convolution or dense layer of a request that these kernels can write; else None."""
     operator: Any = request.operator
     # A residual is read at the place where the result is written.
-    is_apart = (request.placement is not None or request.shuffled) and len(request.inputs) > 1
+    is_apart = (request.placement is not None or request.shuffled > 0) and len(request.inputs) > 1
     if not isinstance(operator, (Conv2D, Dense)) or is_apart or request.overwritten is not None:
         return None
     return operator

@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+import numpy as np
 from tvm.tirx.script import builder as T
 
 from tvm_hquant.kernels.kernel_function import Buffer
-from tvm_hquant.kernels.primitives import Expression, LlvmPrimitives, convert, int_like, vector_type, widen
+from tvm_hquant.kernels.primitives import Expression, LlvmPrimitives, convert, lanes_of, vector_type, widen
+from tvm_hquant.kernels.vector_loops import load
 
 
 class ShortSums(Protocol):
@@ -50,7 +52,7 @@ class DotProduct(Protocol):
         latency: accumulators that hide the latency of a multiply-add.
         operand_steps: steps whose operands come from memory at once, a power of two (a chain takes its own steps at least).
         groups: groups of channels that the lanes take turns among. The ``products`` channels of every group that a step takes
-            then lie side by side in memory, group after group.
+            then lie side by side in memory, group after group, and ``operands`` gives all of them, for ``in_turns``.
         weight_cost: what loading a vector of weights costs, likewise.
         pixels: neighbouring pixels that share an accumulator.
         accumulator_elements: elements of an accumulator, ``lanes · pixels`` or, where a channel has several sums, a multiple.
@@ -134,6 +136,9 @@ class DotProduct(Protocol):
         """What ``accumulate`` takes for each of ``steps`` steps, from ``steps · products`` activations at each of the
         ``pixels`` indices."""
 
+    def in_turns(self, operand: Expression, turns: Sequence[int]) -> Expression:
+        """What ``accumulate`` takes, lane i with the activations of group ``turns[i]``; for one group the operand itself."""
+
     def accumulate(
         self, accumulator: Expression, operands: Sequence[Expression], weights: Sequence[Expression]
     ) -> Expression:
@@ -182,6 +187,9 @@ class OnePixel:
     def for_groups(self, groups: int) -> DotProduct | None:
         return None
 
+    def in_turns(self, operand: Expression, turns: Sequence[int]) -> Expression:
+        return operand
+
     def start(self, values: Expression) -> Expression:
         return values
 
@@ -195,10 +203,21 @@ class RepeatedOperand(OnePixel, ABC):
     chain: int
     products: int
     registers: int
+    operand_dtype: str
+
+    def operand(self, buffer: Buffer, index: Expression) -> Expression:
+        """``products`` neighbouring activations, repeated in all lanes."""
+        return self.of_units(T.broadcast(self.loaded_units(buffer, index, 1), self.lanes))
 
     @abstractmethod
-    def operand(self, buffer: Buffer, index: Expression) -> Expression:
-        """``products`` neighbouring activations of every group, repeated until all lanes have some."""
+    def of_units(self, units: Expression) -> Expression:
+        """What ``accumulate`` takes, of the activations that every lane multiplies, as one integer a lane."""
+
+    def loaded_units(self, buffer: Buffer, index: Expression, count: int) -> Expression:
+        """``count`` times ``products`` neighbouring activations, as one integer each."""
+        bits = np.dtype(self.operand_dtype).itemsize * 8 * self.products
+        loaded = load(buffer, index, count * self.products)
+        return T.reinterpret(vector_type(f"int{bits}", count), loaded)
 
     @property
     def operand_steps(self) -> int:
@@ -215,7 +234,17 @@ class RepeatedOperand(OnePixel, ABC):
         return vectors + (2 if self.chain > 1 or self.products > 1 else 1)
 
     def operands(self, buffer: Buffer, indices: Sequence[Expression], steps: int) -> Sequence[Expression]:
-        return [self.operand(buffer, indices[0] + step * self.products * self.groups) for step in range(steps)]
+        starts = [indices[0] + step * self.products * self.groups for step in range(steps)]
+        if self.groups == 1:
+            return [self.operand(buffer, start) for start in starts]
+        return [self.loaded_units(buffer, start, units_loaded(self.groups)) for start in starts]
+
+    def in_turns(self, operand: Expression, turns: Sequence[int]) -> Expression:
+        if self.groups == 1:
+            return operand
+        # TVM wants no more lanes to come out of a shuffle than go into it.
+        copies = -(-self.lanes // lanes_of(operand))
+        return self.of_units(T.Shuffle([operand] * copies, list(turns)))
 
 
 @dataclass(frozen=True)
@@ -243,14 +272,14 @@ class FloatDot(RepeatedOperand):
     def weight_dtype(self) -> str:
         return "uint16" if self.storage == "bfloat16" else self.storage
 
-    def for_groups(self, groups: int) -> DotProduct | None:
-        return replace(self, groups=groups) if self.storage == "float32" else None
+    def for_groups(self, groups: int) -> DotProduct:
+        return replace(self, groups=groups)
 
     def operand(self, buffer: Buffer, index: Expression) -> Expression:
-        if self.groups == 1:
-            return T.broadcast(buffer[index], self.lanes)
-        words = repeated_words(buffer, index, "uint32", self.lanes, self.groups)
-        return T.reinterpret(vector_type("float32", self.lanes), words)
+        return T.broadcast(buffer[index], self.lanes)
+
+    def of_units(self, units: Expression) -> Expression:
+        return T.reinterpret(vector_type("float32", self.lanes), units)
 
     def accumulate(
         self, accumulator: Expression, operands: Sequence[Expression], weights: Sequence[Expression]
@@ -276,6 +305,9 @@ class WideDot(RepeatedOperand):
     def operand(self, buffer: Buffer, index: Expression) -> Expression:
         return T.broadcast(buffer[index], self.lanes)
 
+    def of_units(self, units: Expression) -> Expression:
+        return T.reinterpret(vector_type("float64", self.lanes), units)
+
     def accumulate(
         self, accumulator: Expression, operands: Sequence[Expression], weights: Sequence[Expression]
     ) -> Expression:
@@ -297,9 +329,13 @@ class WideningDot(RepeatedOperand):
     accumulator_dtype: str = "int32"
     name: str = "widening"
     operand_cost: float = 0.5
+    groups: int = 1
 
-    def operand(self, buffer: Buffer, index: Expression) -> Expression:
-        return convert(T.broadcast(buffer[index], self.lanes), "int32")
+    def for_groups(self, groups: int) -> DotProduct:
+        return replace(self, groups=groups)
+
+    def of_units(self, units: Expression) -> Expression:
+        return convert(units, "int32")
 
     def accumulate(
         self, accumulator: Expression, operands: Sequence[Expression], weights: Sequence[Expression]
@@ -307,20 +343,13 @@ class WideningDot(RepeatedOperand):
         return accumulator + operands[0] * convert(weights[0], "int32")
 
 
-def repeated_words(
-    buffer: Buffer, index: Expression, dtype: str, lanes: int, words: int = 1, flip: int = 0
-) -> Expression:
-    """Words of four bytes at ``index``, taking turns in ``lanes`` 32-bit lanes, as a vector of ``dtype``; bits in ``flip``
-    inverted in each."""
-    bits = int(dtype.removeprefix("uint").removeprefix("int"))
-    count = 32 // bits
-    element = str(buffer.dtype)
-    loaded = buffer.vload([index], vector_type(element, count * words))
-    value = T.reinterpret(vector_type("int32", words), loaded)
-    if flip:
-        value = value ^ int_like(flip, value)
-    # TVM wants no more lanes to come out of a shuffle than go into it.
-    all_lanes = (
-        T.broadcast(value, lanes) if words == 1 else T.Shuffle([T.bind(value)] * (lanes // words), list(range(lanes)))
-    )
-    return T.reinterpret(vector_type(dtype, count * lanes), all_lanes)
+def units_loaded(groups: int) -> int:
+    """Groups whose activations are loaded at once, for so many that take turns: a power of two."""
+    return 1 << (groups - 1).bit_length()
+
+
+def repeated_word(buffer: Buffer, index: Expression, dtype: str, lanes: int) -> Expression:
+    """Four bytes at ``index`` in each of ``lanes`` 32-bit lanes, as a vector of ``dtype``."""
+    count = 4 // np.dtype(dtype).itemsize
+    word = T.reinterpret("int32", buffer.vload([index], vector_type(str(buffer.dtype), count)))
+    return T.reinterpret(vector_type(dtype, count * lanes), T.broadcast(word, lanes))

@@ -66,8 +66,8 @@ class KernelRequest:
         ending: what the constants prove about the clamp of an integer layer, which may then be done by saturation.
         placement: where the output goes in a wider buffer, which the kernel then gets in place of its own output and leaves
             unchanged elsewhere; None for an output of its own.
-        shuffled: whether the output's channels are stored as a channel shuffle orders them: channel j of group g of a
-            convolution's n groups at j·n + g.
+        shuffled: into how many groups a channel shuffle behind a convolution cuts its output, whose channels are stored as that
+            orders them: channel j of group g of n at j·n + g. 0 for the operator's order.
         overwritten: which of ``inputs`` the output is written over: a residual, or what an elementwise operator reads. The
             kernel gets one buffer for both, as its output, and reads every element before it writes it, once. None for an
             output of its own.
@@ -83,7 +83,7 @@ class KernelRequest:
     finite_weights: bool = False
     ending: ProvenEnding = ProvenEnding()
     placement: Placement | None = None
-    shuffled: bool = False
+    shuffled: int = 0
     overwritten: int | None = None
 
     @property

@@ -10,46 +10,45 @@ a vector has lanes. One load then brings the operands of all groups, for in this
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
 import numpy as np
 from tvm.tirx.script import builder as T
 
+from tvm_hquant.kernels.anchor_geometry import AnchorGeometry
 from tvm_hquant.kernels.dot_product import DotProduct
+from tvm_hquant.kernels.group_interleaving import interleaved
 from tvm_hquant.kernels.interface import KernelRequest
 from tvm_hquant.kernels.kernel_function import Buffer
-from tvm_hquant.kernels.primitives import Expression, convert, lanes_of, vector_type
+from tvm_hquant.kernels.primitives import Expression, convert, lanes_of, vector_type, widen
 from tvm_hquant.kernels.vector_loops import load, row_loop, store, vector_loop
 from tvm_hquant.operators import Conv2D
 
 _VECTOR_BYTES = 16
-_PRODUCT = 1.5
-"""What a multiply-add of a vector takes, in floats that are copied or shuffled."""
+_COPY = 3
+"""Instructions for a vector of elements that are interleaved."""
 
 
 def can_interleave_groups(request: KernelRequest, dot: DotProduct) -> bool:
-    """Whether lanes can take turns, and do so at a gain, among the groups of a convolution of 8-bit codes or of float32."""
+    """Whether lanes can take turns among the groups of a convolution of 8-bit codes or of floats."""
     conv = request.operator
-    # The epilogue that packs codes keeps neighbouring channels together in fours, not more.
-    most = {("uint8", "int8"): 4, ("float32", "float32"): 8}.get((request.inputs[0], request.weights), 1)
-    if not isinstance(conv, Conv2D) or conv.is_depthwise or conv.groups not in (2, 4, 8) or conv.groups > most:
+    if not isinstance(conv, Conv2D) or conv.is_depthwise or not 1 < conv.groups <= dot.lanes:
         return False
-    is_plain = len(request.inputs) == 1 and request.placement is None and request.overwritten is None
+    has_codes = (request.inputs[0], request.weights) == ("uint8", "int8")
+    has_floats = request.inputs[0] == request.weights and request.weight_points == 1
     fits = conv.in_channels // conv.groups >= dot.products and conv.out_channels >= dot.lanes
-    if not (is_plain and fits and dot.lanes % conv.groups == 0):
-        return False
-    return request.weights == "int8" or _saves_time(conv, dot.lanes)
+    return fits and (has_codes or has_floats)
 
 
-def _saves_time(conv: Conv2D, lanes: int) -> bool:
-    """Whether a float convolution gains by the copy, which takes the place of a shuffle and leaves no lanes idle."""
-    apart = conv.groups * -(-conv.out_channels // (conv.groups * lanes))
-    saved_vectors = apart - -(-conv.out_channels // lanes)
-    outputs = prod(conv.output_shape)
-    saved = outputs // conv.out_channels * saved_vectors * prod(conv.weight_shape[1:])
-    return prod(conv.input_shape) <= outputs + _PRODUCT * saved
+def saves_time(in_turns: AnchorGeometry, apart: AnchorGeometry, stored_dtype: str, vector_bytes: int) -> bool:
+    """Whether a convolution whose lanes take turns takes less time than one whose lanes have one group each.
+
+    Beside the steps and epilogues of tiles it copies its activations, the other its outputs.
+    """
+    conv, cost = apart.conv, _COPY * np.dtype(stored_dtype).itemsize / vector_bytes
+    copied = 0.0 if apart.needs_copy(stored_dtype) else prod(conv.input_shape) * cost
+    return in_turns.cost + copied <= apart.cost + prod(conv.output_shape) * cost
 
 
 @dataclass(frozen=True)
@@ -61,6 +60,7 @@ class InterleavedGroups:
 
     conv: Conv2D
     dot: DotProduct
+    storage: str
     source: Buffer
     target: Buffer
 
@@ -79,13 +79,13 @@ class InterleavedGroups:
             if at_once:
                 with vector_loop(full, at_once) as step:
                     parts = [self._units(first + g * inputs + step * products, at_once) for g in range(groups)]
-                    self._store(_interleaved(parts), place + step * (groups * products))
+                    self._store(interleaved(parts), place + step * (groups * products))
             if steps > full:
                 # The last channels are read with some before them, which are shifted out.
                 missing = 8 * self._element_bytes * (steps * products - inputs)
                 parts = [self._units(first + (g + 1) * inputs - products, 1) for g in range(groups)]
                 parts = [part >> T.Cast(str(part.ty.dtype), T.int32(missing)) for part in parts]
-                self._store(_interleaved(parts), place + full * (groups * products))
+                self._store(interleaved(parts), place + full * (groups * products))
 
     @property
     def _element_bytes(self) -> int:
@@ -100,13 +100,7 @@ class InterleavedGroups:
     def _store(self, units: Expression, place: Expression) -> None:
         count = lanes_of(units) * self.dot.products
         stored = T.reinterpret(vector_type(str(self.source.dtype), count), units)
+        if self.dot.operand_dtype == "float32":
+            store(self.target, place, widen(stored, self.storage), count)
+            return
         store(self.target, place, convert(stored, self.dot.operand_dtype), count)
-
-
-def _interleaved(parts: Sequence[Expression]) -> Expression:
-    """The first unit of every part, then the second of every part, and so on."""
-    if len(parts) == 1:
-        return parts[0]
-    a, b = _interleaved(parts[::2]), _interleaved(parts[1::2])
-    count = lanes_of(a)
-    return T.bind(T.Shuffle([a, b], [source * count + i for i in range(count) for source in (0, 1)]))

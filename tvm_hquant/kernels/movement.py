@@ -15,15 +15,13 @@ from tvm.tirx.script import builder as T
 from tvm_hquant.errors import KernelError
 from tvm_hquant.kernels.constant_arrays import to_arrays
 from tvm_hquant.kernels.elementwise import Pack, is_code, pack_only, wrong_constants
+from tvm_hquant.kernels.group_interleaving import MOST_GROUPS, interleave_groups
 from tvm_hquant.kernels.interface import Array, FillConstants, Kernel, KernelRequest, LayerConstants, NoConstants
 from tvm_hquant.kernels.kernel_function import ArrayType, Buffer, Emit, kernel_function
-from tvm_hquant.kernels.primitives import Expression, LlvmPrimitives, Primitives, broadcast, convert, lanes_of, narrow
+from tvm_hquant.kernels.primitives import Expression, LlvmPrimitives, Primitives, broadcast, convert, narrow
 from tvm_hquant.kernels.vector_loops import elements, fitting_lanes, flat, flat_loop, load, row_loop, store, vector_loop
 from tvm_hquant.operators import Concat, Movement, Shape
 from tvm_hquant.tensor_format import STORAGE_DTYPE
-
-_INTERLEAVED = 16
-"""Neighbours of a group that a channel shuffle moves at once."""
 
 
 def movement_kernel(request: KernelRequest, vector_bytes: int) -> Kernel | None:
@@ -243,34 +241,17 @@ def interleaved_groups(indices: Sequence[int]) -> int:
     return 0
 
 
-def _interleave(rows: int, groups: int, length: int) -> Emit:
-    """The channel shuffle of ``groups`` groups, a power of two, in vectors of neighbours from every group."""
-
-    def alternate(a: Expression, b: Expression) -> Expression:
-        lanes = lanes_of(a)
-        return T.bind(T.Shuffle([a, b], [source * lanes + i for i in range(lanes) for source in (0, 1)]))
-
-    def interleaved(parts: Sequence[Expression]) -> Expression:
-        return parts[0] if len(parts) == 1 else alternate(interleaved(parts[::2]), interleaved(parts[1::2]))
-
-    def emit(inputs: Sequence[Buffer], _: Sequence[Buffer], output: Buffer) -> None:
-        source, target = flat(inputs[0]), flat(output)
-        with row_loop(rows, rows * groups * length) as row:
-            base = T.bind(row * (groups * length))
-            with vector_loop(length, _INTERLEAVED) as position:
-                parts = [load(source, base + g * length + position, _INTERLEAVED) for g in range(groups)]
-                store(target, base + position * groups, interleaved(parts), groups * _INTERLEAVED)
-
-    return emit
-
-
 def _take(request: KernelRequest, operator: Movement, lanes: int) -> Emit:
     axis, indices = operator.parameters[0], operator.parameters[1:]
     shape = operator.input_shape
     outer, inner = elements(shape[:axis]), elements(shape[axis + 1 :])
     groups = interleaved_groups(indices) if len(indices) == shape[axis] else 0
-    if request.output == "uint8" and groups in (2, 4, 8) and inner == 1 and shape[axis] // groups >= _INTERLEAVED:
-        return _interleave(outer, groups, shape[axis] // groups)
+    if groups and groups <= MOST_GROUPS and inner == 1:
+
+        def interleave(inputs: Sequence[Buffer], _: Sequence[Buffer], output: Buffer) -> None:
+            interleave_groups(flat(inputs[0]), flat(output), groups, shape[axis] // groups)
+
+        return interleave
     if groups:
         # A shuffle is a transposition, whose addresses need no table.
         length = shape[axis] // groups

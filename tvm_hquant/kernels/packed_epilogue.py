@@ -27,23 +27,29 @@ _BIASED = 2**23
 _BIASED_HIGH_BYTE = 0x4B
 
 
-def vector_groups(vectors: int) -> list[tuple[int, int]]:
-    """The vectors of a tile in groups that are packed together, as (first vector, 4, 2 or 1)."""
+def vector_groups(vectors: int, channels: int, lanes: int) -> list[tuple[int, int]]:
+    """The vectors of a tile over ``channels`` in groups that are packed together, as (first vector, 4, 2 or 1).
+
+    No group has more lanes than there are channels.
+    """
     groups, first = [], 0
     for size in (4, 2, 1):
-        while vectors - first >= size:
+        while vectors - first >= size and size * lanes <= channels:
             groups.append((first, size))
             first += size
     return groups
 
 
-def channel_order(vectors: int, lanes: int) -> npt.NDArray[np.int64]:
-    """int64 [vectors, lanes]: the channel, from the first of a tile, in every lane of its vectors of sums."""
+def channel_order(vectors: int, channels: int, lanes: int) -> npt.NDArray[np.int64]:
+    """int64 [vectors, lanes]: the channel, from the first of a tile, in every lane of its vectors of sums.
+
+    Where the vectors have more lanes than there are channels, the last group is moved back to end with them.
+    """
     order = np.empty((vectors, lanes), np.int64)
     parts, words = np.divmod(np.arange(lanes), 4)
-    for first, size in vector_groups(vectors):
+    for first, size in vector_groups(vectors, channels, lanes):
         for i in range(size):
-            order[first + i] = first * lanes + parts * 4 * size + 4 * i + words
+            order[first + i] = min(first * lanes, channels - size * lanes) + parts * 4 * size + 4 * i + words
     return order
 
 

@@ -1,7 +1,7 @@
 """The second matrices of a batch matmul, packed at run time as a dot product's steps read weights.
 
 For every vector of columns and every step the lanes lie side by side, each with the products of the step: what
-``AnchorGeometry.pack_weights`` makes of constant weights, for tiles of one vector.
+``AnchorPacking.pack_weights`` makes of constant weights, for tiles of one vector.
 """
 
 from __future__ import annotations

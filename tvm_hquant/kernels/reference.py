@@ -32,7 +32,7 @@ class ReferenceFamily:
 
     def kernel(self, request: KernelRequest) -> Kernel | None:
         """The kernel for a request; None for opaque layers and combinations of storages that no precision makes."""
-        if request.placement is not None or request.shuffled or request.overwritten is not None:
+        if request.placement is not None or request.overwritten is not None:
             return None
         primitives = _PRIMITIVES[self.compiler]
         return reference_anchor(request, primitives) or reference_layer(request, primitives)

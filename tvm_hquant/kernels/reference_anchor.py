@@ -18,6 +18,7 @@ from tvm_hquant.kernels.interface import (
     LayerConstants,
 )
 from tvm_hquant.kernels.kernel_function import ArrayType, Buffer, kernel_function
+from tvm_hquant.kernels.lane_order import place_of_channel
 from tvm_hquant.kernels.primitives import Expression, Primitives, centred, clamp, convert, narrow, requantize, widen
 from tvm_hquant.kernels.reference_blocks import Axes, accumulate, block, intermediate, within_map
 from tvm_hquant.operators import Anchor, Conv2D, Dense
@@ -66,6 +67,13 @@ def reference_anchor(request: KernelRequest, p: Primitives) -> Kernel | None:
     if not isinstance(operator, Conv2D | Dense):
         return None
     return _integer(request, operator, p) if is_code(request.inputs[0]) else _float(request, operator, p)
+
+
+def _stored_axes(request: KernelRequest, axes: Axes) -> Axes:
+    """Where an output element is stored."""
+    if not request.shuffled:
+        return axes
+    return [*axes[:-1], place_of_channel(axes[-1], request.output_shape[-1], request.shuffled)]
 
 
 def _kind(operator: Anchor) -> str:
@@ -125,7 +133,7 @@ def _integer(request: KernelRequest, operator: Anchor, p: Primitives) -> Kernel:
                 residual = convert(centred(inputs[-1][tuple(axes)], integers[1]), "float32")
                 value = p.fma(residual, floats[2], value)
             result = requantize(p, value, floats[0], floats[1], integers[2], request.output)
-            T.buffer_store(output, result, axes)
+            T.buffer_store(output, result, _stored_axes(request, axes))
 
     function = kernel_function(request, types, emit)
     pack = _pack(request, IntegerAnchorConstants, weight_shape)
@@ -155,7 +163,8 @@ def _float(request: KernelRequest, operator: Anchor, p: Primitives) -> Kernel:
             total = accumulator[tuple(axes)]
             if operator.epilogue.has_residual:
                 total = p.add(total, widen(inputs[-1][tuple(axes)], request.inputs[-1]))
-            T.buffer_store(output, narrow(p, clamp(p, total, bounds[0], bounds[1]), request.output), axes)
+            result = narrow(p, clamp(p, total, bounds[0], bounds[1]), request.output)
+            T.buffer_store(output, result, _stored_axes(request, axes))
 
     function = kernel_function(request, types, emit)
     pack = _pack(request, FloatAnchorConstants, operator.weight_shape)

@@ -21,7 +21,7 @@ from tvm.tirx.script import builder as T
 from tvm_hquant.kernels.activation_copy import ActivationCopy
 from tvm_hquant.kernels.anchor_constants import integer_array_types, pack_integer
 from tvm_hquant.kernels.conv2d_steps import register
-from tvm_hquant.kernels.dot_product import repeated_words
+from tvm_hquant.kernels.dot_product import repeated_word
 from tvm_hquant.kernels.epilogue import scale_accumulator
 from tvm_hquant.kernels.interface import Array, Kernel, KernelRequest, LayerConstants
 from tvm_hquant.kernels.kernel_function import Buffer, kernel_function
@@ -172,7 +172,7 @@ class WinogradGeometry:
     def channel_rows(self) -> npt.NDArray[np.int64]:
         """Output channel of every packed lane."""
         blocks = np.arange(0, self.conv.out_channels, self.block_channels)
-        return np.add.outer(blocks, channel_order(_VECTORS, self.lanes)).reshape(-1)
+        return np.add.outer(blocks, channel_order(_VECTORS, self.block_channels, self.lanes)).reshape(-1)
 
     def pack_channels(self, values: Array, fill: float = 0) -> Array:
         """[..., out_channels] in the order of the lanes."""
@@ -285,7 +285,7 @@ class _Emitter:
                     codes = T.bind(weight + pair * (_VECTORS * count))
                     of_vectors = [T.bind(load(self.weights, codes + j * count, count)) for j in range(_VECTORS)]
                     for i in range(run.pixels):
-                        operand = T.bind(repeated_words(transformed, at + i * channels, "int16", lanes))
+                        operand = T.bind(repeated_word(transformed, at + i * channels, "int16", lanes))
                         for j in range(_VECTORS):
                             value = self.vectors.multiply(load(totals[i, j], 0, lanes), operand, of_vectors[j])
                             store(totals[i, j], 0, value, lanes)

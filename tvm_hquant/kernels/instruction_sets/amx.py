@@ -17,7 +17,7 @@ Source: Intel 64 and IA-32 Architectures Software Developer's Manual, LDTILECFG 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -32,6 +32,7 @@ from tvm_hquant.kernels.instruction_set import InstructionSet
 from tvm_hquant.kernels.interface import Array, Kernel, KernelRequest, LayerConstants
 from tvm_hquant.kernels.kernel_function import Buffer, imported_functions, kernel_function
 from tvm_hquant.kernels.primitives import Expression
+from tvm_hquant.kernels.shuffled_outputs import is_order_of_constants, with_shuffled_outputs
 from tvm_hquant.kernels.vector_loops import flat, load, store
 from tvm_hquant.operators import Conv2D, Dense
 
@@ -160,6 +161,9 @@ def amx_kernel(request: KernelRequest) -> Kernel | None:
     operator = request.operator
     if not isinstance(operator, (Conv2D, Dense)) or request.weights != "int8":
         return None
+    if is_order_of_constants(request):
+        plain = amx_kernel(replace(request, shuffled=0))
+        return with_shuffled_outputs(plain, request) if plain is not None else None
     conv = as_conv2d(operator)
     window = conv.window
     is_one_run = conv.groups == 1 and (window.dilation[1] == 1 or window.kernel[1] == 1) and window.dilation[0] == 1

@@ -65,6 +65,9 @@ class UsmmlaDot:
     def for_groups(self, groups: int) -> DotProduct | None:
         return None
 
+    def in_turns(self, operand: Expression, turns: Sequence[int]) -> Expression:
+        return operand
+
     def spare_registers(self, groups: int, vectors: int, chain: int) -> int:
         return self.operand_steps * groups + 2 * vectors
 

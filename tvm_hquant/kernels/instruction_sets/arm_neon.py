@@ -25,7 +25,6 @@ from tvm_hquant.kernels.arm_operands import (
     add_neighbours,
     element_in_all_lanes,
     halves,
-    word_operands,
 )
 from tvm_hquant.kernels.common import CommonFamily
 from tvm_hquant.kernels.dot_product import DotProduct, RepeatedOperand, WideDot
@@ -33,7 +32,7 @@ from tvm_hquant.kernels.instruction_set import Host, InstructionSet
 from tvm_hquant.kernels.interface import KernelRequest
 from tvm_hquant.kernels.kernel_function import Buffer
 from tvm_hquant.kernels.patches import takes_patches
-from tvm_hquant.kernels.primitives import Expression, convert, vector_type
+from tvm_hquant.kernels.primitives import Expression, convert, int_like, vector_type
 from tvm_hquant.operators import Conv2D, Dense
 
 _FEWEST_CHANNELS = 8
@@ -96,8 +95,8 @@ class QuadDot(RepeatedOperand):
     name: str = "smull"
     operand_cost: float = 1.0
 
-    def operand(self, buffer: Buffer, index: Expression) -> Expression:
-        return word_operands(buffer, index, 1, "int8", TOP_BITS)[0]
+    def of_units(self, units: Expression) -> Expression:
+        return T.reinterpret("int8x16", units ^ int_like(TOP_BITS, units))
 
     def accumulate(
         self, accumulator: Expression, operands: Sequence[Expression], weights: Sequence[Expression]

@@ -16,10 +16,9 @@ from tvm.tirx.script import builder as T
 
 from tvm_hquant.kernels.anchor_family import AnchorFamily
 from tvm_hquant.kernels.common import CommonFamily
-from tvm_hquant.kernels.dot_product import DotProduct, FloatDot, RepeatedOperand, ShortSums, WideDot, repeated_words
+from tvm_hquant.kernels.dot_product import DotProduct, FloatDot, RepeatedOperand, ShortSums, WideDot
 from tvm_hquant.kernels.instruction_set import Host, InstructionSet
 from tvm_hquant.kernels.interface import KernelRequest
-from tvm_hquant.kernels.kernel_function import Buffer
 from tvm_hquant.kernels.primitives import Expression
 from tvm_hquant.kernels.winograd import can_transform, saved_products, weight_bytes
 from tvm_hquant.kernels.x86_byte_vectors import WordProduct
@@ -58,8 +57,8 @@ class WordDot(RepeatedOperand):
     def for_groups(self, groups: int) -> DotProduct:
         return replace(self, groups=groups)
 
-    def operand(self, buffer: Buffer, index: Expression) -> Expression:
-        return repeated_words(buffer, index, "int16", self.lanes, self.groups)
+    def of_units(self, units: Expression) -> Expression:
+        return T.reinterpret(f"int16x{2 * self.lanes}", units)
 
     def accumulate(
         self, accumulator: Expression, operands: Sequence[Expression], weights: Sequence[Expression]
@@ -126,8 +125,8 @@ class ByteDot(RepeatedOperand):
     def for_groups(self, groups: int) -> DotProduct:
         return replace(self, groups=groups)
 
-    def operand(self, buffer: Buffer, index: Expression) -> Expression:
-        return repeated_words(buffer, index, "int8", self.lanes, self.groups)
+    def of_units(self, units: Expression) -> Expression:
+        return T.reinterpret(f"int8x{4 * self.lanes}", units)
 
     def accumulate(
         self, accumulator: Expression, operands: Sequence[Expression], weights: Sequence[Expression]

@@ -12,7 +12,7 @@ Source: Intel 64 and IA-32 Architectures Software Developer's Manual, VDPBF16PS.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tvm.tirx.script import builder as T
 
@@ -22,7 +22,7 @@ from tvm_hquant.kernels.dot_product import DotProduct, RepeatedOperand
 from tvm_hquant.kernels.instruction_set import Host, InstructionSet
 from tvm_hquant.kernels.interface import KernelRequest
 from tvm_hquant.kernels.kernel_function import Buffer
-from tvm_hquant.kernels.primitives import Expression
+from tvm_hquant.kernels.primitives import Expression, broadcast, vector_type
 from tvm_hquant.operators import Conv2D, Dense
 
 _LANES = 16
@@ -57,17 +57,24 @@ class BFloatDot(RepeatedOperand):
     reverses_products: bool = True
     prefetches: bool = True
     llvm_functions: str = _DEFINITION
+    groups: int = 1
 
-    def operand(self, buffer: Buffer, index: Expression) -> Expression:
-        word = T.reinterpret("uint32", buffer.vload([index], "uint16x2"))
+    def for_groups(self, groups: int) -> DotProduct:
+        return replace(self, groups=groups)
+
+    def loaded_units(self, buffer: Buffer, index: Expression, count: int) -> Expression:
+        words = super().loaded_units(buffer, index, count)
         # Exchanged before they are repeated: rotating a vector would take the place of a product.
-        exchanged = T.call_llvm_pure_intrin("uint32", "llvm.fshl", word, word, T.uint32(16))
-        return T.broadcast(exchanged, self.lanes)
+        sixteen = broadcast(T.int32(16), count)
+        return T.call_llvm_pure_intrin(vector_type("int32", count), "llvm.fshl", words, words, sixteen)
+
+    def of_units(self, units: Expression) -> Expression:
+        return units
 
     def accumulate(
         self, accumulator: Expression, operands: Sequence[Expression], weights: Sequence[Expression]
     ) -> Expression:
-        words = T.reinterpret(f"uint32x{self.lanes}", weights[0])
+        words = T.reinterpret(f"int32x{self.lanes}", weights[0])
         return T.call_pure_extern(f"float32x{self.lanes}", _FUNCTION, accumulator, operands[0], words)
 
 

@@ -12,10 +12,9 @@ from tvm.tirx.script import builder as T
 
 from tvm_hquant.kernels.anchor_family import AnchorFamily
 from tvm_hquant.kernels.common import CommonFamily
-from tvm_hquant.kernels.dot_product import DotProduct, FloatDot, RepeatedOperand, WideDot, repeated_words
+from tvm_hquant.kernels.dot_product import DotProduct, FloatDot, RepeatedOperand, WideDot
 from tvm_hquant.kernels.instruction_set import Host, InstructionSet
 from tvm_hquant.kernels.interface import KernelRequest
-from tvm_hquant.kernels.kernel_function import Buffer
 from tvm_hquant.kernels.primitives import Expression
 
 _LANES = 16
@@ -48,8 +47,8 @@ class VnniDot(RepeatedOperand):
     def for_groups(self, groups: int) -> DotProduct:
         return replace(self, groups=groups)
 
-    def operand(self, buffer: Buffer, index: Expression) -> Expression:
-        return repeated_words(buffer, index, "int8", self.lanes, self.groups)
+    def of_units(self, units: Expression) -> Expression:
+        return T.reinterpret(f"int8x{4 * self.lanes}", units)
 
     def accumulate(
         self, accumulator: Expression, operands: Sequence[Expression], weights: Sequence[Expression]

@@ -1,0 +1,97 @@
+"""What tiles of a convolution cost, by a small model of the processor that counts instructions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from tvm_hquant.kernels.packed_epilogue import vector_groups
+from tvm_hquant.kernels.row_tiles import TileRun
+from tvm_hquant.kernels.vector_loops import CACHE_LINE
+
+if TYPE_CHECKING:
+    from tvm_hquant.kernels.anchor_geometry import AnchorGeometry
+
+_SHORT_OPERAND = 0.2
+"""Cost of an operand where sums are short: products do not wait for each other, and the loads run beside the additions."""
+_EPILOGUE = 8
+"""Instructions that finish a vector of sums."""
+_PACKED_EPILOGUE = {4: 6, 2: 7, 1: 10}
+"""The same where as many vectors of a pixel are packed together: fewer of them take more shuffles and stores."""
+_RESIDUAL = 4
+"""Instructions that add a residual to a vector of sums."""
+_AT_A_TIME = 3
+"""Of what is not hidden behind the products of other tiles, instructions that take as long as a product."""
+_PERMUTATION = 0.5
+"""Cost of an operand whose lanes are in another order than another one's of the same pixel."""
+_TILE = 20
+"""Instructions around a tile."""
+_CACHE_SETS = 64
+"""Sets of a first-level data cache on the processors at hand."""
+_LINES_OF_A_SET = 4
+"""Pixels of a tile that may share a set with no loss; every further one costs ``_CROWDED`` of a step."""
+_CROWDED = 0.04
+
+
+@dataclass(frozen=True)
+class TileCosts:
+    """The costs of the tiles that a geometry may have."""
+
+    geometry: AnchorGeometry
+
+    def of_run(self, run: TileRun, vectors: int) -> float:
+        """Instructions of a tile of a run, with so many vectors."""
+        geometry = self.geometry
+        kernel_height, kernel_width = geometry.conv.window.kernel
+        steps = kernel_height * geometry.runs * geometry.steps
+        if run.columns is None:
+            of_steps = steps * self._of_step(run.pixels, vectors)
+        else:
+            reached = (end - begin for begin, end in run.columns)
+            of_steps = sum(steps / kernel_width * self._of_step(pixels, vectors) for pixels in reached if pixels)
+        return of_steps + self._around(run.pixels, vectors)
+
+    def _around(self, pixels: int, vectors: int) -> float:
+        """What finishes a tile and stands around it."""
+        dot, has_residual = self.geometry.dot, self.geometry.conv.epilogue.has_residual
+        instructions = self._of_epilogue(pixels, vectors) + _TILE
+        if not dot.lookahead:
+            return instructions
+        # Scaling sums and residuals takes the units of the products, all else has units of its own.
+        scalings = pixels * vectors * (1 + has_residual)
+        instructions += _RESIDUAL * has_residual * pixels * vectors
+        return scalings + max(0, instructions - dot.lookahead) / _AT_A_TIME
+
+    def _of_step(self, pixels: int, vectors: int) -> float:
+        geometry, dot = self.geometry, self.geometry.dot
+        sums = -(-pixels // dot.pixels) * vectors * dot.accumulator_registers
+        if dot.short_sums(geometry.chain) is not None:
+            multiplications, operand_cost = float(sums), _SHORT_OPERAND
+        elif geometry.groups_steps:
+            multiplications, operand_cost = float(sums), dot.operand_cost
+        else:
+            multiplications = max(sums, (sums + dot.latency) / 2, dot.row_vectors)
+            operand_cost = dot.operand_cost
+        crowded = 1 + _CROWDED * max(0, self._pixels_of_a_set(pixels) - _LINES_OF_A_SET)
+        operands = geometry.operands_of_a_pixel(vectors)
+        permuting = _PERMUTATION * operands if operands > 1 else 0.0
+        loads = (operand_cost + permuting) * pixels + dot.weight_cost * vectors
+        return crowded * (multiplications + loads)
+
+    def _pixels_of_a_set(self, pixels: int) -> int:
+        """How many neighbouring pixels lie in the same set of the first-level cache, at most."""
+        geometry = self.geometry
+        size = geometry.conv.window.strides[1] * geometry.conv.groups * geometry.padded_inputs
+        size *= np.dtype(geometry.dot.operand_dtype).itemsize
+        sets = [i * size // CACHE_LINE % _CACHE_SETS for i in range(pixels)]
+        return max(sets.count(number) for number in set(sets)) if size >= CACHE_LINE else 1
+
+    def _of_epilogue(self, pixels: int, vectors: int) -> int:
+        """Instructions that finish a tile."""
+        geometry, dot = self.geometry, self.geometry.dot
+        if not geometry.packs_codes:
+            return _EPILOGUE * -(-pixels // dot.pixels) * vectors * dot.accumulator_registers
+        groups = vector_groups(vectors, geometry.group_outputs, dot.lanes)
+        return pixels * sum(size * _PACKED_EPILOGUE[size] for _, size in groups)
