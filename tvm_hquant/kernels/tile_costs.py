@@ -25,7 +25,7 @@ _RESIDUAL = 4
 _AT_A_TIME = 3
 """Of what is not hidden behind the products of other tiles, instructions that take as long as a product."""
 _PERMUTATION = 0.5
-"""Cost of an operand whose lanes are in another order than another one's of the same pixel."""
+"""Cost of bringing the activations of several groups to the lanes of an operand."""
 _TILE = 20
 """Instructions around a tile."""
 _CACHE_SETS = 64
@@ -75,8 +75,7 @@ class TileCosts:
             multiplications = max(sums, (sums + dot.latency) / 2, dot.row_vectors)
             operand_cost = dot.operand_cost
         crowded = 1 + _CROWDED * max(0, self._pixels_of_a_set(pixels) - _LINES_OF_A_SET)
-        operands = geometry.operands_of_a_pixel(vectors)
-        permuting = _PERMUTATION * operands if operands > 1 else 0.0
+        permuting = _PERMUTATION * geometry.operands_of_a_pixel(vectors) if dot.groups > 1 else 0.0
         loads = (operand_cost + permuting) * pixels + dot.weight_cost * vectors
         return crowded * (multiplications + loads)
 
