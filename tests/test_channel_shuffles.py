@@ -141,10 +141,10 @@ def test_what_is_not_absorbed() -> None:
 @pytest.mark.parametrize(
     ("conv", "lanes_take_turns"),
     [
-        (Conv2D((1, 28, 28, 32), 32, Window((1, 1)), 4, Epilogue(lower=0.0)), True),
-        (Conv2D((1, 28, 28, 960), 32, Window((1, 1)), 4, Epilogue(lower=0.0)), False),
-        (Conv2D((1, 8, 8, 32), 32, Window((3, 3), padding=(1, 1, 1, 1)), 4, Epilogue(lower=0.0)), True),
-        (Conv2D((1, 8, 8, 32), 32, Window((3, 3), padding=(1, 1, 1, 1)), 4), False),
+        (Conv2D((1, 28, 28, 24), 24, Window((1, 1)), 4, Epilogue(lower=0.0)), True),
+        (Conv2D((1, 28, 28, 960), 24, Window((1, 1)), 4, Epilogue(lower=0.0)), False),
+        (Conv2D((1, 8, 8, 24), 24, Window((3, 3), padding=(1, 1, 1, 1)), 4, Epilogue(lower=0.0)), True),
+        (Conv2D((1, 8, 8, 24), 24, Window((3, 3), padding=(1, 1, 1, 1)), 4), False),
     ],
     ids=["few channels", "many channels", "padding left out", "padding"],
 )

@@ -113,7 +113,7 @@ class AnchorFamily:
         of_turns, apart = (conv2d_geometry(request, each, vectors=vectors) for each in (in_turns, dot))
         # Activations are put side by side without padding around them.
         is_possible = of_turns.skips_padding or not any(operator.window.padding)
-        saves = is_possible and saves_time(of_turns, apart, STORAGE_DTYPE[stored], 4 * self.lanes)
+        saves = is_possible and saves_time(of_turns, apart, STORAGE_DTYPE[stored])
         return in_turns if saves else dot
 
     def _byte_vectors(self, request: KernelRequest) -> ByteVectors | None:

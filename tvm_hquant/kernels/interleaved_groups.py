@@ -27,7 +27,7 @@ from tvm_hquant.operators import Conv2D
 
 _VECTOR_BYTES = 16
 _COPY = 3
-"""Instructions for a vector of elements that are interleaved."""
+"""Instructions for as many bytes that are interleaved."""
 
 
 def can_interleave_groups(request: KernelRequest, dot: DotProduct) -> bool:
@@ -41,12 +41,12 @@ def can_interleave_groups(request: KernelRequest, dot: DotProduct) -> bool:
     return fits and (has_codes or has_floats)
 
 
-def saves_time(in_turns: AnchorGeometry, apart: AnchorGeometry, stored_dtype: str, vector_bytes: int) -> bool:
+def saves_time(in_turns: AnchorGeometry, apart: AnchorGeometry, stored_dtype: str) -> bool:
     """Whether a convolution whose lanes take turns takes less time than one whose lanes have one group each.
 
     Beside the steps and epilogues of tiles it copies its activations, the other its outputs.
     """
-    conv, cost = apart.conv, _COPY * np.dtype(stored_dtype).itemsize / vector_bytes
+    conv, cost = apart.conv, _COPY * np.dtype(stored_dtype).itemsize / _VECTOR_BYTES
     copied = 0.0 if apart.needs_copy(stored_dtype) else prod(conv.input_shape) * cost
     return in_turns.cost + copied <= apart.cost + prod(conv.output_shape) * cost
 
