@@ -24,6 +24,7 @@ After::
 What each operator looks like afterwards, in NCHW:
 
 - convolution: ``R.nn.conv2d(x, W)``, then ``R.add(…, bias of shape (1, C, 1, 1))``; padding is explicit;
+- convolutions and pools of sequences [N, C, W]: those of maps [N, C, 1, W], reshaped before and behind them;
 - dense layer: ``R.matmul(x, W [in, out])``, then ``R.add(…, bias [out])``;
 - batch norm and per-channel constants: folded into the layer before, else a depthwise 1×1 convolution with bias (on
   tensors of other than four axes ``R.multiply`` and ``R.add``);
@@ -51,7 +52,7 @@ from typing import Any
 import tvm
 from tvm import IRModule
 
-from tvm_hquant.relax_ir.canonical_rules import affine, clamps, elementwise, movement, windows
+from tvm_hquant.relax_ir.canonical_rules import affine, clamps, elementwise, movement, sequences, windows
 from tvm_hquant.relax_ir.graph_rewriting import rewrite
 
 RULES = (
@@ -62,6 +63,9 @@ RULES = (
     clamps.drop_kept_clamp,
     clamps.move_clamp_before_concat,
     elementwise.spell_reduced_stack_as_chain,
+    sequences.spell_convolution_of_sequences,
+    sequences.spell_pool_of_sequences,
+    sequences.move_sequence_behind_operator,
     movement.spell_channel_shuffle,
     movement.spell_reshape,
     movement.merge_permutations,

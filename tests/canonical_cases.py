@@ -177,6 +177,35 @@ def pooling_cases() -> list[Case]:
     ]
 
 
+def sequence_cases() -> list[Case]:
+    weights = random_weights(12, w=(6, 2, 3), v=(6, 1, 3), u=(6, 4, 1), b=(6,)) | _BN
+    sequence = {"x": (2, 4, 15)}
+    convolution = node("Conv", "x w b", "c", group=2, strides=[2], dilations=[2], pads=[3, 1])
+    ends = " permute_dims permute_dims reshape reshape"
+
+    def following(operators: str, *nodes: Any) -> Case:
+        return Case(nodes[0].op_type.lower(), onnx_model([convolution, *nodes], weights, sequence), operators)
+
+    return [
+        following("add conv2d conv2d nn.relu" + ends, node("Relu", "c", "r"), node("Conv", "r v", "y", group=6)),
+        following("add conv2d" + ends, node("BatchNormalization", f"c {_BN_INPUTS}", "y")),
+        following(
+            "add concat conv2d nn.avg_pool2d nn.max_pool2d" + ends,
+            node("MaxPool", "c", "m", kernel_shape=[3], strides=[2], pads=[1, 0]),
+            node("AveragePool", "c", "a", kernel_shape=[3], strides=[2], pads=[1, 0]),
+            node("Concat", "m a", "y", axis=1),
+        ),
+        following("add conv2d mean permute_dims reshape reshape", node("GlobalAveragePool", "c", "y")),
+        Case(
+            "residual_of_sequences",
+            onnx_model(
+                [node("Conv", "x u", "c"), node("Conv", "x u b", "d"), node("Add", "c d", "y")], weights, sequence
+            ),
+            "add add conv2d conv2d" + ends,
+        ),
+    ]
+
+
 def movement_cases() -> list[Case]:
     conv = node("Conv", "x w b", "c", pads=[1, 1, 1, 1])
     shapes = _numbers(five=[1, 2, 3, 8, 8], four=[1, 6, 8, 8], rows=[1, -1])
@@ -353,6 +382,7 @@ def all_cases() -> list[Case]:
         *affine_cases(),
         *padding_cases(),
         *pooling_cases(),
+        *sequence_cases(),
         *movement_cases(),
         *elementwise_cases(),
     ]

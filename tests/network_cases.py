@@ -28,7 +28,6 @@ class NetworkCase:
 _LEFT_TO_TVM = {
     "transformer": "nn.layer_norm",
     "unet": "nn.conv2d_transpose",
-    "conv1d": "add max nn.conv1d",
     "selu": "multiply",
     "softplus": "abs add log negative",
     "abs": "abs",
