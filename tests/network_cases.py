@@ -29,13 +29,10 @@ _LEFT_TO_TVM = {
     "transformer": "nn.layer_norm",
     "unet": "nn.conv2d_transpose",
     "selu": "multiply",
-    "softplus": "abs add log negative",
-    "abs": "abs",
+    "softplus": "add log",
     "mish": "add log multiply",
     "thresholdedrelu": "astype greater multiply",
-    "softsign": "abs add divide",
-    "neg": "negative",
-    "floor": "floor",
+    "softsign": "add divide",
     "sqrt": "sqrt",
     "prelu": "nn.prelu",
     "log_softmax": "nn.log_softmax",
@@ -45,7 +42,7 @@ _LEFT_TO_TVM = {
     "expand": "broadcast_to",
     "subtract": "subtract",
     "divide": "divide",
-    "lp_pool": "abs multiply power",
+    "lp_pool": "multiply power",
     "mean_over_channels": "add mean",
     "mean_over_rows": "mean",
     "sum_over_all": "sum",
@@ -55,7 +52,7 @@ _LEFT_TO_TVM = {
     "arg_max": "add argmax astype",
     "scalar_output": "mean",
     "embedding": "add less mean take where",
-    "shared_weights": "abs subtract",
+    "shared_weights": "subtract",
 }
 """For each model the operators that no kernel of this project computes: they stay in float32."""
 

@@ -91,7 +91,18 @@ def test_opaque_layers_give_float32(precision: str) -> None:
 
 def test_activations_with_kernels_need_no_conversions() -> None:
     """However a model spells an activation that has a kernel, under a8w8 it is a table between codes."""
-    names = {"hardswish", "gelu_by_erf", "elu", "prelu_of_one_slope", "erf", "sigmoid", "leakyrelu"}
+    names = {
+        "hardswish",
+        "gelu_by_erf",
+        "elu",
+        "prelu_of_one_slope",
+        "erf",
+        "sigmoid",
+        "leakyrelu",
+        "abs",
+        "neg",
+        "floor",
+    }
     cases = [case for case in activation_cases() if case.name in names]
     merged = merged_cases("activations", cases, 20)
     session = import_model(merged.model, inputs_of(merged.model)).session

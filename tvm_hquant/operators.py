@@ -272,7 +272,7 @@ class Concat:
 @dataclass(frozen=True)
 class Unary:
     """An elementwise function: clip (parameters lower, upper), leaky_relu (alpha), sigmoid, tanh, gelu, silu,
-    hard_sigmoid (alpha, beta), hard_swish, elu (alpha), exp…"""
+    hard_sigmoid (alpha, beta), hard_swish, elu (alpha), exp, abs, negative, floor, ceil, round…"""
 
     shape: Shape
     function: str

@@ -27,6 +27,11 @@ CASES: list[Case] = [
     ("hard_sigmoid", (0.2, 0.5), lambda x: min(max(0.2 * x + 0.5, 0.0), 1.0)),
     ("hard_swish", (), lambda x: x * min(max(x / 6 + 0.5, 0.0), 1.0)),
     ("elu", (1.5,), lambda x: x if x > 0 else 1.5 * math.expm1(x)),
+    ("abs", (), abs),
+    ("negative", (), lambda x: -x),
+    ("round", (), round),
+    ("floor", (), math.floor),
+    ("ceil", (), math.ceil),
 ]
 INPUTS = [TensorFormat("uint8", 0.0625, 100, 0, 255), TensorFormat("int8", 0.0625, 0, -128, 127)]
 OUTPUTS = [

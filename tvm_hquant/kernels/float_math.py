@@ -202,6 +202,18 @@ def _elu(p: Primitives, x: Expression, parameters: Parameters) -> Expression:
     return select(x > float_like(0.0, x), x, low)
 
 
+def _floor(p: Primitives, x: Expression, _: Parameters) -> Expression:
+    x = p.bind(x)
+    nearest = p.bind(p.round(x))
+    return select(nearest > x, p.subtract(nearest, float_like(1.0, x)), nearest)
+
+
+def _ceil(p: Primitives, x: Expression, _: Parameters) -> Expression:
+    x = p.bind(x)
+    nearest = p.bind(p.round(x))
+    return select(nearest < x, p.add(nearest, float_like(1.0, x)), nearest)
+
+
 UNARY: Mapping[str, Callable[[Primitives, Expression, Parameters], Expression]] = {
     "clip": _clip,
     "leaky_relu": _leaky_relu,
@@ -215,5 +227,10 @@ UNARY: Mapping[str, Callable[[Primitives, Expression, Parameters], Expression]] 
     "hard_sigmoid": _hard_sigmoid,
     "hard_swish": _hard_swish,
     "elu": _elu,
+    "abs": lambda p, x, _: _absolute(p.bind(x)),
+    "negative": lambda p, x, _: p.multiply(x, float_like(-1.0, x)),
+    "round": lambda p, x, _: p.round(x),
+    "floor": _floor,
+    "ceil": _ceil,
 }
 """Every unary function, of a float32 ``x`` with scalar parameters."""

@@ -17,6 +17,11 @@ function          parameters      steps
 ``hard_sigmoid``  alpha, beta     clamp(fma(x, alpha, beta), 0, 1)
 ``hard_swish``                    x · clamp(fma(x, float32(1/6), 0.5), 0, 1)
 ``elu``           alpha           x > 0 ? x : alpha · (exp(x) − 1)
+``abs``                           x without its sign bit
+``negative``                      x · −1
+``round``                         the nearest integer, ties to even
+``floor``                         r = round(x); r > x ? r − 1 : r
+``ceil``                          r = round(x); r < x ? r + 1 : r
 ================  ==============  ===================================================================================
 """
 
@@ -73,6 +78,16 @@ def _elu(x: FloatArray, p: Parameters) -> FloatArray:
     return np.where(x > 0, x, np.float32(p[0]) * (polynomials.exp(x) - np.float32(1)))
 
 
+def _floor(x: FloatArray, _: Parameters) -> FloatArray:
+    nearest = np.rint(x)
+    return np.where(nearest > x, nearest - np.float32(1), nearest)
+
+
+def _ceil(x: FloatArray, _: Parameters) -> FloatArray:
+    nearest = np.rint(x)
+    return np.where(nearest < x, nearest + np.float32(1), nearest)
+
+
 _FLOAT32: Mapping[str, Callable[[FloatArray, Parameters], FloatArray]] = {
     "clip": lambda x, p: clamp(x, p[0], p[1]),
     "leaky_relu": _leaky_relu,
@@ -86,6 +101,11 @@ _FLOAT32: Mapping[str, Callable[[FloatArray, Parameters], FloatArray]] = {
     "hard_sigmoid": _hard_sigmoid,
     "hard_swish": lambda x, _: x * _hard_sigmoid(x, (ONE_SIXTH, 0.5)),
     "elu": _elu,
+    "abs": lambda x, _: np.abs(x),
+    "negative": lambda x, _: np.negative(x),
+    "round": lambda x, _: np.rint(x),
+    "floor": _floor,
+    "ceil": _ceil,
 }
 
 _FLOAT64: Mapping[str, Callable[[DoubleArray, Parameters], DoubleArray]] = {
@@ -101,6 +121,11 @@ _FLOAT64: Mapping[str, Callable[[DoubleArray, Parameters], DoubleArray]] = {
     "hard_sigmoid": lambda x, p: np.clip(x * p[0] + p[1], 0.0, 1.0),
     "hard_swish": lambda x, _: x * np.clip(x / 6 + 0.5, 0.0, 1.0),
     "elu": lambda x, p: np.where(x > 0, x, p[0] * np.expm1(np.minimum(x, 0.0))),
+    "abs": lambda x, _: np.abs(x),
+    "negative": lambda x, _: np.negative(x),
+    "round": lambda x, _: np.rint(x),
+    "floor": lambda x, _: np.floor(x),
+    "ceil": lambda x, _: np.ceil(x),
 }
 
 PARAMETER_COUNTS: Final[Mapping[str, int]] = {

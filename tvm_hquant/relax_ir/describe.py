@@ -41,6 +41,11 @@ _UNARY_WITHOUT_PARAMETERS = {
     "relax.nn.gelu": "gelu",
     "relax.nn.gelu_tanh": "gelu_tanh",
     "relax.nn.silu": "silu",
+    "relax.abs": "abs",
+    "relax.negative": "negative",
+    "relax.round": "round",
+    "relax.floor": "floor",
+    "relax.ceil": "ceil",
 }
 
 
