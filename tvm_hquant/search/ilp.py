@@ -55,7 +55,7 @@ class IntegerProgramStrategy:
         front: whether the whole front is wanted, or one plan for the budget.
         sweep: plans of the first sweep.
         batch: plans that are evaluated before the model is corrected again.
-        allowance: joint evaluations at most while the front is filled; None: 100 and 2 for each layer, but with those of
+        allowance: joint evaluations at most while the front is filled; None: 100 and 6 for each layer, but with those of
             single layers no more than three quarters of what greedy search makes; 24 at least, and for one plan.
         step: relative distance of the losses of neighbouring points below which nothing is put between them.
         repairs: rounds of single changes at most; in each ``moves`` plans are evaluated.
@@ -332,4 +332,4 @@ def _allowance_for_front(problem: SearchProblem) -> int:
     alone = sum(choices) - len(choices)
     steps = [sum(count > step for count in choices) for step in range(1, max(choices, default=1))]
     greedy = sum(layers * (layers + 1) // 2 for layers in steps)
-    return max(_FOR_ONE_PLAN, min(100 + 2 * len(choices), greedy * 3 // 4 - alone))
+    return max(_FOR_ONE_PLAN, min(100 + 6 * len(choices), greedy * 3 // 4 - alone))
