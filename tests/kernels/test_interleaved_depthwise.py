@@ -19,7 +19,6 @@ from tvm_hquant import numerics
 from tvm_hquant.kernels.interface import IntegerAnchorConstants, KernelRequest
 from tvm_hquant.kernels.interleaved_depthwise import interleaved_depthwise_kernel
 from tvm_hquant.kernels.proven_endings import proven_ending
-from tvm_hquant.kernels.saturating_clamp import SaturatingClamp
 from tvm_hquant.kernels.x86_byte_vectors import ByteVectors, WordProduct
 from tvm_hquant.operators import Conv2D, Window
 
@@ -58,7 +57,7 @@ def test_is_exact(
     constants = ends.of(constants)
     request = replace(request, ending=proven_ending(constants))
     widths = (min(width, 32) if family == "avx2" else width, 16)
-    kernel = interleaved_depthwise_kernel(request, [ByteVectors(w, product) for w in widths], SaturatingClamp, family)
+    kernel = interleaved_depthwise_kernel(request, [ByteVectors(w, product) for w in widths], family)
     assert kernel is not None
     if limit == 7:
         assert ("chain" in kernel.name) == (operator.window.kernel[1] > 1)
@@ -71,7 +70,7 @@ def test_what_other_kernels_do() -> None:
     operator = Conv2D((1, 5, 5, 32), 32, Window((3, 3)), 32)
     plain = KernelRequest(operator, ("uint8",), "uint8", "int8")
     vectors = [ByteVectors(width, "vpmaddwd") for width in (16, 32)]
-    assert interleaved_depthwise_kernel(plain, vectors, SaturatingClamp, "avx2") is not None
+    assert interleaved_depthwise_kernel(plain, vectors, "avx2") is not None
     narrow = replace(plain, operator=Conv2D((1, 5, 5, 8), 8, Window((3, 3)), 8))
     others = [
         replace(plain, output="float32"),
@@ -80,5 +79,5 @@ def test_what_other_kernels_do() -> None:
         replace(plain, weights="int16"),
         narrow,
     ]
-    found = [interleaved_depthwise_kernel(request, vectors, SaturatingClamp, "avx2") for request in others]
+    found = [interleaved_depthwise_kernel(request, vectors, "avx2") for request in others]
     assert found == [None] * len(others)

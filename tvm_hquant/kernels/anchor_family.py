@@ -15,9 +15,9 @@ from tvm_hquant.kernels.group_interleaving import MOST_GROUPS
 from tvm_hquant.kernels.interface import Kernel, KernelRequest, Tile
 from tvm_hquant.kernels.interleaved_depthwise import interleaved_depthwise_kernel
 from tvm_hquant.kernels.interleaved_groups import can_interleave_groups, saves_time
-from tvm_hquant.kernels.saturating_clamp import SaturatingClamp
 from tvm_hquant.kernels.shuffled_outputs import is_order_of_constants, with_shuffled_outputs
 from tvm_hquant.kernels.winograd import winograd_kernel
+from tvm_hquant.kernels.word_vectors import CodeVectors
 from tvm_hquant.kernels.x86_byte_vectors import ByteVectors, WordProduct
 from tvm_hquant.operators import BatchMatmul, Conv2D, Dense
 from tvm_hquant.tensor_format import STORAGE_DTYPE
@@ -35,6 +35,7 @@ class AnchorFamily:
         byte_widths: bytes of the vectors that it works on.
         depthwise: the kernel for a depthwise layer of codes, given a family's name; None where the general one serves.
         winograd: which requests are computed by :mod:`tvm_hquant.kernels.winograd`.
+        codes: the vectors that sums are packed into where an output has codes, if ``word_product`` names none.
     """
 
     name: str
@@ -44,6 +45,7 @@ class AnchorFamily:
     byte_widths: tuple[int, ...] = ()
     depthwise: Callable[[KernelRequest, str], Kernel | None] | None = None
     winograd: Callable[[KernelRequest], bool] = lambda _: False
+    codes: CodeVectors | None = None
 
     def tiles(self, request: KernelRequest) -> tuple[Tile, ...]:
         """The tiles that a kernel for this request may have, the best first; none where there is no choice of them."""
@@ -52,7 +54,7 @@ class AnchorFamily:
         dot = self._dot(request)
         if dot is None or _is_depthwise(request) or self.winograd(request):
             return ()
-        return conv2d_geometry(request, dot, vectors=self._byte_vectors(request)).candidates
+        return conv2d_geometry(request, dot, vectors=self._code_vectors(request)).candidates
 
     def kernel(self, request: KernelRequest, tile: Tile | None = None) -> Kernel | None:
         """The kernel for a convolution, dense layer or batch matmul; None for others, and where there is no dot product.
@@ -87,14 +89,14 @@ class AnchorFamily:
             if request.weights != "int8":
                 return float_depthwise_kernel(request, dot, self.name)
             return self._interleaved(request) or depthwise_kernel(request, dot, self.name)
-        return conv2d_kernel(request, dot, self.name, tile, self._byte_vectors(request))
+        return conv2d_kernel(request, dot, self.name, tile, self._code_vectors(request))
 
     def _writes_over_residual(self, request: KernelRequest, dot: DotProduct, tile: Tile | None) -> bool:
         """Whether a kernel reads the residual at exactly the places that it writes, each once."""
         tiles_may_overlap = _is_depthwise(request) or self.winograd(request)
         if request.overwritten != 1 or request.placement is not None or tiles_may_overlap:
             return False
-        return not conv2d_geometry(request, dot, tile, self._byte_vectors(request)).overlaps
+        return not conv2d_geometry(request, dot, tile, self._code_vectors(request)).overlaps
 
     def _dot(self, request: KernelRequest) -> DotProduct | None:
         operator = request.operator
@@ -107,7 +109,7 @@ class AnchorFamily:
             return None
         if request.shuffled != operator.groups or not can_interleave_groups(request, dot):
             return dot
-        in_turns, vectors, stored = dot.for_groups(operator.groups), self._byte_vectors(request), request.inputs[0]
+        in_turns, vectors, stored = dot.for_groups(operator.groups), self._code_vectors(request), request.inputs[0]
         if in_turns is None:
             return dot
         of_turns, apart = (conv2d_geometry(request, each, vectors=vectors) for each in (in_turns, dot))
@@ -116,8 +118,8 @@ class AnchorFamily:
         saves = is_possible and saves_time(of_turns, apart, STORAGE_DTYPE[stored])
         return in_turns if saves else dot
 
-    def _byte_vectors(self, request: KernelRequest) -> ByteVectors | None:
-        return ByteVectors(4 * self.lanes, self.word_product(request)) if self.word_product is not None else None
+    def _code_vectors(self, request: KernelRequest) -> CodeVectors | None:
+        return ByteVectors(4 * self.lanes, self.word_product(request)) if self.word_product is not None else self.codes
 
     def _interleaved(self, request: KernelRequest) -> Kernel | None:
         if self.depthwise is not None:
@@ -126,7 +128,7 @@ class AnchorFamily:
             return None
         product = self.word_product(request)
         candidates = [ByteVectors(width, product) for width in self.byte_widths]
-        return interleaved_depthwise_kernel(request, candidates, SaturatingClamp, self.name)
+        return interleaved_depthwise_kernel(request, candidates, self.name)
 
 
 def _is_depthwise(request: KernelRequest) -> bool:

@@ -17,8 +17,8 @@ import numpy.typing as npt
 from tvm.tirx.script import builder as T
 
 from tvm_hquant.kernels.anchor_constants import OFFSETS, STARTS, WindowPart, integer_array_types, pack_integer
+from tvm_hquant.kernels.arm_codes import BIAS_BITS, MOST_PRODUCTS, ArmClamp, unbiased
 from tvm_hquant.kernels.arm_operands import LANES
-from tvm_hquant.kernels.arm_words import BIAS_BITS, MOST_PRODUCTS, ArmClamp, unbiased
 from tvm_hquant.kernels.interface import Array, Kernel, KernelRequest, LayerConstants
 from tvm_hquant.kernels.kernel_function import Buffer, kernel_function
 from tvm_hquant.kernels.primitives import STACK, Expression, LlvmPrimitives, broadcast, convert

@@ -34,8 +34,7 @@ from tvm_hquant.kernels.primitives import Expression
 from tvm_hquant.kernels.row_tiles import TileRun
 from tvm_hquant.kernels.tile_order import TileOrder, TilePlace
 from tvm_hquant.kernels.vector_loops import CACHE_LINE, flat, load, prefetch, store
-from tvm_hquant.kernels.word_vectors import GROUPS
-from tvm_hquant.kernels.x86_byte_vectors import ByteVectors
+from tvm_hquant.kernels.word_vectors import GROUPS, CodeVectors
 from tvm_hquant.operators import Conv2D, Dense
 from tvm_hquant.tensor_format import STORAGE_DTYPE
 
@@ -46,7 +45,7 @@ _MOST_PRODUCTS = 2**31 // (2 * 255 * 128)
 
 
 def conv2d_geometry(
-    request: KernelRequest, dot: DotProduct, tile: Tile | None = None, vectors: ByteVectors | None = None
+    request: KernelRequest, dot: DotProduct, tile: Tile | None = None, vectors: CodeVectors | None = None
 ) -> AnchorGeometry:
     """How a convolution or dense layer is cut into tiles."""
     assert isinstance(request.operator, (Conv2D, Dense))
@@ -77,7 +76,7 @@ def conv2d_kernel(
     dot: DotProduct,
     family: str,
     tile: Tile | None = None,
-    vectors: ByteVectors | None = None,
+    vectors: CodeVectors | None = None,
 ) -> Kernel:
     """The kernel of a convolution or dense layer with a dot product.
 
@@ -134,7 +133,7 @@ class _Emitter:
         arrays: Sequence[Buffer],
         output: Buffer,
         is_integer: bool,
-        vectors: ByteVectors | None,
+        vectors: CodeVectors | None,
     ) -> None:
         self.request = request
         self.geometry = geometry

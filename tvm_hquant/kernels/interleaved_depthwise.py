@@ -7,21 +7,20 @@ take no conversion between bytes and words but the interleaving itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from tvm.tirx.script import builder as T
 
 from tvm_hquant.kernels.anchor_constants import OFFSETS, STARTS, integer_array_types, pack_integer
-from tvm_hquant.kernels.interface import Array, Kernel, KernelRequest, LayerConstants, ProvenEnding
+from tvm_hquant.kernels.interface import Array, Kernel, KernelRequest, LayerConstants
 from tvm_hquant.kernels.kernel_function import Buffer, kernel_function
 from tvm_hquant.kernels.primitives import Expression, LlvmPrimitives, broadcast
 from tvm_hquant.kernels.vector_loops import flat, load, store
-from tvm_hquant.kernels.word_vectors import GROUPS, CodeClamp, WordVectors
+from tvm_hquant.kernels.word_vectors import GROUPS, WordVectors
 from tvm_hquant.operators import Conv2D
 
 _PARALLEL_MACS = 50_000
@@ -35,12 +34,8 @@ _MOST_PRODUCTS = 96
 """Products of one group of channels that are written out for a tile."""
 
 
-Clamp = Callable[[Any, Buffer, Buffer, ProvenEnding], CodeClamp]
-"""Makes the end of a kernel, given its vectors, limits, zero points, and what the constants prove."""
-
-
 def interleaved_depthwise_kernel(
-    request: KernelRequest, candidates: Sequence[WordVectors], clamp: Clamp, family: str
+    request: KernelRequest, candidates: Sequence[WordVectors], family: str
 ) -> Kernel | None:
     """The kernel of a depthwise convolution of 8-bit codes; None for other storages, a residual, or too few channels.
 
@@ -67,7 +62,7 @@ def interleaved_depthwise_kernel(
         return tuple(arrays)
 
     def emit(inputs: Sequence[Buffer], arrays: Sequence[Buffer], output: Buffer) -> None:
-        _Emitter(request, geometry, clamp, inputs[0], arrays, output).emit()
+        _Emitter(request, geometry, inputs[0], arrays, output).emit()
 
     chain = f" chain {conv.window.kernel[1]}" if _adds_columns(request, geometry) else ""
     name = (
@@ -192,7 +187,6 @@ class _Emitter:
         self,
         request: KernelRequest,
         geometry: InterleavedGeometry,
-        clamp: Clamp,
         source: Buffer,
         arrays: Sequence[Buffer],
         output: Buffer,
@@ -202,7 +196,7 @@ class _Emitter:
         self.source, self.output = flat(source), flat(output)
         self.weights, self.starts, self.multipliers, self.offsets, limits, self.zero_points = arrays
         self.adds_columns = _adds_columns(request, geometry)
-        self.clamp = clamp(self.vectors, limits, self.zero_points, request.ending)
+        self.clamp = self.vectors.clamp(limits, self.zero_points, request.ending)
 
     def emit(self) -> None:
         geometry, conv = self.geometry, self.geometry.conv

@@ -1,8 +1,9 @@
-"""The end of an anchor's kernel on x86 where the output has uint8 codes: four vectors of sums become one vector of bytes.
+"""The end of an anchor's kernel where the output has uint8 codes: four vectors of sums become one vector of bytes.
 
-``vpackssdw`` and ``vpackuswb`` saturate, which is most of the clamp (:mod:`tvm_hquant.kernels.saturating_clamp`), and leave
-a quarter of the stores. They work within parts of 16 bytes; the order in which channels are packed into vectors makes up
-for it. The four vectors are those of one, two or four pixels, with four, two or one vectors of channels each.
+Instructions that narrow saturate, which is most of the clamp (:mod:`tvm_hquant.kernels.saturating_clamp` on x86,
+:mod:`tvm_hquant.kernels.arm_codes`), and leave a quarter of the stores. On x86 they work within parts of 16 bytes; the order
+in which channels are packed into vectors makes up for it. The four vectors are those of one, two or four pixels, with four,
+two or one vectors of channels each.
 """
 
 from __future__ import annotations
@@ -17,10 +18,8 @@ from tvm.tirx.script import builder as T
 from tvm_hquant.kernels.interface import ProvenEnding
 from tvm_hquant.kernels.kernel_function import Buffer
 from tvm_hquant.kernels.primitives import Expression, LlvmPrimitives, broadcast
-from tvm_hquant.kernels.saturating_clamp import SaturatingClamp
 from tvm_hquant.kernels.vector_loops import load, store
-from tvm_hquant.kernels.word_vectors import GROUPS
-from tvm_hquant.kernels.x86_byte_vectors import ByteVectors
+from tvm_hquant.kernels.word_vectors import GROUPS, CodeVectors
 
 _BIASED = 2**23
 """A float32 with this exponent and an integer in its low bits is this much larger than the integer."""
@@ -60,7 +59,7 @@ class PackedEpilogue:
     ``residual``, ``limits``, ``zero_points`` and ``output`` are as for :class:`tvm_hquant.kernels.epilogue.Epilogue`.
     """
 
-    vectors: ByteVectors
+    vectors: CodeVectors
     residual: Buffer | None
     limits: Buffer
     zero_points: Buffer
@@ -80,7 +79,7 @@ class PackedEpilogue:
         flat += [flat[-1]] * (GROUPS - len(flat))
         if self.residual is not None:
             flat = self._add_residual(flat, size, places)
-        clamp = SaturatingClamp(self.vectors, self.limits, self.zero_points, self.ending)
+        clamp = self.vectors.clamp(self.limits, self.zero_points, self.ending)
         sums = [clamp.rounded(value) for value in flat]
         codes = clamp.codes(clamp.half(sums[0], sums[1]), clamp.half(sums[2], sums[3]))
         if size == GROUPS:

@@ -7,13 +7,28 @@ layer's constants do not prove to change nothing (:class:`tvm_hquant.kernels.int
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 from tvm.tirx.script import builder as T
 
 from tvm_hquant.kernels.interface import ProvenEnding
 from tvm_hquant.kernels.kernel_function import Buffer
 from tvm_hquant.kernels.primitives import Expression, LlvmPrimitives, broadcast, select
-from tvm_hquant.kernels.x86_byte_vectors import ByteVectors
+
+
+class PackingVectors(Protocol):
+    """Vectors of ``width`` bytes or ``words`` sums."""
+
+    @property
+    def width(self) -> int: ...
+    @property
+    def words(self) -> int: ...
+
+    def pack_words(self, low: Expression, high: Expression) -> Expression:
+        """int16 of two int32 vectors, saturated."""
+
+    def pack_halves(self, low: Expression, high: Expression) -> Expression:
+        """uint8 of two int16 vectors, saturated."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +38,7 @@ class SaturatingClamp:
     ``limits`` and ``zero_points`` are as for :class:`tvm_hquant.kernels.epilogue.Epilogue`.
     """
 
-    vectors: ByteVectors
+    vectors: PackingVectors
     limits: Buffer
     zero_points: Buffer
     ending: ProvenEnding

@@ -1,4 +1,4 @@
-"""Vectors of bytes whose words of four codes are multiplied at once: what depthwise kernels ask of an instruction set."""
+"""What kernels of codes ask of an instruction set: vectors of bytes that sums become, and words of four codes to multiply."""
 
 from __future__ import annotations
 
@@ -8,18 +8,38 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from tvm_hquant.kernels.interface import ProvenEnding
+from tvm_hquant.kernels.kernel_function import Buffer
 from tvm_hquant.kernels.primitives import Expression
 
 GROUPS = 4
 """Vectors of words, or of 32-bit sums, that hold the channels of a vector of bytes."""
 
 
-class WordVectors(Protocol):
-    """Vectors of bytes, one for each channel, of which words of four rows are made.
+class CodeVectors(Protocol):
+    """Vectors of bytes that sums are packed into.
 
     Attributes:
         width: bytes of a vector.
         words: 32-bit lanes.
+    """
+
+    @property
+    def width(self) -> int: ...
+    @property
+    def words(self) -> int: ...
+
+    def unpack(self, a: Expression, b: Expression, high: int, unit: int) -> Expression:
+        """Units of ``unit`` bytes of a and b in turn, from the lower or upper half of each part of 16 bytes."""
+
+    def clamp(self, limits: Buffer, zero_points: Buffer, ending: ProvenEnding) -> CodeClamp:
+        """The end of a kernel. ``limits`` and ``zero_points`` are as for :class:`tvm_hquant.kernels.epilogue.Epilogue`."""
+
+
+class WordVectors(CodeVectors, Protocol):
+    """Vectors of bytes, one for each channel, of which words of four rows are made.
+
+    Attributes:
         operands: vectors that hold the words of a group of channels as the products want them.
         operand_dtype, operand_lanes, operand_offset: of an operand, and what its elements have been added to codes.
         weight_dtype: of packed weights.
@@ -32,10 +52,6 @@ class WordVectors(Protocol):
         product: name of the multiplication.
     """
 
-    @property
-    def width(self) -> int: ...
-    @property
-    def words(self) -> int: ...
     @property
     def operands(self) -> int: ...
     @property

@@ -16,8 +16,11 @@ import numpy as np
 import numpy.typing as npt
 from tvm.tirx.script import builder as T
 
+from tvm_hquant.kernels.interface import ProvenEnding
+from tvm_hquant.kernels.kernel_function import Buffer
 from tvm_hquant.kernels.primitives import Expression, convert
-from tvm_hquant.kernels.word_vectors import GROUPS
+from tvm_hquant.kernels.saturating_clamp import SaturatingClamp
+from tvm_hquant.kernels.word_vectors import GROUPS, CodeClamp
 
 _NAMES = {
     ("packssdw", 16): "llvm.x86.sse2.packssdw.128",
@@ -135,6 +138,9 @@ class ByteVectors:
 
     def to_float(self, total: Expression) -> Expression:
         return convert(total, "float32")
+
+    def clamp(self, limits: Buffer, zero_points: Buffer, ending: ProvenEnding) -> CodeClamp:
+        return SaturatingClamp(self, limits, zero_points, ending)
 
     def pack_words(self, low: Expression, high: Expression) -> Expression:
         """int16 of two int32 vectors, saturated."""

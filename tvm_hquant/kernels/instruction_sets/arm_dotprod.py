@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from tvm.tirx.script import builder as T
 
 from tvm_hquant.kernels.anchor_family import AnchorFamily
+from tvm_hquant.kernels.arm_codes import ArmRegisters
 from tvm_hquant.kernels.arm_floats import arm_float_dot
 from tvm_hquant.kernels.arm_operands import LANES, REGISTERS, TOP_BITS, ElementOperands, word_operands
-from tvm_hquant.kernels.arm_words import ArmWords, word_clamp
+from tvm_hquant.kernels.arm_words import ArmWords
 from tvm_hquant.kernels.common import CommonFamily
 from tvm_hquant.kernels.dot_product import DotProduct, WideDot
 from tvm_hquant.kernels.instruction_set import Host, InstructionSet
@@ -58,11 +59,11 @@ def _dot(request: KernelRequest) -> DotProduct:
 
 
 def _depthwise(request: KernelRequest, family: str) -> Kernel | None:
-    return interleaved_depthwise_kernel(request, (ArmWords("sdot"),), word_clamp, family)
+    return interleaved_depthwise_kernel(request, (ArmWords(product="sdot"),), family)
 
 
 INSTRUCTION_SET = InstructionSet(
-    (AnchorFamily("arm_dotprod", _dot, LANES, depthwise=_depthwise), CommonFamily(LANES)),
+    (AnchorFamily("arm_dotprod", _dot, LANES, depthwise=_depthwise, codes=ArmRegisters()), CommonFamily(LANES)),
     frozenset({"asimd", "asimddp"}),
     host=Host("aarch64", "cortex-a76", "generic", ("+neon", "+dotprod")),
     preference=30,

@@ -16,9 +16,10 @@ from tvm.tirx.script import builder as T
 
 from tvm_hquant.kernels.anchor_family import AnchorFamily
 from tvm_hquant.kernels.anchor_geometry import as_conv2d
+from tvm_hquant.kernels.arm_codes import ArmRegisters
 from tvm_hquant.kernels.arm_floats import arm_float_dot
 from tvm_hquant.kernels.arm_operands import LANES, REGISTERS, ElementOperands, halves, word_operands
-from tvm_hquant.kernels.arm_words import ArmWords, word_clamp
+from tvm_hquant.kernels.arm_words import ArmWords
 from tvm_hquant.kernels.common import CommonFamily
 from tvm_hquant.kernels.dot_product import DotProduct, WideDot
 from tvm_hquant.kernels.instruction_set import Host, InstructionSet
@@ -139,11 +140,11 @@ def _has_pairs_of_pixels(request: KernelRequest) -> bool:
 
 
 def _depthwise(request: KernelRequest, family: str) -> Kernel | None:
-    return interleaved_depthwise_kernel(request, (ArmWords("usdot"),), word_clamp, family)
+    return interleaved_depthwise_kernel(request, (ArmWords(product="usdot"),), family)
 
 
 INSTRUCTION_SET = InstructionSet(
-    (AnchorFamily("arm_i8mm", _dot, LANES, depthwise=_depthwise), CommonFamily(LANES)),
+    (AnchorFamily("arm_i8mm", _dot, LANES, depthwise=_depthwise, codes=ArmRegisters()), CommonFamily(LANES)),
     frozenset({"asimd", "asimddp", "i8mm"}),
     host=Host("aarch64"),
     preference=35,

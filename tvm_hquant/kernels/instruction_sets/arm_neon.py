@@ -14,6 +14,7 @@ from tvm.tirx.script import builder as T
 
 from tvm_hquant.kernels.anchor_family import AnchorFamily
 from tvm_hquant.kernels.anchor_geometry import as_conv2d
+from tvm_hquant.kernels.arm_codes import ArmRegisters
 from tvm_hquant.kernels.arm_floats import arm_float_dot
 from tvm_hquant.kernels.arm_lanes import lanes_depthwise_kernel
 from tvm_hquant.kernels.arm_octets import octet_dot
@@ -129,7 +130,10 @@ def _has_octets(request: KernelRequest) -> bool:
 
 
 INSTRUCTION_SET = InstructionSet(
-    (AnchorFamily("arm_neon", _dot, LANES, depthwise=lanes_depthwise_kernel), CommonFamily(LANES)),
+    (
+        AnchorFamily("arm_neon", _dot, LANES, depthwise=lanes_depthwise_kernel, codes=ArmRegisters()),
+        CommonFamily(LANES),
+    ),
     frozenset({"asimd"}),
     host=Host("aarch64", "cortex-a72", "generic", ("+neon",)),
     preference=20,
