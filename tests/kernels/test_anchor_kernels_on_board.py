@@ -83,28 +83,39 @@ def requests() -> list[KernelRequest]:
     return found
 
 
-def depthwise_codes(rng: np.random.Generator) -> list[tuple]:
-    """Depthwise layers of codes: windows of all kinds, limits inside the codes; values that fit int16, int32 or neither.
+ENDS = [
+    DEPTHWISE["depthwise, rows shared"],
+    Conv2D((2, 7, 6, 40), 40, Window((3, 3), (2, 2), (1, 1, 1, 1)), groups=40),
+    Conv2D((1, 9, 8, 19), 19, Window((5, 3), (1, 2), (2, 1, 2, 1), (1, 2)), groups=19),
+    Conv2D((1, 6, 7, 16), 16, Window((3, 2), (1, 1), (2, 0, 0, 1), (2, 1)), groups=16),
+    # One, two and four vectors of four channels that become bytes together, with pixels left over.
+    Conv2D((1, 5, 7, 16), 20, Window((3, 3), padding=(1, 1, 1, 1)), 1, Epilogue(True, True)),
+    Conv2D((1, 3, 11, 8), 8, Window((1, 1)), 1, Epilogue(True, True)),
+    Conv2D((2, 5, 6, 24), 37, Window((1, 2), (1, 1)), 1),
+]
+"""Layers whose ends are tested: depthwise with windows of all kinds, and others, with residuals and without."""
+
+
+def codes_with_ends(rng: np.random.Generator) -> list[tuple]:
+    """Layers of codes with limits inside the codes; values that fit int16, int32 or neither.
 
     Activations begin at whichever code is the lowest, and some weights are the largest.
     """
     found = []
-    for operator in (
-        DEPTHWISE["depthwise, rows shared"],
-        Conv2D((2, 7, 6, 40), 40, Window((3, 3), (2, 2), (1, 1, 1, 1)), groups=40),
-        Conv2D((1, 9, 8, 19), 19, Window((5, 3), (1, 2), (2, 1, 2, 1), (1, 2)), groups=19),
-        Conv2D((1, 6, 7, 16), 16, Window((3, 2), (1, 1), (2, 0, 0, 1), (2, 1)), groups=16),
-    ):
+    for operator in ENDS:
         for steep in (1.0, 1e3, 1e9):
             limit = 127 if steep == 1 else 63
-            request, constants, inputs = random_case(rng, KernelRequest(operator, ("uint8",), "uint8", "int8"), limit)
+            storages: tuple = ("uint8",) * (1 + operator.epilogue.has_residual)
+            request, constants, inputs = random_case(rng, KernelRequest(operator, storages, "uint8", "int8"), limit)
             zero_point = int(rng.choice([0, 100]))
             end = Requantization(-float(zero_point), 255.0 - zero_point, zero_point)
             if steep > 1 or zero_point:
                 end = replace(end, lower=end.lower + 3, upper=end.upper - 11)
             constants = replace(constants, requantization=end, multiplier=constants.multiplier * np.float32(steep))
             inputs[0][:, ::2] = rng.choice([0, 255], inputs[0][:, ::2].shape).astype(np.uint8)
-            found.append((replace(request, ending=proven_ending(constants)), constants, inputs))
+            overwritten = 1 if operator.epilogue.has_residual and steep > 1 and operator.out_channels % 8 == 0 else None
+            proven = proven_ending(constants)
+            found.append((replace(request, ending=proven, overwritten=overwritten), constants, inputs))
     assert {(r.ending.fits_int16, r.ending.fits_int32) for r, *_ in found} == {
         (True, True),
         (False, True),
@@ -151,7 +162,7 @@ def test_anchors_on_a_board_match_the_contract(
         random_case(np.random.default_rng(index), request, limit)
         for index, (request, limit) in enumerate([*((r, 127) for r in requests()), *narrow_weights()])
     ]
-    cases += [*products(np.random.default_rng(99)), *depthwise_codes(np.random.default_rng(98))]
+    cases += [*products(np.random.default_rng(99)), *codes_with_ends(np.random.default_rng(98))]
     for index, (request, constants, inputs) in enumerate(cases):
         name = f"kernel_{index}"
         kernel = select_kernel(families_for_target(families), request)

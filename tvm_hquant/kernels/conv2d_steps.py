@@ -189,6 +189,10 @@ class StepEmitter:
                 of_chain = operands[i, turns][first : first + chain]
                 value = dot.accumulate(load(accumulator, 0, size), of_chain, of_vectors[j])
                 store(accumulator, 0, value, size)
+        for accumulator in accumulators.values():
+            fenced = dot.fence(load(accumulator, 0, size))
+            if fenced is not None:
+                store(accumulator, 0, fenced, size)
 
     def _add_chain(
         self,

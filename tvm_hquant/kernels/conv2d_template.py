@@ -288,7 +288,10 @@ class _Emitter:
             """What the epilogue reads and writes for a pixel; it comes to the cache while the sums are computed."""
             start = T.bind(output_index(i, 0))
             for buffer in self.epilogue.memory:
-                for offset in range(0, geometry.block_channels, CACHE_LINE // np.dtype(str(buffer.dtype)).itemsize):
+                itemsize = np.dtype(str(buffer.dtype)).itemsize
+                if isinstance(i, int) and self._shares_line(i, itemsize):
+                    continue
+                for offset in range(0, geometry.block_channels, CACHE_LINE // itemsize):
                     prefetch(buffer, start + offset)
 
         between = prefetch_pixel if self.steps.take_one_run else None
@@ -320,6 +323,11 @@ class _Emitter:
                     value = load(values[i, j], 0, dot.lanes)
                     store(values[i, j], 0, scale_accumulator(sums(i, j), multiplier, value), dot.lanes)
         self._finish(pixels, lambda i, j: load(values[i, j], 0, dot.lanes), output_index)
+
+    def _shares_line(self, pixel: int, itemsize: int) -> bool:
+        """Whether a pixel's channels begin in the cache line of the pixel before it, if the first one's begin a line."""
+        size = self.request.output_shape[-1] * itemsize
+        return pixel > 0 and pixel * size // CACHE_LINE == (pixel - 1) * size // CACHE_LINE
 
     def _finish(
         self,

@@ -144,6 +144,9 @@ class DotProduct(Protocol):
     ) -> Expression:
         """The accumulator plus the products of ``chain`` steps."""
 
+    def fence(self, accumulator: Expression) -> Expression | None:
+        """The accumulator behind a place across which compilers move no step; None where they may."""
+
     def start(self, values: Expression) -> Expression:
         """An accumulator that holds the values of ``lanes`` channels for each of its pixels."""
 
@@ -189,6 +192,9 @@ class OnePixel:
 
     def in_turns(self, operand: Expression, turns: Sequence[int]) -> Expression:
         return operand
+
+    def fence(self, accumulator: Expression) -> Expression | None:
+        return None
 
     def start(self, values: Expression) -> Expression:
         return values
