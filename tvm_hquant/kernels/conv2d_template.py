@@ -30,7 +30,7 @@ from tvm_hquant.kernels.interleaved_groups import InterleavedGroups
 from tvm_hquant.kernels.kernel_function import Buffer, imported_functions, kernel_function
 from tvm_hquant.kernels.packed_epilogue import PackedEpilogue
 from tvm_hquant.kernels.patches import PatchCopy, conv_of_patches, padded_elements, takes_patches
-from tvm_hquant.kernels.primitives import Expression
+from tvm_hquant.kernels.primitives import Expression, broadcast
 from tvm_hquant.kernels.row_tiles import TileRun
 from tvm_hquant.kernels.tile_order import TileOrder, TilePlace
 from tvm_hquant.kernels.vector_loops import CACHE_LINE, flat, load, prefetch, store
@@ -42,6 +42,9 @@ _PARALLEL_MACS = 100_000
 """Layers with less work stay on one thread."""
 _MOST_PRODUCTS = 2**31 // (2 * 255 * 128)
 """Products of bytes whose sum stays below 2^31 together with the zero point times any of their weights."""
+
+
+StartPlaces = Callable[[int, int], Expression]
 
 
 def conv2d_geometry(
@@ -275,9 +278,10 @@ class _Emitter:
             for j in range(vectors)
         }
 
-        def sums(i: int, j: int) -> Expression:
+        def sums(i: int, j: int, start_at: StartPlaces) -> Expression:
             first = i - i % dot.pixels
-            return dot.rows(load(accumulators[first, j], 0, dot.accumulator_elements))[i - first]
+            total = dot.rows(load(accumulators[first, j], 0, dot.accumulator_elements))[i - first]
+            return total + load(self.starts, start_at(i, j), dot.lanes) if dot.starts_late else total
 
         def output_index(i: Expression, within: int) -> Expression:
             """The place of a pixel's channel, counted within the tile."""
@@ -295,14 +299,15 @@ class _Emitter:
                     prefetch(buffer, start + offset)
 
         between = prefetch_pixel if self.steps.take_one_run else None
-        if between is None:
+        if between is None and dot.prefetches_outputs:
             for i in range(pixels):
                 prefetch_pixel(i)
         if geometry.passes == 1:
-            self._accumulate(accumulators, run, place, x, group, None, between)
+            start_at = self._start_places(run, place, None)
+            self._accumulate(accumulators, start_at, run, place, x, group, None, between)
 
             def scaled(i: int, j: int) -> Expression:
-                value = sums(i, j)
+                value = sums(i, j, start_at)
                 if not self.is_integer:
                     return value
                 at = constants + j * dot.lanes
@@ -315,13 +320,14 @@ class _Emitter:
         for i, j in values:
             store(values[i, j], 0, load(self.offsets, constants + j * dot.lanes, dot.lanes), dot.lanes)
         with T.serial(geometry.passes) as number:
-            self._accumulate(accumulators, run, place, x, group, number)
+            start_at = self._start_places(run, place, number)
+            self._accumulate(accumulators, start_at, run, place, x, group, number)
             base = number * geometry.packed_lanes + constants
             for j in range(vectors):
                 multiplier = load(self.multipliers, base + j * dot.lanes, dot.lanes)
                 for i in range(pixels):
                     value = load(values[i, j], 0, dot.lanes)
-                    store(values[i, j], 0, scale_accumulator(sums(i, j), multiplier, value), dot.lanes)
+                    store(values[i, j], 0, scale_accumulator(sums(i, j, start_at), multiplier, value), dot.lanes)
         self._finish(pixels, lambda i, j: load(values[i, j], 0, dot.lanes), output_index)
 
     def _shares_line(self, pixel: int, itemsize: int) -> bool:
@@ -349,9 +355,25 @@ class _Emitter:
                 values = [[value(i, first + j) for j in range(size)] for i in packed]
                 self.packed_epilogue.finish(values, [output_index(i, channel) for i in packed])
 
+    def _start_places(self, run: TileRun, place: TilePlace, number: Expression | None) -> StartPlaces:
+        """Where to find what the sums of a pass start at, by pixel and vector of channels of a tile."""
+        geometry = self.geometry
+        part_lanes = geometry.passes * geometry.packed_lanes
+        base = place.channel_block * geometry.block
+        if number is not None:
+            base = base + number * geometry.packed_lanes
+        sections = (0,) * run.pixels
+        if self.is_integer and geometry.skips_padding:
+            rows, columns = geometry.axes
+            base = base + rows.section(place.row % geometry.output_size[0]) * (len(columns.sections) * part_lanes)
+            sections = columns.sections_from(run.start, run.pixels)
+        base = T.bind(base)
+        return lambda i, j: base + (sections[i] * part_lanes + j * self.dot.lanes)
+
     def _accumulate(
         self,
         accumulators: Mapping[tuple[int, int], Buffer],
+        start_at: StartPlaces,
         run: TileRun,
         place: TilePlace,
         x: Expression,
@@ -372,19 +394,10 @@ class _Emitter:
         point = number // geometry.planes if number is not None and geometry.points > 1 else 0
         plane = number % geometry.planes if number is not None and geometry.planes > 1 else 0
         image, y = row // height, row % height
-        part_lanes = geometry.passes * geometry.packed_lanes
-        start_base = channel_block * geometry.block
-        if number is not None:
-            start_base = start_base + number * geometry.packed_lanes
-        sections = (0,) * run.pixels
-        if self.is_integer and geometry.skips_padding:
-            rows, columns = geometry.axes
-            start_base = start_base + rows.section(y) * (len(columns.sections) * part_lanes)
-            sections = columns.sections_from(run.start, run.pixels)
-        start_base = T.bind(start_base)
         for (i, j), accumulator in accumulators.items():
-            at = start_base + (sections[i] * part_lanes + j * dot.lanes)
-            store(accumulator, 0, dot.start(load(self.starts, at, dot.lanes)), dot.accumulator_elements)
+            zeros = broadcast(T.Cast(dot.accumulator_dtype, T.int32(0)), dot.lanes)
+            values = zeros if dot.starts_late else load(self.starts, start_at(i, j), dot.lanes)
+            store(accumulator, 0, dot.start(values), dot.accumulator_elements)
         top, left = (a - b for a, b in zip(window.padding[:2], geometry.copied_padding[:2], strict=True))
         # Patches of one row are in memory at a time.
         first = 0 if geometry.patches is not None else (image * padded_height + (y * sh - top)) * padded_width

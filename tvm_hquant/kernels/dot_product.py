@@ -69,6 +69,9 @@ class DotProduct(Protocol):
             second-level cache would come too late.
         lookahead: instructions around a tile, most of them its epilogue's, that run beside the products of its neighbours,
             since they have units of their own and a core looks so many ahead; 0 where they add to the time of the products.
+        prefetches_outputs: whether tiles ask for what their epilogue reads and writes.
+        starts_late: whether accumulators start at zero, and what sums start at is added to :meth:`rows`.
+        cache_sets: sets of the first-level data cache on processors that have the instructions.
         llvm_functions: definitions, in LLVM's language, of the functions that ``accumulate`` calls.
     """
 
@@ -121,6 +124,12 @@ class DotProduct(Protocol):
     @property
     def lookahead(self) -> int: ...
     @property
+    def prefetches_outputs(self) -> bool: ...
+    @property
+    def starts_late(self) -> bool: ...
+    @property
+    def cache_sets(self) -> int: ...
+    @property
     def llvm_functions(self) -> str: ...
 
     def for_groups(self, groups: int) -> DotProduct | None:
@@ -166,6 +175,9 @@ class OnePixel:
     reverses_products: bool = False
     prefetches: bool = False
     lookahead: int = 0
+    prefetches_outputs: bool = True
+    starts_late: bool = False
+    cache_sets: int = 64
     llvm_functions: str = ""
 
     @property

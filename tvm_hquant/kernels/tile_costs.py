@@ -28,8 +28,6 @@ _PERMUTATION = 0.5
 """Cost of bringing the activations of several groups to the lanes of an operand."""
 _TILE = 20
 """Instructions around a tile."""
-_CACHE_SETS = 64
-"""Sets of a first-level data cache on the processors at hand."""
 _LINES_OF_A_SET = 4
 """Pixels of a tile that may share a set with no loss; every further one costs ``_CROWDED`` of a step."""
 _CROWDED = 0.04
@@ -84,7 +82,7 @@ class TileCosts:
         geometry = self.geometry
         size = geometry.conv.window.strides[1] * geometry.conv.groups * geometry.padded_inputs
         size *= np.dtype(geometry.dot.operand_dtype).itemsize
-        sets = [i * size // CACHE_LINE % _CACHE_SETS for i in range(pixels)]
+        sets = [i * size // CACHE_LINE % geometry.dot.cache_sets for i in range(pixels)]
         return max(sets.count(number) for number in set(sets)) if size >= CACHE_LINE else 1
 
     def _of_epilogue(self, pixels: int, vectors: int) -> int:
