@@ -11,7 +11,7 @@ import re
 import pytest
 import tvm
 
-from tvm_hquant.kernels.interface import KernelRequest
+from tvm_hquant.kernels.interface import KernelRequest, ProvenEnding
 from tvm_hquant.kernels.registry import families_for_target, select_kernel
 from tvm_hquant.operators import Conv2D, Window
 from tvm_hquant.target_spec import load_target_spec
@@ -81,6 +81,23 @@ def test_sums_stay_in_registers(operator: Conv2D, family: str, instruction: str)
     loop = innermost_loop(assembly(family, KernelRequest(operator, ("uint8",), "uint8", "int8")), instruction)
     assert sum(line.startswith(instruction) for line in loop) >= 4
     assert not [line for line in loop if re.search(r"%rsp|\[sp|^st[rp]\b", line)]
+
+
+def test_products_do_not_wait_on_the_stack() -> None:
+    """Plain NEON, sixteen channels: a kernel position is one step, and no product waits for those of the next ones."""
+    operator = Conv2D((1, 8, 8, 16), 16, Window((3, 3), padding=(1, 1, 1, 1)))
+    source = assembly("arm_neon", KernelRequest(operator, ("uint8",), "uint8", "int8"))
+    assert source.count("smlal2") > 50
+    assert len(re.findall(r"\bst[rp]\s+q\d.*\[sp", source)) < 5
+
+
+@pytest.mark.parametrize("family", ["arm_neon", "arm_dotprod", "arm_i8mm"])
+def test_arm_packs_codes(family: str) -> None:
+    """Where constants prove what they mostly do, saturation is all of the clamp, and nothing is compared."""
+    proven = ProvenEnding(fits_int32=True, fits_int16=True, starts_at_zero=True, is_whole_range=True)
+    source = assembly(family, KernelRequest(STRIDED, ("uint8",), "uint8", "int8", ending=proven))
+    assert "sqxtun" in source
+    assert not re.search(r"\b(fcmgt|bsl|frint|fcvt)", source)
 
 
 def test_object_files_for_macos() -> None:
