@@ -13,7 +13,7 @@ import tvm
 
 from tvm_hquant.kernels.interface import KernelRequest, ProvenEnding
 from tvm_hquant.kernels.registry import families_for_target, select_kernel
-from tvm_hquant.operators import Conv2D, Window
+from tvm_hquant.operators import Conv2D, Dense, Window
 from tvm_hquant.target_spec import load_target_spec
 
 ARM = {"kind": "llvm", "mtriple": "aarch64-linux-gnu"}
@@ -98,6 +98,16 @@ def test_arm_packs_codes(family: str) -> None:
     source = assembly(family, KernelRequest(STRIDED, ("uint8",), "uint8", "int8", ending=proven))
     assert "sqxtun" in source
     assert not re.search(r"\b(fcmgt|bsl|frint|fcvt)", source)
+
+
+@pytest.mark.parametrize(("rows", "are_many"), [(1, True), (64, False)])
+def test_many_weights_are_widened_as_they_are_loaded(rows: int, are_many: bool) -> None:
+    """On plain AVX2, weights of 8 bits that are more than the outputs take a byte each, and one instruction widens a vector."""
+    request = KernelRequest(Dense(rows, 64, 128), ("uint8",), "uint8", "int8")
+    loop = innermost_loop(assembly("avx2", request), "vpmaddwd")
+    widening = [line for line in loop if re.match("vp(movsx|unpck|sra)", line)]
+    assert bool(widening) == are_many
+    assert all(line.startswith("vpmovsxbw") for line in widening)
 
 
 def test_object_files_for_macos() -> None:

@@ -111,27 +111,37 @@ def test_writes_into_a_wider_buffer() -> None:
 
 
 def test_which_layers_are_computed_so() -> None:
-    """3×3 layers at stride 1 on maps that tiles divide well, with weights of 8 or 7 bits that stay in the caches."""
+    """3×3 layers at stride 1 on maps that tiles divide well, the larger and evener the fewer bits the weights have."""
     family = ANCHOR_FAMILIES["avx2"]
     padded = Window((3, 3), padding=(1, 1, 1, 1))
-    wide = _request(Conv2D((1, 14, 14, 64), 64, padded))
-    small = replace(wide, operator=Conv2D((1, 7, 7, 64), 64, padded))
-    assert saved_products(Conv2D((1, 14, 14, 64), 64, padded)) == 2.25
+    large, wide, small, tiny = (_request(Conv2D((1, size, size, 64), 64, padded)) for size in (28, 14, 7, 3))
+    uneven = replace(large, operator=Conv2D((1, 13, 13, 64), 64, padded))
+    assert 2.2 < saved_products(Conv2D((1, 28, 28, 64), 64, padded)) < 2.25
     chosen = {
         "8 bits": wide,
         "7 bits": replace(wide, saturation_free_pairs=1),
-        "4 bits": replace(wide, saturation_free_pairs=8),
+        "6 bits": replace(wide, saturation_free_pairs=2),
+        "4 bits": replace(large, saturation_free_pairs=8),
         "8 bits, odd map": small,
         "7 bits, odd map": replace(small, saturation_free_pairs=1),
+        "7 bits, larger odd map": replace(uneven, saturation_free_pairs=1),
+        "6 bits, larger odd map": replace(uneven, saturation_free_pairs=2),
+        "8 bits, few tiles": tiny,
         "stride 2": replace(wide, operator=Conv2D((1, 14, 14, 64), 64, Window((3, 3), (2, 2), (1, 1, 1, 1)))),
         "1×1": replace(wide, operator=Conv2D((1, 14, 14, 64), 64, Window((1, 1)))),
         "grouped": replace(wide, operator=Conv2D((1, 14, 14, 64), 64, padded, 2)),
-        "many weights": replace(wide, operator=Conv2D((1, 14, 14, 512), 512, padded)),
         "float output": replace(wide, output="float32"),
         "two points": replace(wide, weight_points=2),
     }
     names = {case: family.kernel(request).name for case, request in chosen.items()}
-    assert [case for case, name in names.items() if "winograd" in name] == ["8 bits", "7 bits", "8 bits, odd map"]
+    assert [case for case, name in names.items() if "winograd" in name] == [
+        "8 bits",
+        "7 bits",
+        "6 bits",
+        "4 bits",
+        "8 bits, odd map",
+        "7 bits, larger odd map",
+    ]
     assert family.tiles(wide) == ()
     with pytest.raises(KernelError, match="no choice of tiles"):
         family.kernel(wide, Tile(2, 2))

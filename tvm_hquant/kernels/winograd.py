@@ -3,7 +3,8 @@
 Winograd's F(2×2, 3×3) in integers: Y = Aᵀ[(G g Gᵀ) ⊙ (Bᵀ d B)]A, where G is multiplied by 2 on both sides. The codes d of a
 tile of 4×4 pixels become 16 numbers of 12 bits with their sign, and so do the weights g; sums of their products fit int32, and
 Y is four times the convolution, which an arithmetic shift divides exactly. Integer sums have one value whatever the order, so
-these are the sums of the contract.
+these are the sums of the contract. Weights are kept as they are, 9 bytes where the transformed ones take 32, and transformed
+when some channels' turn comes: fetching more from the farther caches takes longer.
 Source: A. Lavin, S. Gray, "Fast Algorithms for Convolutional Neural Networks", CVPR 2016, equations 8 to 12.
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -36,6 +38,8 @@ _POSITIONS = 16
 """Products of a tile for each pair of channels."""
 _DIRECT_PRODUCTS = 36
 """What they take the place of."""
+_TRANSFORM_TILES = 2
+"""Tiles whose products take the time of transforming the weights."""
 _OUTPUTS = 2
 """Rows and columns of outputs of a tile."""
 _INPUTS = 4
@@ -51,13 +55,13 @@ _VECTORS = 2
 _SOURCE_BYTES = 416 * 1024
 """Transformed codes that exist at a time: with the weights of some channels they stay in the second-level cache."""
 _WEIGHTS_READ_AGAIN = 256 * 1024
-"""Bytes of transformed weights up to which a map is cut into two blocks at least, for two threads that read all of them."""
+"""Bytes of transformed weights up to which a map is cut into two blocks at least, for two threads that make all of them."""
 _FEWEST_TILES = 24
 """Of such a block."""
 _PARALLEL_MACS = 100_000
 
-_WEIGHT_TRANSFORM = np.array([[2, 0, 0], [1, 1, 1], [1, -1, 1], [0, 0, 2]])
-"""G, times 2."""
+_TAPS = 3
+"""Rows and columns of the window."""
 
 
 def can_transform(request: KernelRequest, lanes: int) -> bool:
@@ -78,22 +82,19 @@ def can_transform(request: KernelRequest, lanes: int) -> bool:
 
 
 def saved_products(conv: Conv2D) -> float:
-    """How many times fewer products are taken: 2.25, or less where the last tiles overlap others."""
-    rows, columns = WinogradGeometry(conv, 1).tiles
-    _, height, width, _ = conv.output_shape
-    return height * width * _DIRECT_PRODUCTS / _OUTPUTS**2 / (rows * columns * _POSITIONS)
-
-
-def weight_bytes(conv: Conv2D) -> int:
-    """Bytes of the transformed weights."""
-    return 2 * _POSITIONS * conv.in_channels * conv.out_channels
+    """How many times fewer products are taken: at most 2.25, less where the last tiles or blocks of them overlap others, and
+    less by what transforming the weights takes for each block."""
+    geometry = WinogradGeometry(conv, 1)
+    outputs = conv.input_shape[0] * prod(conv.output_shape[1:3])
+    tiles = geometry.blocks * (geometry.block_tiles + _TRANSFORM_TILES)
+    return outputs / _OUTPUTS**2 * _DIRECT_PRODUCTS / (tiles * _POSITIONS)
 
 
 def winograd_kernel(request: KernelRequest, vectors: ByteVectors, family: str) -> Kernel:
     """The kernel of a layer that :func:`can_transform`."""
     assert isinstance(request.operator, Conv2D)
     geometry = WinogradGeometry(request.operator, vectors.words)
-    types = integer_array_types(geometry.weight_elements, "int16", geometry.conv.out_channels, 1, 1, "int32")
+    types = integer_array_types(geometry.weight_elements, "int8", geometry.conv.out_channels, 1, 1, "int32")
 
     def pack(constants: LayerConstants) -> tuple[Array, ...]:
         return pack_integer(constants, geometry, 0, "int32")
@@ -125,7 +126,8 @@ class WinogradGeometry:
         """Rows of tiles that are transformed before they are multiplied: as the cache holds, and as divide the map best."""
         rows, columns = self.tiles
         most = min(rows, max(1, _SOURCE_BYTES // (2 * _POSITIONS * columns * self.conv.in_channels)))
-        if weight_bytes(self.conv) <= _WEIGHTS_READ_AGAIN and rows // 2 * columns >= _FEWEST_TILES:
+        transformed = 2 * _POSITIONS * self.conv.in_channels * self.conv.out_channels
+        if transformed <= _WEIGHTS_READ_AGAIN and rows // 2 * columns >= _FEWEST_TILES:
             most = min(most, rows // 2)
         return min(range((most + 1) // 2, most + 1), key=lambda count: (-(-rows // count) * count, -count))
 
@@ -179,15 +181,19 @@ class WinogradGeometry:
         return np.ascontiguousarray(values[..., self.channel_rows])
 
     def pack_weights(self, weights: Array) -> Array:
-        """[1, out, in, 3, 3] transformed, as block of outputs, position, pair of inputs, vector, lane, input; flat."""
-        g = _WEIGHT_TRANSFORM
-        transformed = g @ weights[0, self.channel_rows].astype(np.int64) @ g.T
-        blocks = transformed.reshape(-1, _VECTORS, self.lanes, self.conv.in_channels // 2, 2, _POSITIONS)
-        return np.ascontiguousarray(blocks.transpose(0, 5, 3, 1, 2, 4).reshape(-1).astype(np.int16))
+        """[1, out, in, 3, 3] as block of outputs, pair of inputs, vector, row and column of the window, lane, input; flat."""
+        rows = weights[0, self.channel_rows]
+        blocks = rows.reshape(-1, _VECTORS, self.lanes, self.conv.in_channels // 2, 2, _TAPS**2)
+        return np.ascontiguousarray(blocks.transpose(0, 3, 1, 5, 2, 4).reshape(-1))
 
     @property
     def weight_elements(self) -> int:
-        return _POSITIONS * self.conv.in_channels * self.conv.out_channels
+        return _TAPS**2 * self.conv.in_channels * self.conv.out_channels
+
+    @property
+    def weight_stride(self) -> int:
+        """Elements from a position to the next one in the transformed weights of a block of outputs."""
+        return _apart(self.conv.in_channels * self.block_channels, 2)
 
 
 class _Emitter:
@@ -226,9 +232,11 @@ class _Emitter:
             with self._shared(geometry.block_rows, not by_tiles) as row, T.serial(geometry.tiles[1]) as column:
                 self._transform(transformed, image, first, row, column)
             with self._shared(geometry.channel_blocks, not by_tiles) as block:
+                weights = T.alloc_buffer((_POSITIONS * geometry.weight_stride,), "int16")
+                self._transform_weights(weights, block)
                 sums = T.alloc_buffer((_POSITIONS * geometry.sums_stride,), "int32")
                 with T.serial(_POSITIONS) as position:
-                    self._multiply(transformed, sums, position, block)
+                    self._multiply(transformed, weights, sums, position)
                 with T.serial(geometry.block_rows) as row, T.serial(geometry.tiles[1]) as column:
                     self._finish(sums, image, first, row, column, block)
 
@@ -266,12 +274,27 @@ class _Emitter:
                     place = (_INPUTS * i + j) * geometry.source_stride + tile + at
                     store(transformed, place, value, _LANES)
 
-    def _multiply(self, transformed: Buffer, sums: Buffer, position: Expression, block: Expression) -> None:
+    def _transform_weights(self, transformed: Buffer, block: Expression) -> None:
+        """G g Gᵀ, times 4, of the weights of a block of channels."""
+        geometry, count = self.geometry, 2 * self.geometry.lanes
+        vectors = geometry.conv.in_channels // 2 * _VECTORS
+        first = T.bind(block * vectors)
+        with T.serial(vectors) as vector:
+            start = T.bind((first + vector) * (_TAPS**2 * count))
+            window = [load(self.weights, start + tap * count, count) for tap in range(_TAPS**2)]
+            weights = [convert(value, "int16") for value in window]
+            columns = [_interpolated(weights[column::_TAPS]) for column in range(_TAPS)]
+            for i in range(_INPUTS):
+                for j, value in enumerate(_interpolated([column[i] for column in columns])):
+                    place = (_INPUTS * i + j) * geometry.weight_stride + vector * count
+                    store(transformed, place, value, count)
+
+    def _multiply(self, transformed: Buffer, weights: Buffer, sums: Buffer, position: Expression) -> None:
         """Sums over the input channels of the products at one position, of all tiles and the channels of a block."""
         geometry, lanes = self.geometry, self.geometry.lanes
         channels, count = geometry.conv.in_channels, 2 * self.geometry.lanes
         source = T.bind(position * geometry.source_stride)
-        weight = T.bind((block * _POSITIONS + position) * (channels * geometry.block_channels))
+        weight = T.bind(position * geometry.weight_stride)
         for run in geometry.runs:
             with T.serial(run.count) as number:
                 tile = run.start + number * run.pixels
@@ -283,7 +306,7 @@ class _Emitter:
                 with T.serial(channels // 2) as pair:
                     at = T.bind(source + tile * channels + 2 * pair)
                     codes = T.bind(weight + pair * (_VECTORS * count))
-                    of_vectors = [T.bind(load(self.weights, codes + j * count, count)) for j in range(_VECTORS)]
+                    of_vectors = [T.bind(load(weights, codes + j * count, count)) for j in range(_VECTORS)]
                     for i in range(run.pixels):
                         operand = T.bind(repeated_word(transformed, at + i * channels, "int16", lanes))
                         for j in range(_VECTORS):
@@ -332,6 +355,12 @@ class _Emitter:
 def _apart(count: int, size: int) -> int:
     """``count`` elements of ``size`` bytes and a cache line: what lies a power of two apart would share sets of the cache."""
     return count + CACHE_LINE // size
+
+
+def _interpolated(g: Sequence[Any]) -> list[Any]:
+    """2 G g."""
+    ends = T.bind(g[0] + g[2])
+    return [T.bind(value) for value in (g[0] + g[0], ends + g[1], ends - g[1], g[2] + g[2])]
 
 
 def _differences(d: Sequence[Any]) -> list[Any]:

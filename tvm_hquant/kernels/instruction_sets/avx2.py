@@ -4,13 +4,14 @@
 weights of 7 bits one such sum cannot saturate, nor can mostly two in an order of steps that the weights decide; with 6 bits
 two, with 4 bits eight or, mostly, 16 and more, and then half as many instructions or fewer do the same work, bit for bit. Sums
 of long chains stay in the registers of a tile, and its int32 sums wait on the stack: so each weight and each activation is
-loaded once for the whole tile. 3×3 layers of 8 and 7 bits mostly take Winograd's algorithm in integers.
+loaded once for the whole tile. 3×3 layers mostly take Winograd's algorithm in integers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import prod
 
 from tvm.tirx.script import builder as T
 
@@ -19,27 +20,24 @@ from tvm_hquant.kernels.common import CommonFamily
 from tvm_hquant.kernels.dot_product import DotProduct, FloatDot, RepeatedOperand, ShortSums, WideDot
 from tvm_hquant.kernels.instruction_set import Host, InstructionSet
 from tvm_hquant.kernels.interface import KernelRequest
-from tvm_hquant.kernels.primitives import Expression
-from tvm_hquant.kernels.winograd import can_transform, saved_products, weight_bytes
+from tvm_hquant.kernels.primitives import Expression, convert
+from tvm_hquant.kernels.winograd import can_transform, saved_products
 from tvm_hquant.kernels.x86_byte_vectors import WordProduct
-from tvm_hquant.operators import Conv2D
+from tvm_hquant.operators import Conv2D, Dense
 
 _LANES = 8
 _REGISTERS = 16
 _LONG_CHAIN = 4
 """Steps from which sums of a chain stay in registers, and the wide ones go to the stack meanwhile."""
 
-_SAVED = 1.7
-"""Times fewer products that make Winograd's algorithm worth its transforms beside ``vpmaddwd``."""
-_SAVED_OF_PAIRS = 1.9
-"""The same beside ``vpmaddubsw``, whose sums of weights of 7 bits take two thirds of the time."""
-_TRANSFORMED_BYTES = 5 * 2**19
-"""Of weights larger than that, fetching them from the last-level cache takes what fewer products save."""
+_SAVED = ((4, 2.15), (2, 2.0), (1, 1.8), (0, 1.5))
+"""Times fewer products that make Winograd's algorithm worth its transforms, by how many sums of pairs fit int16 at least: the
+products are ``vpmaddwd``, and without it narrower weights take less time."""
 
 
 @dataclass(frozen=True)
 class WordDot(RepeatedOperand):
-    """``vpmaddwd``: two channels a step, activations and weights widened to int16 beforehand."""
+    """``vpmaddwd``: two channels a step, activations widened to int16 beforehand; weights too, or when a step loads them."""
 
     lanes: int = _LANES
     registers: int = _REGISTERS
@@ -63,7 +61,7 @@ class WordDot(RepeatedOperand):
     def accumulate(
         self, accumulator: Expression, operands: Sequence[Expression], weights: Sequence[Expression]
     ) -> Expression:
-        return accumulator + _add_pairs(operands[0], weights[0])
+        return accumulator + _add_pairs(operands[0], convert(weights[0], "int16"))
 
 
 @dataclass(frozen=True)
@@ -144,7 +142,8 @@ def _add_pairs(a: Expression, b: Expression) -> Expression:
 
 def _dot(request: KernelRequest) -> DotProduct:
     if request.weights == "int8":
-        return ByteDot(request.saturation_free_pairs) if request.saturation_free_pairs else WordDot()
+        pairs = request.saturation_free_pairs
+        return ByteDot(pairs) if pairs else WordDot(weight_dtype=_word_storage(request))
     if request.weights == "int16":
         return WideDot(4, _REGISTERS)
     # Two operands are loaded in the time of two multiply-adds: tiles of many pixels and one vector wait for them.
@@ -156,14 +155,21 @@ def _word_product(request: KernelRequest) -> WordProduct:
     return "vpmaddubsw" if request.saturation_free_pairs else "vpmaddwd"
 
 
+def _word_storage(request: KernelRequest) -> str:
+    """int16 where the weights are no more than the outputs. Widening them for every tile takes 5 % of the time where they come
+    from near caches, and less than it takes to fetch twice the bytes where they are many."""
+    operator = request.operator
+    assert isinstance(operator, (Conv2D, Dense))
+    return "int16" if prod(operator.weight_shape) <= prod(operator.output_shape) else "int8"
+
+
 def _is_faster_transformed(request: KernelRequest) -> bool:
-    """Whether a 3×3 layer takes less time by Winograd's algorithm, whose products all are ``vpmaddwd``."""
-    conv = request.operator
-    if request.saturation_free_pairs > 1 or not can_transform(request, _LANES):
+    """Whether a 3×3 layer takes less time by Winograd's algorithm."""
+    if not can_transform(request, _LANES):
         return False
-    assert isinstance(conv, Conv2D)
-    least = _SAVED_OF_PAIRS if request.saturation_free_pairs else _SAVED
-    return saved_products(conv) >= least and weight_bytes(conv) <= _TRANSFORMED_BYTES
+    assert isinstance(request.operator, Conv2D)
+    least = next(saved for pairs, saved in _SAVED if request.saturation_free_pairs >= pairs)
+    return saved_products(request.operator) >= least
 
 
 INSTRUCTION_SET = InstructionSet(
