@@ -105,7 +105,9 @@ def measure(network: NetworkFiles, target: str, precisions: Sequence[str]) -> li
 
 def _measure(name: str, session: QuantizationSession, precision: str) -> Memory:
     plan = zoo_plan(session, precision).completed(session.graph, rounding_for(session.spec.rules))
-    lowered = lower(session.mod, plan, session.spec, families_for_target(session.spec.instruction_sets))
+    lowered = lower(
+        session.mod, plan, session.spec, families_for_target(session.spec.instruction_sets, session.spec.processor)
+    )
     target = session.spec.tvm_target()
     with tvm.transform.PassContext(opt_level=3), target:
         built = build_pipeline(target)(lowered)

@@ -116,7 +116,9 @@ def run(
     with phase("import"):
         model, calibration, evaluation = _model(task, samples)
         mod = prepare_module(model, None, None)
-        session = QuantizationSession(mod, spec, families_for_target(spec.instruction_sets), spec.tvm_target())
+        session = QuantizationSession(
+            mod, spec, families_for_target(spec.instruction_sets, spec.processor), spec.tvm_target()
+        )
         session.evaluator.use_processes(workers)
     calibration, evaluation = (open_data(data, session.signature) for data in (calibration, evaluation))
     with phase(f"calibration, {calibration.count} samples"):

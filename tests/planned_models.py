@@ -83,7 +83,7 @@ def host_spec() -> TargetSpec:
 
 def new_session(mod: IRModule, spec: TargetSpec | None = None, samples: int = 4, seed: int = 0) -> QuantizationSession:
     """A session that was calibrated with random samples."""
-    families = families_for_target(host_instruction_sets())
+    families = families_for_target(host_instruction_sets(), host_spec().processor)
     session = QuantizationSession(mod, spec or host_spec(), families, host_spec().tvm_target(), "min-max")
     session.calibrate(open_data(random_samples(session, samples, seed), session.signature))
     return session
@@ -143,7 +143,7 @@ def stages(model: str, name: str) -> Mapping[str, IRModule]:
     """The module after every quantization pass, by the name of the pass, with this machine's kernels."""
     session = shared_session(model)
     modules: dict[str, IRModule] = {}
-    families = families_for_target(session.spec.instruction_sets)
+    families = families_for_target(session.spec.instruction_sets, session.spec.processor)
     lower(session.mod, named_plan(model, name), session.spec, families, modules.__setitem__)
     return modules
 

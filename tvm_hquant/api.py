@@ -69,7 +69,13 @@ def open_session(
     is_host = spec.instruction_sets == host_instruction_sets() and spec.is_host_compatible()
     host = spec if is_host else detect_host()
     return QuantizationSession(
-        mod, spec, families_for_target(host.instruction_sets), host.tvm_target(), observer, progress, method
+        mod,
+        spec,
+        families_for_target(host.instruction_sets, host.processor),
+        host.tvm_target(),
+        observer,
+        progress,
+        method,
     )
 
 
@@ -283,7 +289,12 @@ class PlannedQuantizer:
 
 def lowered_module(result: QuantizationResult) -> IRModule:
     """The module after all passes, ready for ``tvm.compile`` with the spec's target."""
-    return lower(result.module, result.plan, result.spec, families_for_target(result.spec.instruction_sets))
+    return lower(
+        result.module,
+        result.plan,
+        result.spec,
+        families_for_target(result.spec.instruction_sets, result.spec.processor),
+    )
 
 
 def plan_without_search(

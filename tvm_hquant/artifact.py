@@ -65,7 +65,7 @@ def compile_artifact(
     """
     graph = read_layers(module)
     plan = plan.completed(graph, rounding_for(spec.rules))
-    families = tuned_families(families_for_target(spec.instruction_sets), tuning)
+    families = tuned_families(families_for_target(spec.instruction_sets, spec.processor), tuning)
     lowered = lower(module, plan, spec, families, observe)
     stored = packed_weights(lowered, plan, families)
     deployed = expose_layers()(lift_weights(tuple(stored))(lowered) if stored else lowered)

@@ -42,7 +42,7 @@ class DeployedLibrary:
     def __init__(self, artifact: Artifact, rpc: str | None = None) -> None:
         self.name = rpc or "this machine"
         spec = read_target_spec(artifact.manifest["target"]["spec"], "the artifact's target spec")
-        self.families = families_of_manifest(artifact.manifest, spec.instruction_sets)
+        self.families = families_of_manifest(artifact.manifest, spec)
         self._symbols = {str(e["name"]): str(e["function"]) for e in artifact.manifest["layers"] if e.get("function")}
         self._main: Any = None
         self._layers: dict[str, Any] = {}

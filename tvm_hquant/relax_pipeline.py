@@ -60,7 +60,7 @@ def hquant_pipeline() -> Any:
         if not any(f.attrs and LAYER_ATTRIBUTE in f.attrs for _, f in bare.functions_items()):
             bare = preparation_pipeline()(bare)
         plan = plan.completed(read_layers(bare), rounding_for(spec.rules))
-        for _, stage in quantization_passes(plan, spec, families_for_target(spec.instruction_sets)):
+        for _, stage in quantization_passes(plan, spec, families_for_target(spec.instruction_sets, spec.processor)):
             bare = stage(bare)
         return build_pipeline(spec.tvm_target())(bare)
 

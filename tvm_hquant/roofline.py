@@ -138,7 +138,7 @@ def profile_artifact(
     sample = artifact.checked_inputs(inputs if inputs is not None else random_inputs(artifact.manifest, plan)[0])
     timed = _timed_calls(artifact, sample, repeat)
     whole = 1e6 * statistics.median(artifact.time(sample, repeat))
-    families = families_of_manifest(artifact.manifest, spec.instruction_sets)
+    families = families_of_manifest(artifact.manifest, spec)
     steps = _steps_by_symbol(program, families)
     weights = sum(_weight_bytes(step) for step in program.steps)
     roof = Roof(spec, {n: d.precision for n, d in plan.layers.items()}, threads, weights)

@@ -92,8 +92,8 @@ class QuantizationSession:
 
         It is ``engine`` itself unless the target leaves some of this machine's instructions unused.
         """
-        families = families_for_target(self.spec.instruction_sets)
-        if [family.name for family in families] == [family.name for family in self.engine.families]:
+        families = families_for_target(self.spec.instruction_sets, self.spec.processor)
+        if families == self.engine.families:
             return self.engine
         return SimulationEngine(self.mod, families, self.spec.tvm_target(), self.engine.cache)
 

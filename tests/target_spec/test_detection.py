@@ -11,7 +11,7 @@ import pytest
 from tests.target_spec.spec_content import on_linux
 from tvm_hquant.errors import TargetSpecError
 from tvm_hquant.target_spec import cpu_features, detect_host, load_target_spec
-from tvm_hquant.target_spec.detect import best_instruction_set, cache_sizes_kib
+from tvm_hquant.target_spec.detect import best_instruction_set, cache_fields
 
 
 def test_features_of_unlike_cores(tmp_path: Path) -> None:
@@ -52,8 +52,10 @@ def test_cache_sizes(tmp_path: Path) -> None:
         folder.mkdir()
         for name, text in (("level", level), ("type", kind), ("size", size)):
             (folder / name).write_text(text + "\n")
-    assert cache_sizes_kib(tmp_path) == {"l1_data_kib": 48, "l2_kib": 2048}
-    assert cache_sizes_kib(tmp_path / "none") == {}
+    assert cache_fields(tmp_path) == {"l1_data_kib": 48, "l2_kib": 2048}
+    (tmp_path / "index0" / "ways_of_associativity").write_text("12\n")
+    assert cache_fields(tmp_path) == {"l1_data_kib": 48, "l1_data_ways": 12, "l2_kib": 2048}
+    assert cache_fields(tmp_path / "none") == {}
 
 
 @on_linux

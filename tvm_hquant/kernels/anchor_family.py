@@ -15,6 +15,7 @@ from tvm_hquant.kernels.group_interleaving import MOST_GROUPS
 from tvm_hquant.kernels.interface import Kernel, KernelRequest, Tile
 from tvm_hquant.kernels.interleaved_depthwise import interleaved_depthwise_kernel
 from tvm_hquant.kernels.interleaved_groups import can_interleave_groups, saves_time
+from tvm_hquant.kernels.processor import ASSUMED_PROCESSOR, Processor
 from tvm_hquant.kernels.shuffled_outputs import is_order_of_constants, with_shuffled_outputs
 from tvm_hquant.kernels.winograd import winograd_kernel
 from tvm_hquant.kernels.word_vectors import CodeVectors
@@ -36,6 +37,7 @@ class AnchorFamily:
         depthwise: the kernel for a depthwise layer of codes, given a family's name; None where the general one serves.
         winograd: which requests are computed by :mod:`tvm_hquant.kernels.winograd`.
         codes: the vectors that sums are packed into where an output has codes, if ``word_product`` names none.
+        processor: that tiles are for.
     """
 
     name: str
@@ -46,6 +48,11 @@ class AnchorFamily:
     depthwise: Callable[[KernelRequest, str], Kernel | None] | None = None
     winograd: Callable[[KernelRequest], bool] = lambda _: False
     codes: CodeVectors | None = None
+    processor: Processor = ASSUMED_PROCESSOR
+
+    def on(self, processor: Processor) -> AnchorFamily:
+        """The family with kernels for a processor."""
+        return replace(self, processor=processor)
 
     def tiles(self, request: KernelRequest) -> tuple[Tile, ...]:
         """The tiles that a kernel for this request may have, the best first; none where there is no choice of them."""
@@ -54,7 +61,7 @@ class AnchorFamily:
         dot = self._dot(request)
         if dot is None or _is_depthwise(request) or self.winograd(request):
             return ()
-        return conv2d_geometry(request, dot, vectors=self._code_vectors(request)).candidates
+        return conv2d_geometry(request, dot, None, self._code_vectors(request), self.processor).candidates
 
     def kernel(self, request: KernelRequest, tile: Tile | None = None) -> Kernel | None:
         """The kernel for a convolution, dense layer or batch matmul; None for others, and where there is no dot product.
@@ -69,7 +76,7 @@ class AnchorFamily:
                 return None
             dense = as_dense_request(request)
             dot = self.dot(dense) if dense is not None else None
-            return batch_matmul_kernel(request, dot, self.name) if dot is not None else None
+            return batch_matmul_kernel(request, dot, self.name, self.processor) if dot is not None else None
         if is_order_of_constants(request):
             plain = self.kernel(replace(request, shuffled=0), tile)
             return with_shuffled_outputs(plain, request) if plain is not None else None
@@ -87,16 +94,16 @@ class AnchorFamily:
             return winograd_kernel(request, ByteVectors(4 * self.lanes, "vpmaddwd"), self.name)
         if _is_depthwise(request):
             if request.weights != "int8":
-                return float_depthwise_kernel(request, dot, self.name)
-            return self._interleaved(request) or depthwise_kernel(request, dot, self.name)
-        return conv2d_kernel(request, dot, self.name, tile, self._code_vectors(request))
+                return float_depthwise_kernel(request, dot, self.name, self.processor)
+            return self._interleaved(request) or depthwise_kernel(request, dot, self.name, self.processor)
+        return conv2d_kernel(request, dot, self.name, tile, self._code_vectors(request), self.processor)
 
     def _writes_over_residual(self, request: KernelRequest, dot: DotProduct, tile: Tile | None) -> bool:
         """Whether a kernel reads the residual at exactly the places that it writes, each once."""
         tiles_may_overlap = _is_depthwise(request) or self.winograd(request)
         if request.overwritten != 1 or request.placement is not None or tiles_may_overlap:
             return False
-        return not conv2d_geometry(request, dot, tile, self._code_vectors(request)).overlaps
+        return not conv2d_geometry(request, dot, tile, self._code_vectors(request), self.processor).overlaps
 
     def _dot(self, request: KernelRequest) -> DotProduct | None:
         operator = request.operator
@@ -112,7 +119,7 @@ class AnchorFamily:
         in_turns, vectors, stored = dot.for_groups(operator.groups), self._code_vectors(request), request.inputs[0]
         if in_turns is None:
             return dot
-        of_turns, apart = (conv2d_geometry(request, each, vectors=vectors) for each in (in_turns, dot))
+        of_turns, apart = (conv2d_geometry(request, each, None, vectors, self.processor) for each in (in_turns, dot))
         # Activations are put side by side without padding around them.
         is_possible = of_turns.skips_padding or not any(operator.window.padding)
         saves = is_possible and saves_time(of_turns, apart, STORAGE_DTYPE[stored])

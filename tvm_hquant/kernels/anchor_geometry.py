@@ -13,6 +13,7 @@ from tvm_hquant.kernels.dot_product import DotProduct
 from tvm_hquant.kernels.interface import Tile
 from tvm_hquant.kernels.lane_order import LaneNumbers, lane_channels, lane_turns
 from tvm_hquant.kernels.packed_epilogue import vector_groups
+from tvm_hquant.kernels.processor import ASSUMED_PROCESSOR, Processor
 from tvm_hquant.kernels.row_tiles import TileRun, cut_row, split_at_borders
 from tvm_hquant.kernels.tile_costs import TileCosts
 from tvm_hquant.kernels.window_axis import WindowAxis, window_axes
@@ -51,7 +52,7 @@ class AnchorGeometry:
     by a :class:`tvm_hquant.kernels.packed_epilogue.PackedEpilogue`, which wants channels in an order of its own. Where
     ``padding_is_neutral``, kernel positions in the padding may be left out: the sums would be the same.
     ``patches`` is the convolution that ``conv`` computes on patches of its activations. With ``writes_once`` tiles of a row do
-    not overlap, whatever shorter ones cost.
+    not overlap, whatever shorter ones cost. Tiles are for a ``processor``.
     """
 
     conv: Conv2D
@@ -63,6 +64,7 @@ class AnchorGeometry:
     padding_is_neutral: bool = False
     patches: Conv2D | None = None
     writes_once: bool = False
+    processor: Processor = ASSUMED_PROCESSOR
 
     # Channels.
 

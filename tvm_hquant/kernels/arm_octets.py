@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from tvm.tirx.script import builder as T
 
-from tvm_hquant.kernels.arm_operands import CACHE_SETS, LANES, REGISTERS, add_neighbours, halves
+from tvm_hquant.kernels.arm_operands import LANES, REGISTERS, add_neighbours, halves
 from tvm_hquant.kernels.dot_product import OnePixel
 from tvm_hquant.kernels.kernel_function import Buffer
 from tvm_hquant.kernels.primitives import Expression, convert
@@ -68,7 +68,6 @@ class OctetDot(OnePixel):
     row_vectors: int = 3
     prefetches_outputs: bool = False
     starts_late: bool = True
-    cache_sets: int = CACHE_SETS
     llvm_functions: str = _FENCE_DEFINITION
 
     def spare_registers(self, groups: int, vectors: int, chain: int) -> int:

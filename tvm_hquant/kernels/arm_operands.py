@@ -13,8 +13,6 @@ from tvm_hquant.kernels.primitives import Expression, int_like, vector_type
 LANES = 4
 """32-bit lanes of a register."""
 REGISTERS = 32
-CACHE_SETS = 256
-"""Of the first-level data cache of a Cortex-A72, A76, Neoverse N1 or V1. A Cortex-A53 has 128."""
 TOP_BITS = 0x80808080 - 2**32
 """The top bit of each byte of an int32."""
 
@@ -28,7 +26,6 @@ class ElementOperands(OnePixel):
 
     accumulator_registers: int = 1
     prefetches_outputs: bool = False
-    cache_sets: int = CACHE_SETS
 
     @property
     def row_vectors(self) -> int:

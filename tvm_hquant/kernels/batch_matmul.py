@@ -43,6 +43,7 @@ from tvm_hquant.kernels.primitives import (
     vector_type,
     widen,
 )
+from tvm_hquant.kernels.processor import ASSUMED_PROCESSOR, Processor
 from tvm_hquant.kernels.vector_loops import fitting_lanes, flat, load, store, vector_loop
 from tvm_hquant.operators import BatchMatmul, Dense
 from tvm_hquant.tensor_format import STORAGE_DTYPE
@@ -53,9 +54,6 @@ INTEGER_TYPES: tuple[ArrayType, ...] = (((1,), "float32"), ((2,), "float32"), ((
 SECOND_ZERO_POINT = 128
 """Of the stored codes of the second matrix: symmetric int8."""
 
-_PARALLEL_MACS = 100_000
-_ITEMS = 32
-"""Items that tiles are grouped into, so that threads finish at about the same time."""
 _COPY_LANES = 32
 
 
@@ -73,12 +71,14 @@ def as_dense_request(request: KernelRequest) -> KernelRequest | None:
     return replace(request, operator=dense, inputs=(first,), weights=weights, centred_products=1)
 
 
-def batch_matmul_kernel(request: KernelRequest, dot: DotProduct, family: str) -> Kernel:
+def batch_matmul_kernel(
+    request: KernelRequest, dot: DotProduct, family: str, processor: Processor = ASSUMED_PROCESSOR
+) -> Kernel:
     """The kernel of a batch matmul with a dot product."""
     operator = request.operator
     assert isinstance(operator, BatchMatmul)
     dense = as_conv2d(Dense(operator.rows, operator.depth, operator.columns))
-    geometry = AnchorGeometry(dense, dot, 1, 1)
+    geometry = AnchorGeometry(dense, dot, 1, 1, processor=processor)
 
     def emit(inputs: Sequence[Buffer], constants: Sequence[Buffer], output: Buffer) -> None:
         with imported_functions(dot.llvm_functions):
@@ -123,7 +123,7 @@ class _Emitter:
         self.right, self.right_view = flat(inputs[1]), input_view(self.operator, 1)
         self.batch = math.prod(self.operator.batch_shape)
         self.vectors = -(-self.operator.columns // self.dot.lanes)
-        self.is_parallel = self.operator.macs >= _PARALLEL_MACS
+        self.is_parallel = geometry.processor.shares(self.operator.macs)
 
     def emit(self) -> None:
         """Writes the loops: the copy of the first matrices where steps cannot read them, the packing, the tiles."""
@@ -213,7 +213,7 @@ class _Emitter:
     def _tiles(self, packed: Buffer, starts: Buffer | None) -> None:
         tile, rows = self.geometry.tile, self.operator.rows
         count, groups = -(-rows // tile.pixels), -(-self.vectors // tile.vectors)
-        per_item = max(1, min(count, -(-self.batch * count // _ITEMS)))
+        per_item = max(1, min(count, -(-self.batch * count // self.geometry.processor.fewest_items)))
         items = -(-count // per_item)
         per_item = -(-count // items)
         size = self.vectors * self.geometry.steps * self.dot.lanes * self.dot.products

@@ -31,15 +31,14 @@ from tvm_hquant.kernels.kernel_function import Buffer, imported_functions, kerne
 from tvm_hquant.kernels.packed_epilogue import PackedEpilogue
 from tvm_hquant.kernels.patches import PatchCopy, conv_of_patches, padded_elements, takes_patches
 from tvm_hquant.kernels.primitives import Expression, broadcast
+from tvm_hquant.kernels.processor import ASSUMED_PROCESSOR, CACHE_LINE, Processor
 from tvm_hquant.kernels.row_tiles import TileRun
 from tvm_hquant.kernels.tile_order import TileOrder, TilePlace
-from tvm_hquant.kernels.vector_loops import CACHE_LINE, flat, load, prefetch, store
+from tvm_hquant.kernels.vector_loops import flat, load, prefetch, store
 from tvm_hquant.kernels.word_vectors import GROUPS, CodeVectors
 from tvm_hquant.operators import Conv2D, Dense
 from tvm_hquant.tensor_format import STORAGE_DTYPE
 
-_PARALLEL_MACS = 100_000
-"""Layers with less work stay on one thread."""
 _MOST_PRODUCTS = 2**31 // (2 * 255 * 128)
 """Products of bytes whose sum stays below 2^31 together with the zero point times any of their weights."""
 
@@ -48,7 +47,11 @@ StartPlaces = Callable[[int, int], Expression]
 
 
 def conv2d_geometry(
-    request: KernelRequest, dot: DotProduct, tile: Tile | None = None, vectors: CodeVectors | None = None
+    request: KernelRequest,
+    dot: DotProduct,
+    tile: Tile | None = None,
+    vectors: CodeVectors | None = None,
+    processor: Processor = ASSUMED_PROCESSOR,
 ) -> AnchorGeometry:
     """How a convolution or dense layer is cut into tiles."""
     assert isinstance(request.operator, (Conv2D, Dense))
@@ -71,7 +74,9 @@ def conv2d_geometry(
         # Products with padding are zeros. They may still turn a sum of −0 into +0, which this clamp makes the same.
         is_neutral = request.finite_weights and conv.epilogue.lower >= 0
     writes_once = request.overwritten is not None
-    return AnchorGeometry(conv, dot, planes, request.weight_points, tile, packs_codes, is_neutral, patches, writes_once)
+    return AnchorGeometry(
+        conv, dot, planes, request.weight_points, tile, packs_codes, is_neutral, patches, writes_once, processor
+    )
 
 
 def conv2d_kernel(
@@ -80,6 +85,7 @@ def conv2d_kernel(
     family: str,
     tile: Tile | None = None,
     vectors: CodeVectors | None = None,
+    processor: Processor = ASSUMED_PROCESSOR,
 ) -> Kernel:
     """The kernel of a convolution or dense layer with a dot product.
 
@@ -88,7 +94,7 @@ def conv2d_kernel(
     Raises:
         KernelError: ``tile`` is not a candidate for this layer.
     """
-    geometry = conv2d_geometry(request, dot, tile, vectors)
+    geometry = conv2d_geometry(request, dot, tile, vectors, processor)
     is_integer = request.weights in ("int8", "int16")
     packing, count = AnchorPacking(geometry), geometry.weight_elements * geometry.points
     if is_integer:
@@ -198,7 +204,7 @@ class _Emitter:
                 self._copy_activations()
         self.steps = StepEmitter(geometry, self.weights, self.source)
         order = self.order
-        loop = T.parallel if geometry.conv.macs > _PARALLEL_MACS and order.items > 1 else T.serial
+        loop = T.parallel if geometry.processor.shares(geometry.conv.macs) and order.items > 1 else T.serial
         with loop(order.items) as item, order.tile_loop(item) as place:
             self._tile_of_row(place, geometry.row_tiles)
 
@@ -207,7 +213,7 @@ class _Emitter:
         geometry = self.geometry
         assert self.zero_points is not None
         (_, rows, pixels, _), width = geometry.conv.input_shape, patches.output_shape[2]
-        loop = T.parallel if geometry.conv.macs > _PARALLEL_MACS and rows > 1 else T.serial
+        loop = T.parallel if geometry.processor.shares(geometry.conv.macs) and rows > 1 else T.serial
         with loop(rows) as row:
             self.source = T.alloc_buffer((pixels * geometry.padded_inputs,), self.dot.operand_dtype)
             self.steps = StepEmitter(geometry, self.weights, self.source)

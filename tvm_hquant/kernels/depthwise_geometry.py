@@ -10,12 +10,11 @@ import numpy as np
 import numpy.typing as npt
 
 from tvm_hquant.kernels.dot_product import DotProduct
+from tvm_hquant.kernels.processor import ASSUMED_PROCESSOR, Processor
 from tvm_hquant.operators import Conv2D
 
 Array = npt.NDArray[Any]
 
-_ROW_BYTES = 32 * 1024
-"""Memory for prepared rows: they stay in the first-level cache."""
 _MOST_SUMS = 16
 """Vectors of sums in a tile at most; half as many with 16 registers."""
 
@@ -33,12 +32,14 @@ class DepthwiseGeometry:
         dot: multiplies words by weights.
         planes: byte planes of the activations.
         points: weight tensors.
+        processor: that tiles are for.
     """
 
     conv: Conv2D
     dot: DotProduct
     planes: int
     points: int
+    processor: Processor = ASSUMED_PROCESSOR
 
     # Channels.
 
@@ -73,7 +74,7 @@ class DepthwiseGeometry:
 
     @cached_property
     def group_rows(self) -> int:
-        """Output rows that share prepared rows."""
+        """Output rows that share prepared rows: where these hold one input row each, as many as the first-level cache holds."""
         (height, _), (stride, _), (dilation, _) = (
             self.conv.window.kernel,
             self.conv.window.strides,
@@ -83,7 +84,7 @@ class DepthwiseGeometry:
         if self.has_words:
             spare = self.taps * self.dot.products - height
             return min(spare // stride + 1 if dilation == 1 else 1, out_height)
-        rows = _ROW_BYTES // (4 * self.lanes * self.padded_width * self.planes)
+        rows = self.processor.l1_bytes // (4 * self.lanes * self.padded_width * self.planes)
         return max(1, min((rows - self.conv.window.extent[0]) // stride + 1, 8, out_height))
 
     @property

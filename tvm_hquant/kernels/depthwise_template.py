@@ -19,18 +19,19 @@ from tvm_hquant.kernels.epilogue import Epilogue, scale_accumulator
 from tvm_hquant.kernels.interface import Array, Kernel, KernelRequest, LayerConstants
 from tvm_hquant.kernels.kernel_function import Buffer, kernel_function
 from tvm_hquant.kernels.primitives import STACK, Expression
+from tvm_hquant.kernels.processor import ASSUMED_PROCESSOR, Processor
 from tvm_hquant.kernels.vector_loops import fitting_lanes, flat, load, store
 from tvm_hquant.operators import Conv2D
 
-_PARALLEL_MACS = 50_000
 
-
-def depthwise_kernel(request: KernelRequest, dot: DotProduct, family: str) -> Kernel:
+def depthwise_kernel(
+    request: KernelRequest, dot: DotProduct, family: str, processor: Processor = ASSUMED_PROCESSOR
+) -> Kernel:
     """The kernel of a depthwise convolution with int8 weights, and a dot product for these."""
     conv = request.operator
     assert isinstance(conv, Conv2D)
     planes = 2 if request.inputs[0] == "uint16" else 1
-    geometry = DepthwiseGeometry(conv, _fitting_dot(dot, conv.in_channels), planes, request.weight_points)
+    geometry = DepthwiseGeometry(conv, _fitting_dot(dot, conv.in_channels), planes, request.weight_points, processor)
     dot = geometry.dot
     count = geometry.points * geometry.vectors * geometry.weight_elements
     types = integer_array_types(
@@ -75,7 +76,7 @@ class _Emitter:
         geometry, conv, lanes = self.geometry, self.geometry.conv, self.geometry.lanes
         items = conv.input_shape[0] * geometry.groups
         height = geometry.output_size[0]
-        loop = T.parallel if conv.macs > _PARALLEL_MACS and items > 1 else T.serial
+        loop = T.parallel if geometry.processor.shares(conv.macs, is_depthwise=True) and items > 1 else T.serial
         with loop(items) as item:
             words = T.alloc_buffer((geometry.planes * geometry.plane_elements,), "int32")
             image = T.bind(item // geometry.groups)

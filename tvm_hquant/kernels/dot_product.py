@@ -71,7 +71,6 @@ class DotProduct(Protocol):
             since they have units of their own and a core looks so many ahead; 0 where they add to the time of the products.
         prefetches_outputs: whether tiles ask for what their epilogue reads and writes.
         starts_late: whether accumulators start at zero, and what sums start at is added to :meth:`rows`.
-        cache_sets: sets of the first-level data cache on processors that have the instructions.
         llvm_functions: definitions, in LLVM's language, of the functions that ``accumulate`` calls.
     """
 
@@ -128,8 +127,6 @@ class DotProduct(Protocol):
     @property
     def starts_late(self) -> bool: ...
     @property
-    def cache_sets(self) -> int: ...
-    @property
     def llvm_functions(self) -> str: ...
 
     def for_groups(self, groups: int) -> DotProduct | None:
@@ -177,7 +174,6 @@ class OnePixel:
     lookahead: int = 0
     prefetches_outputs: bool = True
     starts_late: bool = False
-    cache_sets: int = 64
     llvm_functions: str = ""
 
     @property

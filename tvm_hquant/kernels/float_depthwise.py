@@ -21,23 +21,25 @@ from tvm_hquant.kernels.epilogue import Epilogue
 from tvm_hquant.kernels.interface import Array, Kernel, KernelRequest, LayerConstants
 from tvm_hquant.kernels.kernel_function import Buffer, kernel_function
 from tvm_hquant.kernels.primitives import STACK, Expression, float_like, widen
+from tvm_hquant.kernels.processor import ASSUMED_PROCESSOR, Processor
 from tvm_hquant.kernels.row_tiles import TileRun, cut_row, split_at_borders
 from tvm_hquant.kernels.vector_loops import fitting_lanes, flat, load, store
 from tvm_hquant.kernels.window_axis import window_axes
 from tvm_hquant.operators import Conv2D
 
-_PARALLEL_MACS = 50_000
 _TILE = 4
 """What a tile costs besides its pixels, in pixels."""
 
 
-def float_depthwise_kernel(request: KernelRequest, dot: DotProduct, family: str) -> Kernel:
+def float_depthwise_kernel(
+    request: KernelRequest, dot: DotProduct, family: str, processor: Processor = ASSUMED_PROCESSOR
+) -> Kernel:
     """The kernel of a depthwise convolution with float weights."""
     conv = request.operator
     assert isinstance(conv, Conv2D)
     lanes = fitting_lanes(conv.in_channels, dot.lanes)
     dot = dot if lanes == dot.lanes else FloatDot(lanes, dot.registers, request.weights)
-    geometry = DepthwiseGeometry(conv, dot, planes=1, points=1)
+    geometry = DepthwiseGeometry(conv, dot, planes=1, points=1, processor=processor)
     types = float_array_types(geometry.vectors * geometry.weight_elements, dot.weight_dtype, geometry.packed_lanes)
 
     def pack(constants: LayerConstants) -> tuple[Array, ...]:
@@ -81,7 +83,7 @@ class _Emitter:
         geometry, lanes = self.geometry, self.geometry.lanes
         height, width = geometry.output_size
         rows = self.conv.input_shape[0] * height
-        loop = T.parallel if self.conv.macs > _PARALLEL_MACS and rows > 1 else T.serial
+        loop = T.parallel if geometry.processor.shares(self.conv.macs, is_depthwise=True) and rows > 1 else T.serial
         with loop(rows) as row:
             image, y = T.bind(row // height), T.bind(row % height)
             for run in self.runs:

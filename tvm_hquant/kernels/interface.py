@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import numpy.typing as npt
 
+from tvm_hquant.kernels.processor import Processor
 from tvm_hquant.operators import Operator, Shape
 from tvm_hquant.tensor_format import Storage
 
@@ -252,6 +253,16 @@ class KernelFamily(Protocol):
 
     def kernel(self, request: KernelRequest) -> Kernel | None:
         """The kernel for a request, or None where the family leaves it to the next one of the target's list."""
+
+
+class ProcessorFamily(KernelFamily, Protocol):
+    """A family whose model of tiles asks for caches and cores.
+
+    Whatever the processor, a kernel computes the same bits.
+    """
+
+    def on(self, processor: Processor) -> KernelFamily:
+        """The family with kernels for a processor."""
 
 
 class TiledFamily(KernelFamily, Protocol):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
+from typing import TypeGuard
 
 from tvm_hquant.cpu_features import cpu_features
 from tvm_hquant.errors import KernelError
 from tvm_hquant.kernels.anchor_family import AnchorFamily
 from tvm_hquant.kernels.instruction_set import load_instruction_set, load_instruction_sets
-from tvm_hquant.kernels.interface import Kernel, KernelFamily, KernelRequest
+from tvm_hquant.kernels.interface import Kernel, KernelFamily, KernelRequest, ProcessorFamily
+from tvm_hquant.kernels.processor import ASSUMED_PROCESSOR, Processor
 
 ANCHOR_FAMILIES = {
     family.name: family
@@ -21,13 +23,20 @@ ANCHOR_FAMILIES = {
 
 
 @cache
-def families_for_target(instruction_sets: tuple[str, ...]) -> tuple[KernelFamily, ...]:
-    """Kernel families of a target, the best first.
+def families_for_target(
+    instruction_sets: tuple[str, ...], processor: Processor = ASSUMED_PROCESSOR
+) -> tuple[KernelFamily, ...]:
+    """Kernel families of a target, the best first, with tiles for its processor (``TargetSpec.processor``).
 
     Raises:
         KernelError: a name is unknown.
     """
-    return tuple(family for name in instruction_sets for family in load_instruction_set(name).families)
+    families = (family for name in instruction_sets for family in load_instruction_set(name).families)
+    return tuple(family.on(processor) if _asks_for_processor(family) else family for family in families)
+
+
+def _asks_for_processor(family: KernelFamily | ProcessorFamily) -> TypeGuard[ProcessorFamily]:
+    return hasattr(family, "on")
 
 
 def select_kernel(families: Sequence[KernelFamily], request: KernelRequest) -> Kernel:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tvm_hquant.kernels.packed_epilogue import vector_groups
+from tvm_hquant.kernels.processor import CACHE_LINE
 from tvm_hquant.kernels.row_tiles import TileRun
-from tvm_hquant.kernels.vector_loops import CACHE_LINE
 
 if TYPE_CHECKING:
     from tvm_hquant.kernels.anchor_geometry import AnchorGeometry
@@ -82,7 +82,7 @@ class TileCosts:
         geometry = self.geometry
         size = geometry.conv.window.strides[1] * geometry.conv.groups * geometry.padded_inputs
         size *= np.dtype(geometry.dot.operand_dtype).itemsize
-        sets = [i * size // CACHE_LINE % geometry.dot.cache_sets for i in range(pixels)]
+        sets = [i * size // CACHE_LINE % geometry.processor.l1_sets for i in range(pixels)]
         return max(sets.count(number) for number in set(sets)) if size >= CACHE_LINE else 1
 
     def _of_epilogue(self, pixels: int, vectors: int) -> int:

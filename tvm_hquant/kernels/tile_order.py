@@ -13,19 +13,13 @@ from tvm.tirx.script import builder as T
 from tvm_hquant.kernels.anchor_geometry import AnchorGeometry
 from tvm_hquant.kernels.kernel_function import Buffer
 from tvm_hquant.kernels.primitives import Expression
-from tvm_hquant.kernels.vector_loops import CACHE_LINE, prefetch
+from tvm_hquant.kernels.processor import CACHE_LINE
+from tvm_hquant.kernels.vector_loops import prefetch
 
-_WEIGHTS_IN_CACHE = 512 * 1024
-"""Weights larger than this are walked through once, in the outer loop."""
-_ACTIVATIONS_IN_CACHE = 4 * 1024 * 1024
-"""So are all weights that are asked for beforehand, where activations are not larger than this: these come again for every
-block of channels."""
 _DISTANCE = 4096
 """Bytes between the weights that a step reads and those that it asks for, where these are read once."""
 _TILES_PER_ITEM = 8
 """Tiles of one row that a thread takes at a time, at most."""
-_FEWEST_ITEMS = 32
-"""Items that tiles are grouped into, where there are as many: threads that take whole items finish at about the same time."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +77,8 @@ class TileOrder:
     def _chunks(self) -> int:
         """Items of a row, for one block of channels."""
         tiles = self.geometry.tiles
-        most = max(1, min(_TILES_PER_ITEM, tiles * self.rows * self.channel_blocks // _FEWEST_ITEMS))
+        items = self.geometry.processor.fewest_items
+        most = max(1, min(_TILES_PER_ITEM, tiles * self.rows * self.channel_blocks // items))
         return -(-tiles // most)
 
     @property
@@ -92,11 +87,15 @@ class TileOrder:
 
     @property
     def weights_stay_outside(self) -> bool:
-        """Whether the loop over output channels is the outer one, so that weights are read again from the nearest caches."""
-        conv, dot = self.geometry.conv, self.geometry.dot
+        """Whether the loop over output channels is the outer one, so that weights are read again from the nearest caches.
+
+        It is for weights that do not stay in the second-level cache: these are walked through once. So are all that are asked
+        for beforehand, where activations, which then come again for every block of channels, stay in the last cache.
+        """
+        conv, dot, processor = self.geometry.conv, self.geometry.dot, self.geometry.processor
         weights = self.geometry.points * prod(conv.weight_shape) * np.dtype(dot.weight_dtype).itemsize
         activations = self.geometry.planes * prod(conv.input_shape) * np.dtype(dot.operand_dtype).itemsize
-        return weights > _WEIGHTS_IN_CACHE or (dot.prefetches and activations <= _ACTIVATIONS_IN_CACHE)
+        return weights > processor.l2_bytes or (dot.prefetches and activations <= processor.last_share)
 
     @contextmanager
     def tile_loop(self, item: Expression) -> Iterator[TilePlace]:

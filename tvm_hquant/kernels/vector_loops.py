@@ -20,9 +20,6 @@ from tvm_hquant.operators import Shape
 PARALLEL_ELEMENTS = 16384
 """Loops over fewer elements stay on one thread: starting a second one costs more than it saves."""
 
-CACHE_LINE = 64
-"""Bytes of a line of a cache."""
-
 _CHUNKS = 16
 """Pieces that a flat loop is cut into for the threads."""
 

@@ -29,8 +29,9 @@ from tvm_hquant.kernels.interface import Array, Kernel, KernelRequest, LayerCons
 from tvm_hquant.kernels.kernel_function import Buffer, kernel_function
 from tvm_hquant.kernels.packed_epilogue import PackedEpilogue, channel_order
 from tvm_hquant.kernels.primitives import Expression, convert, int_like
+from tvm_hquant.kernels.processor import CACHE_LINE
 from tvm_hquant.kernels.row_tiles import TileRun, cut_row
-from tvm_hquant.kernels.vector_loops import CACHE_LINE, flat, load, store
+from tvm_hquant.kernels.vector_loops import flat, load, store
 from tvm_hquant.kernels.x86_byte_vectors import ByteVectors
 from tvm_hquant.operators import Conv2D, Window
 

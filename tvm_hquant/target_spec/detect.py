@@ -58,7 +58,7 @@ def detect_host() -> TargetSpec:
             unit["vector_pipes"] = core.vector_pipes
     content["memory"] = {
         "bandwidth_gb_per_s": round(copy_bandwidth_gb_per_s(), 1),
-        **cache_sizes_kib(),
+        **cache_fields(),
         "ram_mib": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2**20,
     }
     return spec_from(content, "the detected spec of this machine")
@@ -107,8 +107,8 @@ def _container_quota(cpu_max: Path = Path("/sys/fs/cgroup/cpu.max")) -> float | 
     return None if quota == "max" else int(quota) / int(period)
 
 
-def cache_sizes_kib(caches: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> dict[str, int]:
-    """``l1_data_kib``, ``l2_kib`` and ``l3_kib`` of the first core, KiB, as far as the kernel tells."""
+def cache_fields(caches: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> dict[str, int]:
+    """``l1_data_kib``, ``l2_kib``, ``l3_kib`` and ``l1_data_ways`` of the first core, as far as the kernel tells."""
     fields = {"1": "l1_data_kib", "2": "l2_kib", "3": "l3_kib"}
     sizes: dict[str, int] = {}
     for index in sorted(caches.glob("index*")):
@@ -119,6 +119,9 @@ def cache_sizes_kib(caches: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -
         field = fields.get(level.read_text().strip())
         if number and field:
             sizes[field] = int(number[1]) * (1024 if number[2] == "M" else 1)
+        ways = index / "ways_of_associativity"
+        if field == "l1_data_kib" and ways.is_file() and (count := int(ways.read_text())) > 0:
+            sizes["l1_data_ways"] = count
     return sizes
 
 

@@ -212,12 +212,14 @@ class Memory(Table):
     Attributes:
         bandwidth_gb_per_s: what large copies reach, read and written bytes together, 10⁹ bytes per second.
         l1_data_kib, l2_kib, l3_kib: cache sizes as one core sees them, KiB; 0 where there is none.
+        l1_data_ways: lines that share a set of the first-level data cache; None where that is not known.
         ram_mib: room for activations and weights while it runs, MiB.
         flash_mib: room for the artifact, MiB.
     """
 
     bandwidth_gb_per_s: Positive
     l1_data_kib: Annotated[int, Field(ge=0)] = 0
+    l1_data_ways: PositiveCount | None = None
     l2_kib: Annotated[int, Field(ge=0)] = 0
     l3_kib: Annotated[int, Field(ge=0)] = 0
     ram_mib: Positive | None = None

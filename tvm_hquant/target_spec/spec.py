@@ -13,6 +13,7 @@ from pydantic import AfterValidator, Field, model_validator
 from tvm_hquant.cpu_features import normalize_features
 from tvm_hquant.errors import PrecisionError, TargetSpecError
 from tvm_hquant.kernels.instruction_set import load_instruction_set
+from tvm_hquant.kernels.processor import CACHE_LINE, Processor
 from tvm_hquant.precision import Arithmetic, Precision, parse_precision
 from tvm_hquant.target_spec.schema import (
     Conversion,
@@ -174,6 +175,21 @@ class TargetSpec(Table):
     def keeps_float(self, operator_kind: str, layer_name: str | None = None) -> bool:
         """Whether ``rules.keep_float`` names the operator kind or the layer."""
         return self._keep_float_pattern(operator_kind, layer_name) is not None
+
+    @property
+    def processor(self) -> Processor:
+        """What kernels' models of tiles know of the hardware; what the spec leaves out is :class:`Processor`'s default.
+
+        A cache that the hardware does not have is that in front of it; without any size, caches are not known.
+        """
+        memory, cores = self.memory, max(unit.count for unit in self.units)
+        sizes = [2**10 * size for size in (memory.l1_data_kib, memory.l2_kib, memory.l3_kib)]
+        if not any(sizes):
+            return Processor(cores=cores)
+        first = sizes[0] or Processor.l1_bytes
+        sets = Processor.l1_sets if memory.l1_data_ways is None else max(1, first // CACHE_LINE // memory.l1_data_ways)
+        second = sizes[1] or first
+        return Processor(first, sets, second, sizes[2] or second, cores)
 
     def cpu_features_needed(self) -> frozenset[str]:
         """Every CPU feature, in Linux's spelling, that the spec, its units or its instruction sets need."""

@@ -91,7 +91,7 @@ def tune_artifact(
         raise TuningError(f"cannot tune for {spec.name} here: {'; '.join(problems)}; name a board with --rpc HOST:PORT")
     check_linker(spec)
     _, program = artifact_program(artifact)
-    families = families_for_target(spec.instruction_sets)
+    families = families_for_target(spec.instruction_sets, spec.processor)
     calls = [KernelCall(step.key, step.request, step.inputs) for step in program.steps]
     shuffles = find_absorbed_shuffles(calls, program.outputs, families).values()
     shuffled = {shuffle.tensor: shuffle.kernel.request for shuffle in shuffles}

@@ -16,6 +16,7 @@ from tvm_hquant.errors import ArtifactError, TuningError
 from tvm_hquant.kernels.interface import Kernel, KernelFamily, KernelRequest, Tile, TiledFamily
 from tvm_hquant.kernels.registry import families_for_target
 from tvm_hquant.operator_codec import from_jsonable, to_jsonable
+from tvm_hquant.target_spec import TargetSpec
 
 RECORDS_VERSION = 1
 
@@ -133,8 +134,8 @@ def tuned_families(families: Sequence[KernelFamily], records: Sequence[TuningRec
     )
 
 
-def families_of_manifest(manifest: Mapping[str, Any], instruction_sets: tuple[str, ...]) -> tuple[KernelFamily, ...]:
-    """The kernel families that an artifact was compiled with, its measured tiles included.
+def families_of_manifest(manifest: Mapping[str, Any], spec: TargetSpec) -> tuple[KernelFamily, ...]:
+    """The kernel families that an artifact was compiled with for a spec, its measured tiles included.
 
     Raises:
         ArtifactError: the records in the manifest are damaged.
@@ -145,7 +146,7 @@ def families_of_manifest(manifest: Mapping[str, Any], instruction_sets: tuple[st
         raise ArtifactError(
             f"the tuning records of manifest.json are damaged ({error}); compile the model again"
         ) from None
-    return tuned_families(families_for_target(instruction_sets), tuning)
+    return tuned_families(families_for_target(spec.instruction_sets, spec.processor), tuning)
 
 
 def is_tiled(family: KernelFamily | TiledFamily) -> TypeGuard[TiledFamily]:

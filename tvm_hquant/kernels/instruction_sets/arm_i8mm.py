@@ -18,7 +18,7 @@ from tvm_hquant.kernels.anchor_family import AnchorFamily
 from tvm_hquant.kernels.anchor_geometry import as_conv2d
 from tvm_hquant.kernels.arm_codes import ArmRegisters
 from tvm_hquant.kernels.arm_floats import arm_float_dot
-from tvm_hquant.kernels.arm_operands import CACHE_SETS, LANES, REGISTERS, ElementOperands, halves, word_operands
+from tvm_hquant.kernels.arm_operands import LANES, REGISTERS, ElementOperands, halves, word_operands
 from tvm_hquant.kernels.arm_words import ArmWords
 from tvm_hquant.kernels.common import CommonFamily
 from tvm_hquant.kernels.dot_product import DotProduct, WideDot
@@ -60,7 +60,6 @@ class UsmmlaDot:
     lookahead: int = 0
     prefetches_outputs: bool = False
     starts_late: bool = False
-    cache_sets: int = CACHE_SETS
     latency: int = 12
     llvm_functions: str = ""
     accumulator_registers: int = 2

@@ -1,0 +1,60 @@
+"""What the models of tiles know of a processor besides its instructions: its caches, and the cores that share work.
+
+Registers, lanes and latencies are those of the instruction set (:class:`tvm_hquant.kernels.dot_product.DotProduct`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+CACHE_LINE = 64
+"""Bytes of a line of a cache."""
+_ITEMS_OF_A_CORE = 4
+"""Where a core takes so many items of equal work, or one fewer, cores wait for each other for a quarter of the time at most.
+Twice as many make 3×3 layers of 64 channels take 2 to 3 % longer on one core."""
+_FEWEST_ITEMS = 32
+"""So many there are in any case: few cores finish at about the same time, and items of most layers are still many tiles."""
+_SHARED_MACS = 100_000
+"""Work of fewer multiply-accumulates is done before other threads have woken up."""
+_SHARED_DEPTHWISE_MACS = 50_000
+"""The same for those of depthwise layers, which take longer."""
+
+
+@dataclass(frozen=True)
+class Processor:
+    """Caches as one core sees them, and how many cores there are.
+
+    The defaults stand for what a target spec leaves out.
+
+    Attributes:
+        l1_bytes: of the first-level data cache.
+        l1_sets: its sets: lines that lie ``CACHE_LINE * l1_sets`` bytes apart share one.
+        l2_bytes: of the second-level cache; where there is none, of the first.
+        last_bytes: of the last-level cache, which the cores share.
+        cores: that share the work of a kernel.
+    """
+
+    l1_bytes: int = 32 * 2**10
+    l1_sets: int = 64
+    l2_bytes: int = 512 * 2**10
+    last_bytes: int = 16 * 2**20
+    cores: int = 4
+
+    @property
+    def last_share(self) -> int:
+        """Bytes of the last cache for each core, while all of them work."""
+        return max(self.l2_bytes, self.last_bytes // self.cores)
+
+    @property
+    def fewest_items(self) -> int:
+        """Items that work is cut into, where it has so many parts: threads that take whole items then finish at about the
+        same time."""
+        return max(_FEWEST_ITEMS, _ITEMS_OF_A_CORE * self.cores)
+
+    def shares(self, macs: int, is_depthwise: bool = False) -> bool:
+        """Whether threads share a kernel's multiply-accumulates."""
+        return self.cores > 1 and macs > (_SHARED_DEPTHWISE_MACS if is_depthwise else _SHARED_MACS)
+
+
+ASSUMED_PROCESSOR = Processor()
+"""What nothing is said about."""
