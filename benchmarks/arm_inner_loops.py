@@ -31,6 +31,7 @@ import tvm
 
 from tvm_hquant.cli.tables import print_table
 from tvm_hquant.kernels.interface import Kernel, KernelRequest, ProvenEnding
+from tvm_hquant.kernels.processor import Processor
 from tvm_hquant.kernels.registry import families_for_target, select_kernel
 from tvm_hquant.operators import Conv2D, Dense, Window
 
@@ -52,6 +53,8 @@ CORES = {
     "neoverse-v1": ("arm_bf16", "arm_fp16fml", "arm_i8mm"),
 }
 """Cores by LLVM's names, with their kernel families, the best first."""
+L1_SETS = {"cortex-a53": 128}
+"""Sets of the first-level data cache; 256 where nothing is said."""
 
 LAYERS: dict[str, Conv2D | Dense] = {
     "56×56 64→64 3×3": Conv2D((1, 56, 56, 64), 64, Window((3, 3), padding=SAME)),
@@ -191,7 +194,9 @@ def _analysed(instructions: tuple[str, ...], core: str, pattern: str) -> float:
 
 def row(layer: str, operator: Conv2D | Dense, core: str, precision: str) -> list[str]:
     """The table's row of a layer on a core."""
-    kernel = select_kernel(families_for_target(CORES[core]), request_for(operator, precision))
+    kernel = select_kernel(
+        families_for_target(CORES[core], Processor(l1_sets=L1_SETS.get(core, 256))), request_for(operator, precision)
+    )
     loop = innermost_loop(assembly(kernel, core))
     spent = cycles(loop.instructions, core)
     peak_instructions, peak_products = loop.peak_loop()
