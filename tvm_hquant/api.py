@@ -238,7 +238,7 @@ def search_front(
         HQuantError: a subclass that says what is wrong with model, spec, data, options or files.
     """
     folder, options = Path(folder), options or Options()
-    check_strategy(strategy, options.levels is not None)
+    check_strategy(strategy, options.levels is not None, options.ranking)
     session = open_session(model, spec, input_shapes, observer, progress, rounding=rounding)
     roles = assign_roles(calibration, evaluation, session.signature, options.seed)
     folder.mkdir(parents=True, exist_ok=True)

@@ -69,6 +69,8 @@ class Options:
         suffix_precision: what layers behind a measured one compute in while single layers are measured; by default the fastest
             16-bit candidate, or float32 (:func:`~tvm_hquant.sensitivity.single_layers.suffix_precisions`).
 
+        ranking: what the hierarchical strategy ranks layers by (:data:`~tvm_hquant.search.registry.RANKINGS`).
+
     Raises:
         BudgetError: the budget is not a number.
         PrecisionError: there is no such precision.
@@ -84,6 +86,7 @@ class Options:
     objective: str = "latency"
     levels: Mapping[str, int] | None = None
     suffix_precision: str | None = None
+    ranking: str = "measured"
 
     def __post_init__(self) -> None:
         if math.isnan(self.max_drop):
@@ -231,8 +234,8 @@ class Quantizer:
             SearchError: no strategy or objective has that name, or no plan has the levels that are asked for.
         """
         if strategy is None or isinstance(strategy, str):
-            check_strategy(strategy or DEFAULT_STRATEGY, self.options.levels is not None)
-            context = StrategyContext(self.session, self.table.samples, self.options.seed, front)
+            check_strategy(strategy or DEFAULT_STRATEGY, self.options.levels is not None, self.options.ranking)
+            context = StrategyContext(self.session, self.table.samples, self.options.seed, front, self.options.ranking)
             strategy = make_strategy(strategy or DEFAULT_STRATEGY, context)
         problem = self.problem(isinstance(strategy, CheckingStrategy))
         result = strategy.search(problem)

@@ -185,6 +185,10 @@ def test_strategies_on_a_network() -> None:
     assert squared_perturbation(layer, parse_precision("float32")) == 0.0
     errors = [squared_perturbation(layer, parse_precision(p)) for p in ("float16", "bfloat16", "a8w8", "a8w4")]
     assert errors == sorted(errors)
+    ranked = make_strategy("hierarchical", StrategyContext(session, data.samples, ranking="gradient"))
+    by_gradient = ranked.search(_small_problem(None))
+    assert by_gradient.within_budget
+    assert all("its gradient predicts" in decision.detail for decision in by_gradient.decisions.values())
     for name in ("gradient", "monotone", "after-storage", "hawq-v2"):
         assert make_strategy(name, StrategyContext(session, data.samples)).name == name
 

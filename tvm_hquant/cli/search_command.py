@@ -63,6 +63,14 @@ def search_command(
         Path | None, typer.Option("--journal", help="Where evaluations are kept; journal.sqlite in the folder.")
     ] = None,
     suffix_precision: SuffixPrecision = None,
+    ranking: Annotated[
+        str,
+        typer.Option(
+            "--ranking",
+            help="What the strategy hierarchical ranks layers by: measured (each layer's loss) or gradient (predicted by its "
+            "gradient).",
+        ),
+    ] = "measured",
     workers: Workers = None,
     observer: Observer = "mean-squared-error",
     rounding: Rounding = "output-error",
@@ -84,7 +92,9 @@ def search_command(
     if times not in ("measured", "predicted"):
         raise SearchError(f"unknown --times {times!r}: use measured or predicted")
     names = tuple(p.strip() for p in precisions.split(",") if p.strip()) if precisions else None
-    options = Options(metric, max_drop, names, None, seed, False, objective, parse_levels(levels), suffix_precision)
+    options = Options(
+        metric, max_drop, names, None, seed, False, objective, parse_levels(levels), suffix_precision, ranking
+    )
     front = api.search_front(
         str(model),
         target,

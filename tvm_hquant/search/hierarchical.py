@@ -14,15 +14,23 @@ evaluations instead of one per layer.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from tvm_hquant.plan import LayerDecision
-from tvm_hquant.search.problem import Assignment, SearchProblem, SearchResult, SearchStep
+from tvm_hquant.search.problem import Assignment, LayerPrecision, SearchProblem, SearchResult, SearchStep
 
 
 @dataclass(frozen=True)
 class HierarchicalStrategy:
-    """Makes the promotions that remove most loss for their cost, until the budget holds."""
+    """Makes the promotions that remove most loss for their cost, until the budget holds.
+
+    Attributes:
+        predict: what each layer loses in each precision, in place of measured losses: the paper's section 3 ranks layers by
+            gradients and by the structure of the model, which here is what a promotion costs. None: losses are measured.
+    """
+
+    predict: Callable[[Sequence[LayerPrecision]], Mapping[LayerPrecision, float]] | None = None
 
     @property
     def name(self) -> str:
@@ -33,7 +41,7 @@ class HierarchicalStrategy:
 
         If none does, the one with the smallest loss, with ``within_budget`` False.
         """
-        return _Search(problem).run()
+        return _Search(problem, self.predict).run()
 
 
 @dataclass(frozen=True)
@@ -69,10 +77,16 @@ def promotions_of(layer: str, points: list[tuple[str, float, float]]) -> list[Pr
 
 
 class _Search:
-    def __init__(self, problem: SearchProblem) -> None:
+    def __init__(
+        self,
+        problem: SearchProblem,
+        predict: Callable[[Sequence[LayerPrecision]], Mapping[LayerPrecision, float]] | None,
+    ) -> None:
         self.problem = problem
+        self.losses_of = predict or problem.measure
+        self.source = "its gradient predicts" if predict else "alone it loses"
         self.base = {layer: candidates[0] for layer, candidates in problem.candidates.items()}
-        self.losses = dict(problem.measure(list(self.base.items())))
+        self.losses = dict(self.losses_of(list(self.base.items())))
         self.path: list[Promotion] = []
         self.steps: list[SearchStep] = []
         self.evaluated: dict[int, float] = {}
@@ -101,10 +115,10 @@ class _Search:
         return holding
 
     def _find_path(self) -> None:
-        """Measures what promotions remove, and orders all of them, the most worthwhile first."""
+        """Asks what promotions remove, and orders all of them, the most worthwhile first."""
         candidates, costs = self.problem.candidates, self.problem.costs.layers
         pairs = [(layer, p) for layer, precisions in candidates.items() for p in precisions[1:]]
-        self.losses.update(self.problem.measure(pairs))
+        self.losses.update(self.losses_of(pairs))
         for layer, precisions in candidates.items():
             self.path += promotions_of(layer, [(p, costs[layer, p], self.losses[layer, p]) for p in precisions])
         # The sort is stable: promotions of one layer stay in their order.
@@ -124,7 +138,7 @@ class _Search:
 
     def _decision(self, layer: str, precision: str) -> LayerDecision:
         base = self.base[layer]
-        measured = f"alone it loses {self.losses[layer, base]:.3g} in {base}"
+        measured = f"{self.source} {self.losses[layer, base]:.3g} in {base}"
         if precision == base:
             return LayerDecision(precision, "within budget", measured)
         return LayerDecision(precision, "sensitive", f"{measured}, {self.losses[layer, precision]:.3g} in {precision}")

@@ -86,6 +86,11 @@ class GradientStrategy:
         evaluator = self.data.evaluator
         return _norms(evaluator.mean(self.data.samples, evaluator.label).inputs)
 
+    def predict(self, pairs: Sequence[LayerPrecision]) -> dict[LayerPrecision, float]:
+        """For each (layer, precision) the norm times the precision's largest error; of layers that are not named, nothing."""
+        norms = self.norms()
+        return {(layer, p): norms[layer] * largest_error(parse_precision(p)) for layer, p in pairs}
+
     def search(self, problem: SearchProblem) -> SearchResult:
         """Levels by falling error to layers by rising norm, or the cheapest plan for the budget.
 

@@ -29,18 +29,30 @@ if TYPE_CHECKING:
 class StrategyContext:
     """What a strategy may need beyond the problem: the calibrated model, and calibration samples with their gradients.
 
-    ``front`` says whether a whole front is wanted, or one plan for the budget.
+    ``front`` says whether a whole front is wanted, or one plan for the budget; ``ranking`` what the hierarchical strategy
+    ranks layers by (:data:`RANKINGS`).
     """
 
     session: QuantizationSession
     samples: DataSource
     seed: int = 0
     front: bool = True
+    ranking: str = "measured"
+
+
+RANKINGS = ("measured", "gradient")
+"""Losses of single layers as measured, or the norms of mean gradients at their inputs times the largest error."""
+
+
+def _hierarchical(context: StrategyContext) -> HierarchicalStrategy:
+    if context.ranking == "measured":
+        return HierarchicalStrategy()
+    return HierarchicalStrategy(GradientStrategy(LayoutData(context.session, context.samples)).predict)
 
 
 STRATEGIES: Mapping[str, Callable[[StrategyContext], SearchStrategy]] = {
     "one-shot": lambda _context: OneShotStrategy(),
-    "hierarchical": lambda _context: HierarchicalStrategy(),
+    "hierarchical": _hierarchical,
     "greedy": lambda _context: GreedyStrategy(),
     "lazy-greedy": lambda _context: GreedyStrategy(lazy=True),
     "gradient": lambda context: GradientStrategy(LayoutData(context.session, context.samples)),
@@ -58,17 +70,21 @@ WITH_LEVELS = frozenset({"gradient", "monotone", "after-storage", "hawq-v2", "mu
 """Strategies that can give each precision to a prescribed number of layers."""
 
 
-def check_strategy(name: str, has_levels: bool = False) -> None:
-    """Refuses names of no strategy, and levels for one that cannot prescribe them, before any work.
+def check_strategy(name: str, has_levels: bool = False, ranking: str = "measured") -> None:
+    """Refuses names of no strategy, and levels or rankings for one that does not know them, before any work.
 
     Raises:
-        SearchError: no strategy has that name, or it knows no levels.
+        SearchError: no strategy or ranking has that name, or the strategy knows no levels, or ranks nothing.
     """
     if name not in STRATEGIES:
         raise SearchError(f"unknown strategy {name!r}: use one of {', '.join(STRATEGIES)}")
     if has_levels and name not in WITH_LEVELS:
         able = ", ".join(other for other in STRATEGIES if other in WITH_LEVELS)
         raise SearchError(f"strategy {name} cannot prescribe levels: leave them out, or use one of {able}")
+    if ranking not in RANKINGS:
+        raise SearchError(f"unknown ranking {ranking!r}: use one of {', '.join(RANKINGS)}")
+    if ranking != "measured" and name != "hierarchical":
+        raise SearchError(f"strategy {name} has no ranking {ranking}: leave it out, or use hierarchical")
 
 
 def make_strategy(name: str, context: StrategyContext) -> SearchStrategy:
