@@ -7,6 +7,7 @@ search does not see, and measured times, come at its end.
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -48,7 +49,7 @@ class FrontPoint:
     holdout_interval: tuple[float, float] | None
     latency_ms: float
     latency_source: str
-    bytes: float
+    bytes: int
     int8_mac_share: float
     evaluations: int
 
@@ -147,7 +148,7 @@ class FrontWriter:
             None if held_out is None else (held_out.low, held_out.high),
             latency,
             source,
-            sum(weight_bytes(layer, decisions[layer.name].weight_precision) for layer in layers),
+            math.ceil(sum(weight_bytes(layer, decisions[layer.name].weight_precision) for layer in layers)),
             low_bit_share(session.graph.layers, precisions),
             self._quantizer.evaluations,
         )

@@ -153,8 +153,8 @@ def _print_front(front: Front) -> None:
             ""
             if point.holdout_interval is None
             else f"{point.holdout_loss:.4g} ({point.holdout_interval[0]:.4g} … {point.holdout_interval[1]:.4g})",
-            f"{point.latency_ms:.3f}",
-            f"{point.bytes / 1e6:.3f}",
+            f"{point.latency_ms:.4g}",
+            f"{point.bytes / 1e6:.4g}",
             f"{point.int8_mac_share:.0%}",
             "best" if point == front.best else "",
         )
