@@ -235,7 +235,7 @@ class _Partitioner:
         if isinstance(operator, LocalResponseNormalization):
             kind = "local_response_normalization"
         if isinstance(operator, Unary) and chain_length > 1:
-            kind = operator.function
+            kind = operator.function_name
         number = self.counters.get(kind, 0)
         self.counters[kind] = number + 1
         return f"{kind}_{number}"

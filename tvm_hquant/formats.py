@@ -135,7 +135,7 @@ def _why_float_only(layer: Layer, wanted: Precision) -> str:
     if isinstance(operator, Opaque):
         return f"{operator.name.removeprefix('relax.')} is an operator that only TVM computes, in float32"
     if isinstance(operator, Unary):
-        name = operator.function
+        name = operator.function_name
     return f"{name} has no kernel for {wanted.name} activations" if wanted != FLOAT32 else f"{name} is float32 only"
 
 

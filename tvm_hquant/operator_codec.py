@@ -14,8 +14,8 @@ _CLASSES: dict[str, type[Any]] = {
     for c in (
         operators.Window, operators.Epilogue, operators.Conv2D, operators.Dense, operators.Add, operators.Multiply,
         operators.BatchMatmul,         operators.MaxPool2D, operators.AveragePool2D, operators.Resize2D, operators.Concat,
-        operators.Unary, operators.Movement, operators.Softmax, operators.LocalResponseNormalization, operators.Opaque,
-        operators.Convert,
+        operators.Unary, operators.Composition, operators.Step, operators.Movement, operators.Softmax,
+        operators.LocalResponseNormalization, operators.Opaque, operators.Convert,
         tensor_format.TensorFormat, interface.KernelRequest, interface.Placement,
         interface.ProvenEnding,
     )

@@ -270,17 +270,44 @@ class Concat:
 
 
 @dataclass(frozen=True)
+class Step:
+    """One operation of a :class:`Composition`.
+
+    ``operands`` number the values it takes: 0 is the input of the composition, i > 0 the result of its i-th step, and
+    i < 0 parameter −1 − i of the layer. The parameters of a function (the bounds of a clip) are the last operands.
+    """
+
+    function: str
+    operands: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Composition:
+    """A function of one variable made of others (``numerics/functions.py`` lists them); the last step gives its value.
+
+    Softsign, x / (|x| + 1), is ``(Step("abs", (0,)), Step("add", (1, -1)), Step("divide", (0, 2)))`` with parameter 1.
+    """
+
+    steps: tuple[Step, ...]
+
+
+@dataclass(frozen=True)
 class Unary:
     """An elementwise function: clip (parameters lower, upper), leaky_relu (alpha), sigmoid, tanh, gelu, silu,
-    hard_sigmoid (alpha, beta), hard_swish, elu (alpha), exp, abs, negative, floor, ceil, round…"""
+    hard_sigmoid (alpha, beta), hard_swish, elu (alpha), exp, abs, negative, floor, ceil, round…, or several composed."""
 
     shape: Shape
-    function: str
+    function: str | Composition
     parameters: tuple[float, ...] = ()
 
     @property
     def output_shape(self) -> Shape:
         return self.shape
+
+    @property
+    def function_name(self) -> str:
+        """What layers, kernels and messages call the function."""
+        return self.function if isinstance(self.function, str) else "composition"
 
 
 @dataclass(frozen=True)

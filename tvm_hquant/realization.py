@@ -186,7 +186,9 @@ def _unary(layer: Layer, operator: Unary, source: TensorFormat, output: TensorFo
         return TableConstants(numerics.unary_table(operator.function, operator.parameters, source, output))
     if operator.function == "clip":
         return numerics.elementwise_constants((source,), output, operator.parameters[0], operator.parameters[1])
-    raise PrecisionError(f"layer {layer.name}: {operator.function} has no kernel for 16-bit codes; keep it in float32")
+    raise PrecisionError(
+        f"layer {layer.name}: {operator.function_name} has no kernel for 16-bit codes; keep it in float32"
+    )
 
 
 def _stored_fill(value: float, output: TensorFormat) -> float:

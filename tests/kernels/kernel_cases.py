@@ -29,6 +29,7 @@ from tvm_hquant.operators import (
     Add,
     AveragePool2D,
     BatchMatmul,
+    Composition,
     Concat,
     Convert,
     LocalResponseNormalization,
@@ -37,6 +38,7 @@ from tvm_hquant.operators import (
     Multiply,
     Resize2D,
     Softmax,
+    Step,
     Unary,
     Window,
 )
@@ -213,9 +215,17 @@ def conversions(draw: st.DrawFn) -> Case:
     return Case(request, constants, seed)
 
 
-def unary_case(function: str, shape: tuple[int, ...], source: str, output: str, seed: int) -> Case:
+COMPOSITION = Composition((
+    Step("greater", (0, -1)), Step("where", (1, 0, -2)), Step("abs", (2,)), Step("add", (3, -1)), Step("log", (4,)),
+    Step("clip", (5, -3, -1)), Step("maximum", (6, 0)), Step("divide", (7, 4)), Step("minimum", (8, 5)),
+    Step("subtract", (-2, 9)), Step("multiply", (10, 0)), Step("tanh", (11,)),
+))  # fmt: skip
+"""All operations that only compositions have, and functions with and without parameters, of three parameters."""
+
+
+def unary_case(function: str | Composition, shape: tuple[int, ...], source: str, output: str, seed: int) -> Case:
     rng = np.random.default_rng(seed)
-    count = numerics.PARAMETER_COUNTS[function]
+    count = numerics.PARAMETER_COUNTS[function] if isinstance(function, str) else 3
     parameters = tuple(float(np.float32(v)) for v in sorted(rng.uniform(-0.5, 1.5, count)))
     request = KernelRequest(Unary(shape, function, parameters), (source,), output)  # type: ignore[arg-type]
     if source == "uint8":

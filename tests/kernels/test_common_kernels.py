@@ -12,7 +12,17 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from kernel_cases import ALL_KINDS, FLOATS, Case, assert_matches_contract, run_kernel, seeds, shapes, unary_case
+from kernel_cases import (
+    ALL_KINDS,
+    COMPOSITION,
+    FLOATS,
+    Case,
+    assert_matches_contract,
+    run_kernel,
+    seeds,
+    shapes,
+    unary_case,
+)
 
 from tvm_hquant import numerics
 from tvm_hquant.errors import KernelError
@@ -30,6 +40,7 @@ from tvm_hquant.kernels.registry import host_instruction_sets
 from tvm_hquant.operators import (
     Add,
     AveragePool2D,
+    Composition,
     Conv2D,
     Convert,
     LocalResponseNormalization,
@@ -69,11 +80,11 @@ def test_random_layers_match_the_contract(kind: str, instruction_set: str, data:
 
 
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
-@pytest.mark.parametrize("function", numerics.PARAMETER_COUNTS)
+@pytest.mark.parametrize("function", [*numerics.PARAMETER_COUNTS, COMPOSITION])
 @settings(max_examples=2, deadline=None)
 @given(shape=shapes, storage=st.sampled_from(FLOATS), seed=seeds)
 def test_float_unary_functions_match_the_contract(
-    function: str, instruction_set: str, shape: tuple[int, ...], storage: str, seed: int
+    function: str | Composition, instruction_set: str, shape: tuple[int, ...], storage: str, seed: int
 ) -> None:
     """Every polynomial repeats the oracle's steps, with no step merged by the compiler."""
     check(unary_case(function, shape, storage, storage, seed), instruction_set)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import tvm
-from kernel_cases import FLOATS, STORAGES, Case, assert_same_bits, unary_case
+from kernel_cases import COMPOSITION, FLOATS, STORAGES, Case, assert_same_bits, unary_case
 
 from tests.emulated_board.board import Board, export_for_board, tvm_target
 from tvm_hquant import numerics
@@ -53,7 +53,9 @@ def board_cases() -> list[Case]:
         )
         for index, (a, b) in enumerate([("uint8", "uint8"), ("uint16", "uint8")])
     ]
-    cases += [unary_case(function, MAP, "float32", "float32", 11) for function in numerics.PARAMETER_COUNTS]
+    cases += [
+        unary_case(function, MAP, "float32", "float32", 11) for function in (*numerics.PARAMETER_COUNTS, COMPOSITION)
+    ]
     operator = AveragePool2D(MAP, WINDOW, WINDOW.padding)
     factors = np.full(operator.output_shape[1:3], 0.7 / 9, np.float32)
     cases.append(

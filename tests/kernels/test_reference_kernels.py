@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from kernel_cases import (
     ALL_KINDS,
     CODES,
+    COMPOSITION,
     FLOATS,
     STORAGES,
     Case,
@@ -37,7 +38,16 @@ from tvm_hquant.kernels.interface import (
     Requantization,
 )
 from tvm_hquant.kernels.reference import ReferenceFamily
-from tvm_hquant.operators import Conv2D, Dense, Epilogue, LocalResponseNormalization, Opaque, Softmax, Window
+from tvm_hquant.operators import (
+    Composition,
+    Conv2D,
+    Dense,
+    Epilogue,
+    LocalResponseNormalization,
+    Opaque,
+    Softmax,
+    Window,
+)
 
 ANY_PROCESSOR = {"kind": "llvm"}
 few = settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck))
@@ -111,8 +121,8 @@ def test_random_layers_match_the_contract(kind: str, data: st.DataObject) -> Non
     assert_matches_contract(ReferenceFamily().kernel(case.request), case, ANY_PROCESSOR)
 
 
-@pytest.mark.parametrize("function", numerics.PARAMETER_COUNTS)
-def test_float_unary_functions_match_the_contract(function: str) -> None:
+@pytest.mark.parametrize("function", [*numerics.PARAMETER_COUNTS, COMPOSITION])
+def test_float_unary_functions_match_the_contract(function: str | Composition) -> None:
     """The polynomials on scalars."""
     case = unary_case(function, (3, 100), "float32", "float32", 5)
     assert_matches_contract(ReferenceFamily().kernel(case.request), case, ANY_PROCESSOR)

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from exact_arithmetic import float32_array
 
-from tvm_hquant import numerics
+from tvm_hquant import float_polynomials, numerics
 from tvm_hquant.errors import KernelError
+from tvm_hquant.operators import Composition, Step
 from tvm_hquant.tensor_format import FLOAT32_FORMAT, TensorFormat
 
 Case = tuple[str, tuple[float, ...], Callable[[float], float]]
@@ -96,6 +97,48 @@ def test_unknown_functions_and_missing_parameters() -> None:
         numerics.unary_float64("clip", (1.0,), np.zeros(1))
     with pytest.raises(KernelError, match="256 entries"):
         numerics.unary_table("tanh", (), TensorFormat("uint16", 1.0, 0, 0, 65535), FLOAT32_FORMAT)
+
+
+MISH = Composition(
+    (
+        Step("exp", (0,)),
+        Step("add", (-1, 1)),
+        Step("log", (2,)),
+        Step("tanh", (3,)),
+        Step("multiply", (0, 4)),
+        Step("clip", (5, -2, -3)),
+    )
+)
+"""min(x · tanh(log(1 + exp(x))), 3)"""
+
+
+def test_a_composition_takes_its_steps_one_by_one() -> None:
+    """Float32 rounds after each step, a table is made in float64: both are the function."""
+    parameters = (1.0, -math.inf, 3.0)
+    x = np.linspace(-12, 12, 401).astype(np.float32)
+    exact = np.minimum(x * np.tanh(np.logaddexp(x.astype(np.float64), 0)), 3)
+    np.testing.assert_allclose(numerics.unary_float32(MISH, parameters, x), exact, rtol=3e-6, atol=1e-6)
+    steps = [float_polynomials.exp(x)]
+    steps.append(float_polynomials.log(np.float32(1) + steps[0]))
+    by_hand = np.minimum(x * float_polynomials.tanh(steps[1]), np.float32(3))
+    np.testing.assert_array_equal(numerics.unary_float32(MISH, parameters, x), by_hand)
+    source, target = INPUTS[0], OUTPUTS[0]
+    real = source.scale * (np.arange(256) - source.zero_point)
+    codes = np.rint(np.minimum(real * np.tanh(np.logaddexp(real, 0)), 3) / target.scale) + target.zero_point
+    np.testing.assert_array_equal(numerics.unary_table(MISH, parameters, source, target), np.clip(codes, 0, 255))
+
+
+def test_compositions_that_cannot_be_computed() -> None:
+    """Steps name operations that there are, with their operands, and take only what is there."""
+    x = np.zeros(1, np.float32)
+    for step, message in (
+        (Step("sinh", (0,)), "no operation 'sinh'.*log"),
+        (Step("add", (0,)), "'add' takes 2 operands"),
+        (Step("add", (0, 1)), "takes values"),
+        (Step("add", (0, -1)), "takes values"),
+    ):
+        with pytest.raises(KernelError, match=message):
+            numerics.unary_float32(Composition((step,)), (), x)
 
 
 def test_clamp_gives_the_lower_bound_for_nan() -> None:

@@ -15,7 +15,7 @@ import numpy as np
 from tvm_hquant import numerics
 from tvm_hquant.errors import KernelError
 from tvm_hquant.kernels.constant_arrays import to_arrays
-from tvm_hquant.kernels.float_math import UNARY
+from tvm_hquant.kernels.float_math import unary
 from tvm_hquant.kernels.interface import (
     Array,
     DequantizeConstants,
@@ -154,17 +154,16 @@ def _float_add(request: KernelRequest, operator: Add) -> ElementwiseForm:
     return ElementwiseForm("add", (((2,), "float32"),), value, pack)
 
 
-def _float_unary(request: KernelRequest, operator: Unary) -> ElementwiseForm | None:
-    if operator.function not in UNARY:
-        return None
-    function, count = UNARY[operator.function], len(operator.parameters)
+def _float_unary(request: KernelRequest, operator: Unary) -> ElementwiseForm:
+    count = len(operator.parameters)
 
     def value(p: Primitives, inputs: Sequence[Expression], constants: Sequence[Any]) -> Expression:
         parameters = [constants[0][i] for i in range(count)]
-        return narrow(p, function(p, widen(inputs[0], request.inputs[0]), parameters), request.output)
+        x = widen(inputs[0], request.inputs[0])
+        return narrow(p, unary(p, operator.function, x, parameters), request.output)
 
     pack = _parameter_pack(request, operator.parameters)
-    return ElementwiseForm(operator.function, (((max(count, 1),), "float32"),), value, pack)
+    return ElementwiseForm(operator.function_name, (((max(count, 1),), "float32"),), value, pack)
 
 
 def _table_form(request: KernelRequest) -> ElementwiseForm:

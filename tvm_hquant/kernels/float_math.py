@@ -21,7 +21,8 @@ from tvm_hquant.kernels.primitives import (
     reinterpret,
     select,
 )
-from tvm_hquant.numerics.functions import GELU_CUBIC, ONE_SIXTH, SQRT_HALF, SQRT_TWO_OVER_PI
+from tvm_hquant.numerics.functions import GELU_CUBIC, ONE_SIXTH, SQRT_HALF, SQRT_TWO_OVER_PI, check_function
+from tvm_hquant.operators import Composition, Step
 
 _INFINITY = float("inf")
 
@@ -214,7 +215,7 @@ def _ceil(p: Primitives, x: Expression, _: Parameters) -> Expression:
     return select(nearest < x, p.add(nearest, float_like(1.0, x)), nearest)
 
 
-UNARY: Mapping[str, Callable[[Primitives, Expression, Parameters], Expression]] = {
+_UNARY: Mapping[str, Callable[[Primitives, Expression, Parameters], Expression]] = {
     "clip": _clip,
     "leaky_relu": _leaky_relu,
     "sigmoid": lambda p, x, _: sigmoid(p, x),
@@ -233,4 +234,44 @@ UNARY: Mapping[str, Callable[[Primitives, Expression, Parameters], Expression]] 
     "floor": _floor,
     "ceil": _ceil,
 }
-"""Every unary function, of a float32 ``x`` with scalar parameters."""
+
+
+def _greater(_: Primitives, a: Expression, b: Expression) -> Expression:
+    return select(a > b, float_like(1.0, a), float_like(0.0, a))
+
+
+_OPERATIONS: Mapping[str, Callable[..., Expression]] = {
+    "add": lambda p, a, b: p.add(a, b),
+    "subtract": lambda p, a, b: p.subtract(a, b),
+    "multiply": lambda p, a, b: p.multiply(a, b),
+    "divide": lambda p, a, b: p.divide(a, b),
+    "maximum": lambda p, a, b: select(a > b, a, b),
+    "minimum": lambda p, a, b: select(a < b, a, b),
+    "greater": _greater,
+    "where": lambda p, c, a, b: select(c > float_like(0.0, c), a, b),
+    "log": log,
+}
+
+
+def unary(p: Primitives, function: str | Composition, x: Expression, parameters: Parameters) -> Expression:
+    """``numerics.unary_float32``: a unary function of a float32 ``x``, with scalar parameters.
+
+    Raises:
+        KernelError: there is no such function, or the number of parameters is wrong.
+    """
+    check_function(function, len(parameters))
+    if isinstance(function, str):
+        return _UNARY[function](p, x, parameters)
+    values = [p.bind(x)]
+    for step in function.steps:
+        values.append(p.bind(_step(p, step, values, parameters)))
+    return values[-1]
+
+
+def _step(p: Primitives, step: Step, values: Sequence[Expression], parameters: Parameters) -> Expression:
+    scalars_and_values = [values[i] if i >= 0 else parameters[-1 - i] for i in step.operands]
+    if step.function in _UNARY:
+        return _UNARY[step.function](p, scalars_and_values[0], scalars_and_values[1:])
+    lanes = lanes_of(values[0])
+    operands = [broadcast(o, lanes) if i < 0 else o for i, o in zip(step.operands, scalars_and_values, strict=True)]
+    return _OPERATIONS[step.function](p, *operands)

@@ -23,6 +23,19 @@ function          parameters      steps
 ``floor``                         r = round(x); r > x ? r − 1 : r
 ``ceil``                          r = round(x); r < x ? r + 1 : r
 ================  ==============  ===================================================================================
+
+A :class:`~tvm_hquant.operators.Composition` takes these one after the other, each result rounded to float32, and also:
+
+================  ==============  ===================================================================================
+operation         operands        result
+================  ==============  ===================================================================================
+``add``           a, b            a + b; likewise ``subtract``, ``multiply`` and ``divide``
+``maximum``       a, b            a > b ? a : b
+``minimum``       a, b            a < b ? a : b
+``greater``       a, b            a > b ? 1 : 0
+``where``         c, a, b         c > 0 ? a : b
+``log``           a               :func:`tvm_hquant.float_polynomials.log`
+================  ==============  ===================================================================================
 """
 
 from __future__ import annotations
@@ -40,6 +53,7 @@ from tvm_hquant.errors import KernelError
 from tvm_hquant.fused_multiply_add import DoubleArray, FloatArray, fma
 from tvm_hquant.numerics.codes import stored_codes
 from tvm_hquant.numerics.storage import narrow
+from tvm_hquant.operators import Composition
 from tvm_hquant.tensor_format import TensorFormat
 
 SQRT_HALF: Final = float(np.float32(math.sqrt(0.5)))
@@ -134,43 +148,89 @@ PARAMETER_COUNTS: Final[Mapping[str, int]] = {
 """Every unary function there is, with the number of its parameters."""
 
 
+_OPERATIONS: Mapping[str, Callable[..., Any]] = {
+    "add": np.add,
+    "subtract": np.subtract,
+    "multiply": np.multiply,
+    "divide": np.divide,
+    "maximum": lambda a, b: np.where(a > b, a, b),
+    "minimum": lambda a, b: np.where(a < b, a, b),
+    "greater": lambda a, b: (a > b).astype(np.result_type(a, b)),
+    "where": lambda c, a, b: np.where(c > 0, a, b),
+}
+_LOGARITHM: Mapping[type[Any], Callable[[Any], Any]] = {np.float32: polynomials.log, np.float64: np.log}
+_OPERAND_COUNTS: Mapping[str, int] = {
+    **{name: 1 + count for name, count in PARAMETER_COUNTS.items()},
+    **{name: 3 if name == "where" else 2 for name in _OPERATIONS},
+    "log": 1,
+}
+
+
 def _double(x: Any) -> DoubleArray:
     return np.asarray(x, np.float64)
 
 
-def _check(function: str, parameters: Parameters) -> None:
-    if function not in PARAMETER_COUNTS:
-        raise KernelError(f"no unary function {function!r}: use one of {', '.join(PARAMETER_COUNTS)}")
-    if len(parameters) != PARAMETER_COUNTS[function]:
-        raise KernelError(
-            f"unary function {function!r} has {PARAMETER_COUNTS[function]} parameters, {len(parameters)} were given"
-        )
+def check_function(function: str | Composition, parameters: int) -> None:
+    """Raises:
+    KernelError: there is no such function, it has another number of parameters, or a step takes what is not there.
+    """
+    if isinstance(function, str):
+        if function not in PARAMETER_COUNTS:
+            raise KernelError(f"no unary function {function!r}: use one of {', '.join(PARAMETER_COUNTS)}")
+        if parameters != PARAMETER_COUNTS[function]:
+            raise KernelError(
+                f"unary function {function!r} has {PARAMETER_COUNTS[function]} parameters, {parameters} were given"
+            )
+        return
+    for number, step in enumerate(function.steps):
+        if step.function not in _OPERAND_COUNTS:
+            raise KernelError(f"no operation {step.function!r}: use one of {', '.join(_OPERAND_COUNTS)}")
+        if len(step.operands) != _OPERAND_COUNTS[step.function]:
+            raise KernelError(
+                f"{step.function!r} takes {_OPERAND_COUNTS[step.function]} operands, {len(step.operands)} were given"
+            )
+        if not all(-parameters <= operand <= number for operand in step.operands):
+            raise KernelError(f"step {number + 1} of {function} takes values that no step before it gives")
 
 
-def unary_float32(function: str, parameters: Parameters, x: FloatArray) -> FloatArray:
+def _evaluate(function: str | Composition, parameters: Parameters, x: Any, functions: Mapping[str, Any]) -> Any:
+    check_function(function, len(parameters))
+    if isinstance(function, str):
+        return functions[function](x, parameters)
+    values = [x]
+    for step in function.steps:
+        operands = [values[i] if i >= 0 else x.dtype.type(parameters[-1 - i]) for i in step.operands]
+        if step.function in functions:
+            values.append(functions[step.function](operands[0], tuple(float(o) for o in operands[1:])))
+        elif step.function == "log":
+            values.append(_LOGARITHM[x.dtype.type](operands[0]))
+        else:
+            values.append(_OPERATIONS[step.function](*operands))
+    return values[-1]
+
+
+def unary_float32(function: str | Composition, parameters: Parameters, x: FloatArray) -> FloatArray:
     """``function`` of float32 ``x`` in the steps listed above; parameters are rounded to float32 first.
 
     Raises:
         KernelError: there is no such function, or the number of parameters is wrong.
     """
-    _check(function, parameters)
-    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-        return np.asarray(_FLOAT32[function](np.asarray(x, np.float32), parameters), np.float32)
+    with np.errstate(all="ignore"):
+        return np.asarray(_evaluate(function, parameters, np.asarray(x, np.float32), _FLOAT32), np.float32)
 
 
-def unary_float64(function: str, parameters: Parameters, x: DoubleArray) -> DoubleArray:
+def unary_float64(function: str | Composition, parameters: Parameters, x: DoubleArray) -> DoubleArray:
     """``function`` of float64 ``x``, as exact as float64 is.
 
     Raises:
         KernelError: there is no such function, or the number of parameters is wrong.
     """
-    _check(function, parameters)
-    with np.errstate(over="ignore", under="ignore"):
-        return np.asarray(_FLOAT64[function](np.asarray(x, np.float64), parameters), np.float64)
+    with np.errstate(all="ignore"):
+        return np.asarray(_evaluate(function, parameters, np.asarray(x, np.float64), _FLOAT64), np.float64)
 
 
 def unary_table(
-    function: str, parameters: Parameters, input_format: TensorFormat, output_format: TensorFormat
+    function: str | Composition, parameters: Parameters, input_format: TensorFormat, output_format: TensorFormat
 ) -> npt.NDArray[Any]:
     """The function as a table over the 256 *stored* codes of an 8-bit input.
 

@@ -33,7 +33,7 @@ from tvm_hquant.operators import (
     Window,
 )
 
-_UNARY_WITHOUT_PARAMETERS = {
+UNARY_WITHOUT_PARAMETERS = {
     "relax.sigmoid": "sigmoid",
     "relax.tanh": "tanh",
     "relax.exp": "exp",
@@ -130,8 +130,8 @@ def describe_call(call: Any) -> Operator:
         return _opaque(call)
     if (bounds := clip_bounds(call)) is not None:
         return Unary(shape_of(call), "clip", bounds)
-    if name in _UNARY_WITHOUT_PARAMETERS:
-        return Unary(shape_of(call), _UNARY_WITHOUT_PARAMETERS[name])
+    if name in UNARY_WITHOUT_PARAMETERS:
+        return Unary(shape_of(call), UNARY_WITHOUT_PARAMETERS[name])
     describe = _DESCRIPTIONS.get(name)
     operator = describe(call) if describe else None
     return operator if operator is not None else _opaque(call)
