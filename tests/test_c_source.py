@@ -10,6 +10,9 @@ import pytest
 import tvm
 import tvm_ffi
 
+from tests.network_cases import activation_cases, merged_cases
+from tests.onnx_models import random_inputs
+from tests.pipeline_checks import import_model, simulated_outputs, uniform_plan
 from tests.planned_models import named_plan, one_sample, partitioned, shared_session, simulated
 from tvm_hquant import c_source
 from tvm_hquant.artifact import check_linker, compile_artifact
@@ -31,6 +34,19 @@ def test_c_gives_what_the_simulator_gives(model: str, plan: str, tmp_path: Path)
     outputs = list(load_artifact(tmp_path / "c").run(sample).values())
     assert all(np.array_equal(a, b) for a, b in zip(outputs, simulated(model, plan), strict=True))
     assert verify_artifact(artifact, [sample]).holds
+
+
+@pytest.mark.parametrize("precision", ["a8w8", "float32"])
+def test_composed_functions_in_c(precision: str, tmp_path: Path) -> None:
+    """A function made of steps is a table in codes, and in float32 the same steps, none of them contracted."""
+    names = {"softplus", "mish", "selu", "softsign", "thresholdedrelu"}
+    merged = merged_cases("functions", [case for case in activation_cases() if case.name in names], 20)
+    imported = import_model(merged.model, random_inputs(merged.model))
+    plan = uniform_plan(imported.session, precision)
+    compile_artifact(imported.session.mod, plan, SPEC).save(tmp_path / "c")
+    outputs = list(load_artifact(tmp_path / "c").run(imported.inputs).values())
+    for output, expected in zip(outputs, simulated_outputs(imported, plan), strict=True):
+        np.testing.assert_array_equal(output, expected)
 
 
 def test_artifact_holds_source_that_compiles_alone(tmp_path: Path) -> None:

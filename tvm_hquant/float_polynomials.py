@@ -60,6 +60,7 @@ SQRT_HALF_BITS: Final = 0x3F3504F3
 """Bits of float32(√½): mantissas are taken from [√½, √2)."""
 ONE_BITS: Final = 0x3F800000
 MANTISSA_MASK: Final = 0x007FFFFF
+NAN_BITS: Final = 0x7FC00000
 SIGN_MASK: Final = -0x80000000
 """The sign bit of a float32, as an int32."""
 LOG_COEFFICIENTS: Final = (

@@ -87,7 +87,9 @@ def log(p: Primitives, x: Expression) -> Expression:
     r = _log_of_parts(p, f, n)
     r = select(x < float_like(_INFINITY, x), r, x)
     zero = float_like(0.0, x)
-    r = select(x < zero, float_like(float("nan"), x), r)
+    # From its bits: TVM's C generator writes the number as ``nan``, which C takes for the function of that name.
+    not_a_number = reinterpret(p.bind(int_like(polynomials.NAN_BITS, x)), "float32")
+    r = select(x < zero, not_a_number, r)
     return p.bind(select(x.equal(zero), float_like(-_INFINITY, x), r))
 
 
