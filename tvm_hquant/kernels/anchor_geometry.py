@@ -7,14 +7,19 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from math import inf
 
+import numpy as np
+import numpy.typing as npt
+
 from tvm_hquant.errors import KernelError
 from tvm_hquant.kernels.anchor_constants import WHOLE_WINDOW, WindowPart
 from tvm_hquant.kernels.dot_product import DotProduct
 from tvm_hquant.kernels.interface import Tile
 from tvm_hquant.kernels.lane_order import LaneNumbers, lane_channels, lane_turns
 from tvm_hquant.kernels.packed_epilogue import vector_groups
+from tvm_hquant.kernels.position_sweeps import PositionSweeps
 from tvm_hquant.kernels.processor import ASSUMED_PROCESSOR, Processor
 from tvm_hquant.kernels.row_tiles import TileRun, cut_row, split_at_borders
+from tvm_hquant.kernels.sweep_costs import SweepCosts
 from tvm_hquant.kernels.tile_costs import TileCosts
 from tvm_hquant.kernels.window_axis import WindowAxis, window_axes
 from tvm_hquant.operators import Conv2D, Dense, Window
@@ -188,7 +193,22 @@ class AnchorGeometry:
         latency), and loads p operands and v weights that run beside them. Every tile pays for its epilogue, so tiles that
         overlap cost twice; where an epilogue runs beside the products of the next tile, for what is too long for that.
         """
-        return tuple(tile for _, tile in self._costs)
+        return tuple(tile for _, tile in self._swept_tiles or self._costs)
+
+    @cached_property
+    def sweeps(self) -> PositionSweeps | None:
+        """The sweeps over the map, where these take less time than tiles of a row."""
+        return SweepCosts(self).sweeps(self.tile) if self._swept_tiles else None
+
+    @property
+    def sweep_tables(self) -> tuple[npt.NDArray[np.int32], ...]:
+        """What a kernel that sweeps the map knows of every sweep, in one table; none for others."""
+        return (self.sweeps.table(self.conv.in_channels, self.block),) if self.sweeps is not None else ()
+
+    @cached_property
+    def _swept_tiles(self) -> Sequence[tuple[float, Tile]]:
+        """The tiles of sweeps, each with the instructions of a map; none where tiles of a row take less."""
+        return SweepCosts(self).cheaper_tiles([tile for _, tile in self._costs])
 
     @property
     def cost(self) -> float:
@@ -286,7 +306,7 @@ class AnchorGeometry:
     def overlaps(self) -> bool:
         """Whether some outputs are computed by two tiles."""
         _, width = self.output_size
-        in_row = any(run.start + run.count * run.pixels > width for run in self.row_tiles)
+        in_row = self.sweeps is None and any(run.start + run.count * run.pixels > width for run in self.row_tiles)
         return in_row or (not self.is_narrow and self.group_outputs % self.block > 0)
 
     @cached_property

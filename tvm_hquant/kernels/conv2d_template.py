@@ -33,6 +33,7 @@ from tvm_hquant.kernels.patches import PatchCopy, conv_of_patches, padded_elemen
 from tvm_hquant.kernels.primitives import Expression, broadcast
 from tvm_hquant.kernels.processor import ASSUMED_PROCESSOR, CACHE_LINE, Processor
 from tvm_hquant.kernels.row_tiles import TileRun
+from tvm_hquant.kernels.sweep_emitter import SweepEmitter
 from tvm_hquant.kernels.tile_order import TileOrder, TilePlace
 from tvm_hquant.kernels.vector_loops import flat, load, prefetch, store
 from tvm_hquant.kernels.word_vectors import GROUPS, CodeVectors
@@ -111,6 +112,7 @@ def conv2d_kernel(
             types.append(((geometry.groups * geometry.blocks * (2 + geometry.all_steps),), "int32"))
     else:
         types = float_array_types(count, dot.weight_dtype, geometry.packed_lanes)
+        types.extend((table.shape, "int32") for table in geometry.sweep_tables)
 
     def pack(constants: LayerConstants) -> tuple[Array, ...]:
         if is_integer:
@@ -119,7 +121,7 @@ def conv2d_kernel(
                 return arrays
             weights, steps = packing.group_steps(arrays[0])
             return (weights, *arrays[1:], steps)
-        return pack_float(constants, packing)
+        return (*pack_float(constants, packing), *geometry.sweep_tables)
 
     def emit(inputs: Sequence[Buffer], arrays: Sequence[Buffer], output: Buffer) -> None:
         with imported_functions(dot.llvm_functions):
@@ -128,6 +130,7 @@ def conv2d_kernel(
     chain = f" chain {geometry.chain}" if geometry.chain > 1 else ""
     if geometry.groups_steps:
         chain = " pairs" if geometry.group == 2 else f" groups of {geometry.group}"
+    chain = chain if geometry.sweeps is None else " sweeps"
     shuffled = "" if not request.shuffled else " shuffled" if dot.groups > 1 else " shuffled last"
     name = f"{family}.conv2d[{dot.name} {geometry.tile}{chain}{shuffled}]"
     return Kernel(request, name, kernel_function(request, types, emit), pack)
@@ -153,10 +156,10 @@ class _Emitter:
         self.weights = arrays[0]
         if is_integer:
             _, self.starts, self.multipliers, self.offsets, limits, self.zero_points, *tables = arrays
-            self.step_table = tables[0] if tables else None
         else:
-            _, self.starts, limits = arrays
-            self.zero_points = self.step_table = None
+            _, self.starts, limits, *tables = arrays
+            self.zero_points = None
+        self.table = tables[0] if tables else None  # Of the order of steps, or of sweeps.
         self.is_shuffled_last = request.shuffled > 0 and self.dot.groups == 1
         self.output = self.shuffled = flat(output)
         if self.is_shuffled_last:
@@ -202,6 +205,11 @@ class _Emitter:
                 InterleavedGroups(geometry.conv, self.dot, self.request.inputs[0], self.inputs[0], self.source).emit()
             else:
                 self._copy_activations()
+        if geometry.sweeps is not None:
+            assert self.table is not None
+            constants = self.weights, self.starts, self.table
+            SweepEmitter(self.request, geometry, geometry.sweeps, self.source, *constants, self.epilogue).emit()
+            return
         self.steps = StepEmitter(geometry, self.weights, self.source)
         order = self.order
         loop = T.parallel if geometry.processor.shares(geometry.conv.macs) and order.items > 1 else T.serial
@@ -414,8 +422,8 @@ class _Emitter:
         )
         step_weights, row_steps = geometry.step_weights, geometry.runs * geometry.steps
         weight_base = T.bind(channel_block * geometry.tile_weights + point * geometry.weight_elements)
-        if self.step_table is not None:
-            self.steps.in_table_order(self.step_table, accumulators, corner, weight_base, channel_block)
+        if self.table is not None:
+            self.steps.in_table_order(self.table, accumulators, corner, weight_base, channel_block)
             return
         upcoming = self.order.upcoming_weights(place, weight_base)
         with ExitStack() as loops:

@@ -67,6 +67,8 @@ class DotProduct(Protocol):
         reverses_products: whether the weights of a step stand in the reverse order of its channels.
         prefetches: whether steps ask for memory that is read later: where they are so fast that what comes from behind the
             second-level cache would come too late.
+        sweeps: whether convolutions on small maps may take one position of the kernel after the other, each for all outputs
+            (:mod:`tvm_hquant.kernels.position_sweeps`), where the processor has registers for as many addresses as that takes.
         lookahead: instructions around a tile, most of them its epilogue's, that run beside the products of its neighbours,
             since they have units of their own and a core looks so many ahead; 0 where they add to the time of the products.
         prefetches_outputs: whether tiles ask for what their epilogue reads and writes.
@@ -121,6 +123,8 @@ class DotProduct(Protocol):
     @property
     def prefetches(self) -> bool: ...
     @property
+    def sweeps(self) -> bool: ...
+    @property
     def lookahead(self) -> int: ...
     @property
     def prefetches_outputs(self) -> bool: ...
@@ -171,6 +175,7 @@ class OnePixel:
     groups_steps: bool = False
     reverses_products: bool = False
     prefetches: bool = False
+    sweeps: bool = False
     lookahead: int = 0
     prefetches_outputs: bool = True
     starts_late: bool = False
@@ -275,6 +280,7 @@ class FloatDot(RepeatedOperand):
     accumulator_dtype: str = "float32"
     operand_cost: float = 0.5
     prefetches: bool = False
+    sweeps: bool = False
     latency: int = 12
     groups: int = 1
 

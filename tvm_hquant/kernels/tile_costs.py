@@ -26,7 +26,7 @@ _AT_A_TIME = 3
 """Of what is not hidden behind the products of other tiles, instructions that take as long as a product."""
 _PERMUTATION = 0.5
 """Cost of bringing the activations of several groups to the lanes of an operand."""
-_TILE = 20
+TILE = 20
 """Instructions around a tile."""
 _LINES_OF_A_SET = 4
 """Pixels of a tile that may share a set with no loss; every further one costs ``_CROWDED`` of a step."""
@@ -39,22 +39,22 @@ class TileCosts:
 
     geometry: AnchorGeometry
 
-    def of_run(self, run: TileRun, vectors: int) -> float:
-        """Instructions of a tile of a run, with so many vectors."""
+    def of_run(self, run: TileRun, vectors: int, kernel_rows: float | None = None) -> float:
+        """Instructions of a tile of a run, with so many vectors and, instead of all, so many rows of the kernel."""
         geometry = self.geometry
         kernel_height, kernel_width = geometry.conv.window.kernel
-        steps = kernel_height * geometry.runs * geometry.steps
+        steps = (kernel_height if kernel_rows is None else kernel_rows) * geometry.runs * geometry.steps
         if run.columns is None:
-            of_steps = steps * self._of_step(run.pixels, vectors)
+            of_steps = steps * self.of_step(run.pixels, vectors)
         else:
             reached = (end - begin for begin, end in run.columns)
-            of_steps = sum(steps / kernel_width * self._of_step(pixels, vectors) for pixels in reached if pixels)
+            of_steps = sum(steps / kernel_width * self.of_step(pixels, vectors) for pixels in reached if pixels)
         return of_steps + self._around(run.pixels, vectors)
 
     def _around(self, pixels: int, vectors: int) -> float:
         """What finishes a tile and stands around it."""
         dot, has_residual = self.geometry.dot, self.geometry.conv.epilogue.has_residual
-        instructions = self._of_epilogue(pixels, vectors) + _TILE
+        instructions = self.of_epilogue(pixels, vectors) + TILE
         if not dot.lookahead:
             return instructions
         # Scaling sums and residuals takes the units of the products, all else has units of its own.
@@ -62,7 +62,8 @@ class TileCosts:
         instructions += _RESIDUAL * has_residual * pixels * vectors
         return scalings + max(0, instructions - dot.lookahead) / _AT_A_TIME
 
-    def _of_step(self, pixels: int, vectors: int) -> float:
+    def of_step(self, pixels: int, vectors: int) -> float:
+        """Instructions of a step of a tile."""
         geometry, dot = self.geometry, self.geometry.dot
         sums = -(-pixels // dot.pixels) * vectors * dot.accumulator_registers
         if dot.short_sums(geometry.chain) is not None:
@@ -85,7 +86,7 @@ class TileCosts:
         sets = [i * size // CACHE_LINE % geometry.processor.l1_sets for i in range(pixels)]
         return max(sets.count(number) for number in set(sets)) if size >= CACHE_LINE else 1
 
-    def _of_epilogue(self, pixels: int, vectors: int) -> int:
+    def of_epilogue(self, pixels: int, vectors: int) -> int:
         """Instructions that finish a tile."""
         geometry, dot = self.geometry, self.geometry.dot
         if not geometry.packs_codes:

@@ -58,6 +58,11 @@ class WindowAxis:
         """Whether an element of the window lies on the map at a position of the output."""
         return 0 <= position * self.stride - self.before + element * self.dilation < self.size
 
+    def positions(self, element: int) -> range:
+        """The positions of the output from which an element of the window lies on the map."""
+        reaching = [position for position in range(self.output_size) if self.reaches(position, element)]
+        return range(reaching[0], reaching[-1] + 1) if reaching else range(0)
+
     @cached_property
     def sections(self) -> tuple[Section, ...]:
         """The positions of the output by which elements of their windows lie on the map, in order."""

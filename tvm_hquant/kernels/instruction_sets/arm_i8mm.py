@@ -57,6 +57,7 @@ class UsmmlaDot:
     groups_steps: bool = False
     reverses_products: bool = False
     prefetches: bool = False
+    sweeps: bool = False
     lookahead: int = 0
     prefetches_outputs: bool = False
     starts_late: bool = False

@@ -148,7 +148,8 @@ def _dot(request: KernelRequest) -> DotProduct:
         return WideDot(4, _REGISTERS)
     # Two operands are loaded in the time of two multiply-adds: tiles of many pixels and one vector wait for them.
     # Their latency is four cycles of two multiply-adds each.
-    return FloatDot(_LANES, _REGISTERS, request.weights, operand_cost=0.75, prefetches=True, latency=8)
+    sweeps = request.weights == "float32"
+    return FloatDot(_LANES, _REGISTERS, request.weights, operand_cost=0.75, prefetches=True, sweeps=sweeps, latency=8)
 
 
 def _word_product(request: KernelRequest) -> WordProduct:

@@ -56,6 +56,7 @@ class BFloatDot(RepeatedOperand):
     operand_cost: float = 0.5
     reverses_products: bool = True
     prefetches: bool = True
+    sweeps: bool = True
     llvm_functions: str = _DEFINITION
     groups: int = 1
 

@@ -62,7 +62,7 @@ def _dot(request: KernelRequest) -> DotProduct:
         return VnniDot()
     if request.weights == "int16":
         return WideDot(8, _REGISTERS)
-    return FloatDot(_LANES, _REGISTERS, request.weights, prefetches=True)
+    return FloatDot(_LANES, _REGISTERS, request.weights, prefetches=True, sweeps=request.weights == "float32")
 
 
 INSTRUCTION_SET = InstructionSet(
