@@ -108,8 +108,8 @@ def test_steps_in_another_order_give_the_same_sums(operator: Conv2D) -> None:
 
 @pytest.mark.skipif("avx2" not in HOST, reason="this CPU has no AVX2")
 def test_groups_of_several_pixels() -> None:
-    """Four-bit weights of three channels: eight steps of a kernel row or two meet in int16, where these let them."""
-    operator = Conv2D((1, 13, 15, 3), 24, Window((5, 5), (2, 2), (2, 2, 2, 2)))
+    """Four-bit weights of four channels: eight steps of a kernel row or two meet in int16, where these let them."""
+    operator = Conv2D((1, 13, 15, 4), 24, Window((5, 5), (2, 2), (2, 2, 2, 2)))
     rng = np.random.default_rng(0)
     for limit, groups in ((7, 3), (31, 0)):
         request, constants, inputs = random_case(rng, KernelRequest(operator, ("uint8",), "uint8", "int8"), limit)
