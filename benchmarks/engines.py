@@ -6,10 +6,13 @@ machine does besides hits all alike. A figure is the median of all runs. Times o
 both others load a copy of their libraries that sees no AVX-512 (``avx512_masking.py``).
 
     pip install -e '.[test,engines,benchmarks]'
-    python -m benchmarks.engines [--instruction-set avx2] [--networks resnet50,squeezenet] [--threads 2] [--json out.json]
+    python -m benchmarks.engines [--instruction-set avx2] [--networks resnet50,squeezenet] [--threads 2] [--folder FOLDER]
 
-The other engines may be installed elsewhere: ``--engines-python /path/to/python``. ``--step prepare`` makes the models of every
-engine in ``--folder`` and times nothing; ``--step time`` times what stands there.
+The table is printed; ``--json`` (``engines.INSTRUCTION_SET.json`` in ``--folder``, unless named) holds every run and the
+machine's description; ``--roofline`` (``roofline.INSTRUCTION_SET.svg`` there) shows every kernel of our networks in 8 bits,
+with 7-bit weights on AVX2, under the roofline of the target. The other engines may be installed elsewhere:
+``--engines-python /path/to/python``. ``--step prepare`` makes the models of every engine in ``--folder`` and times nothing;
+``--step time`` times what stands there.
 """
 
 from __future__ import annotations
@@ -37,6 +40,7 @@ from benchmarks.engine_models import (
     run_process,
 )
 from benchmarks.machine import describe_machine
+from benchmarks.roofline_plot import draw, require_matplotlib
 from tvm_hquant.cli.tables import print_table
 from tvm_hquant.cpu_features import cpu_features
 
@@ -46,6 +50,9 @@ PRECISIONS = {
     "avx2": ("float32", "a8w8", "a8w7", "a8w4"),
 }
 """What of ours is measured, by instruction set."""
+
+DRAWN = {"avx512-vnni": "a8w8", "avx2": "a8w7"}
+"""What of ours the roofline plot shows, by instruction set."""
 
 OTHERS = ("ONNX Runtime float32", "ONNX Runtime u8s8", "ONNX Runtime s8s8", "OpenVINO float32", "OpenVINO int8")
 
@@ -91,7 +98,10 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "hquant-engines")
     parser.add_argument("--step", choices=("all", "prepare", "time"), default="all")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--roofline", type=Path)
     arguments = parser.parse_args()
+    if arguments.step != "prepare":
+        require_matplotlib()
     names = arguments.networks.split(",")
     if unknown := set(names) - set(NETWORKS):
         raise SystemExit(f"unknown networks {', '.join(sorted(unknown))}: use {', '.join(NETWORKS)}")
@@ -108,8 +118,11 @@ def main() -> None:
         print_timings(timings[-len(contestants) :])
     if len(networks) > 1:
         print_timings(timings)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(_document(arguments, timings), indent=1) + "\n", encoding="utf-8")
+    results = arguments.json or arguments.folder / f"engines.{arguments.instruction_set}.json"
+    results.write_text(json.dumps(_document(arguments, timings), indent=1) + "\n", encoding="utf-8")
+    picture = arguments.roofline or arguments.folder / f"roofline.{arguments.instruction_set}.svg"
+    draw_roofline(networks, arguments.instruction_set, arguments.threads, picture)
+    print(f"every run: {results}\nroofline plot: {picture}")
 
 
 def prepare(network: NetworkFiles, instruction_set: str, engines_python: str) -> None:
@@ -217,6 +230,22 @@ def print_timings(timings: Sequence[Timing]) -> None:
         rows.append((NETWORKS[network], *cells, fastest, fastest_float, *ratios))
     columns = ("ms", *names, "fastest other", "fastest other float32", *(f"ratio {n.split()[1]}" for n in ours))
     print_table(columns, rows)
+
+
+def draw_roofline(networks: Sequence[NetworkFiles], instruction_set: str, threads: int, picture: Path) -> None:
+    """Profiles our artifacts, each in a process of its own, and draws all their kernels in one picture."""
+    profiles: dict[str, dict[str, Any]] = {}
+    for network in networks:
+        artifact = network.artifact(instruction_set, DRAWN[instruction_set])
+        profile = artifact.with_suffix(".profile.json")
+        subprocess.run(
+            [sys.executable, "-m", "tvm_hquant.cli.main", "profile", str(artifact), "--json", str(profile)],
+            env=process_environment(TVM_NUM_THREADS=str(threads)),
+            stdout=subprocess.DEVNULL,
+            check=True,
+        )
+        profiles[f"{NETWORKS[network.name]}, {DRAWN[instruction_set]}"] = json.loads(profile.read_text("utf-8"))
+    draw(profiles, picture)
 
 
 def fastest_others(row: dict[str, Timing]) -> tuple[str, str]:

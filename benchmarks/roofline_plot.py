@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,25 +24,35 @@ def main() -> None:
     parser.add_argument("profiles", type=Path, nargs="+")
     parser.add_argument("-o", "--output", type=Path, default=Path("roofline.svg"))
     arguments = parser.parse_args()
-    draw([json.loads(path.read_text(encoding="utf-8")) for path in arguments.profiles], arguments.output)
+    draw({path.stem: json.loads(path.read_text(encoding="utf-8")) for path in arguments.profiles}, arguments.output)
 
 
-def draw(profiles: list[dict[str, Any]], path: Path) -> None:
-    """A picture of one or several profiles for the same target and number of threads.
+def require_matplotlib() -> None:
+    """Before anything is measured that could not be drawn.
+
+    Raises:
+        SystemExit: matplotlib is missing.
+    """
+    if find_spec("matplotlib") is None:
+        raise SystemExit("matplotlib is missing: pip install -e '.[benchmarks]'")
+
+
+def draw(named: Mapping[str, dict[str, Any]], path: Path) -> None:
+    """A picture of one or several profiles, by name, for the same target and number of threads.
 
     Raises:
         SystemExit: matplotlib is missing, or the profiles are of different targets.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise SystemExit("matplotlib is missing: pip install -e '.[benchmarks]'") from None
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
+    profiles = list(named.values())
     machines = {(p["target"], p["threads"]) for p in profiles}
     if len(machines) > 1:
         raise SystemExit(f"profiles of different targets or threads do not fit one roofline: {sorted(machines)}")
     figure = Figure(figsize=(9, 6), layout="constrained")
     axes = figure.add_subplot(xscale="log", yscale="log")
-    for profile in profiles:
+    for name, profile in named.items():
         points = [k for k in profile["kernels"] if k["operations"] and k["bytes"]]
         total = sum(k["microseconds"] for k in profile["kernels"])
         axes.scatter(
@@ -48,7 +60,7 @@ def draw(profiles: list[dict[str, Any]], path: Path) -> None:
             [k["giga_operations_per_second"] for k in points],
             [4000 * k["microseconds"] / total for k in points],
             alpha=0.5,
-            label=profile["model"],
+            label=name,
         )
     bandwidth = profiles[0]["bandwidth_gb_per_s"]
     for precision, rate in peaks(profiles).items():
@@ -64,7 +76,7 @@ def draw(profiles: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path)
 
 
-def peaks(profiles: list[dict[str, Any]]) -> dict[str, float]:
+def peaks(profiles: Sequence[dict[str, Any]]) -> dict[str, float]:
     """The highest rate that the target allows any layer with weights, in 10⁹ operations a second, by precision."""
     found: dict[str, float] = {}
     for kernel in (k for p in profiles for k in p["kernels"] if "conv2d" in k["operator"] or k["operator"] == "dense"):

@@ -129,7 +129,8 @@ def local_executor(workers: int | None = None) -> tuple[Executor, int]:
 
     count = workers or available_cores()
     # A worker computes in one thread: TVM's pools in several processes would be pinned to the same cores.
-    environment: dict[str, Any] = {"TVM_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    # It keeps a network's kernels and weights, which loky would take for a leak after 300 MB and start it anew without them.
+    environment: dict[str, Any] = {"TVM_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "LOKY_MAX_MEMORY_LEAK_SIZE": "1e18"}
     return ProcessPoolExecutor(count, context=get_context("loky"), env=environment), count
 
 
