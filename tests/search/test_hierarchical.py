@@ -124,7 +124,7 @@ def test_the_most_sensitive_layers_go_first() -> None:
     assert precisions(result) == {"a": LOW, "b": HIGH, "c": LOW, "d": HIGH}
     reasons = {layer: decision.reason for layer, decision in result.decisions.items()}
     assert reasons == {"a": "within budget", "b": "sensitive", "c": "within budget", "d": "sensitive"}
-    assert result.decisions["b"].detail == "alone it loses 30 in a8w8, 0 in a16w8"
+    assert result.decisions["b"].detail == ("alone it loses 30 in a8w8, 0 in a16w8; a8w8 would save 16.67% of the cost")
 
 
 def test_cheap_layers_are_promoted_before_expensive_ones() -> None:
@@ -134,6 +134,23 @@ def test_cheap_layers_are_promoted_before_expensive_ones() -> None:
     assert precisions(HierarchicalStrategy().search(model.problem(4.0))) == {"large": LOW, "small": HIGH}
     equal = AdditiveModel(losses)
     assert precisions(HierarchicalStrategy().search(equal.problem(4.0))) == {"large": HIGH, "small": LOW}
+
+
+def test_a_precision_that_is_exact_and_cheap_is_where_the_search_starts() -> None:
+    """A single layer that is fastest in float32, by measured times, is left there; narrower weights are no such start."""
+    losses = {"only": {LOW: 1.0, "a8w4": 5.0, EXACT: 0.0}}
+    costs = {("only", LOW): 2.0, ("only", "a8w4"): 1.0, ("only", EXACT): 1.5}
+    model = AdditiveModel(losses)
+    candidates = {"only": (LOW, "a8w4", EXACT)}
+
+    def search(costs: Mapping[tuple[str, str], float]) -> SearchResult:
+        return HierarchicalStrategy().search(SearchProblem(candidates, model.measure, CostModel(costs), model.loss, 3.0))
+
+    result = search(costs)
+    assert precisions(result) == {"only": EXACT}
+    assert result.decisions["only"].reason == "within budget", "it costs nothing, so it is not for being sensitive"
+    assert {p for _, p in model.measured} == {EXACT}
+    assert precisions(search({**costs, ("only", EXACT): 2.5})) == {"only": LOW}
 
 
 def test_nothing_but_the_lowest_precision_is_measured_where_that_is_enough() -> None:

@@ -28,8 +28,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from tvm_hquant.plan import LayerDecision
 from tvm_hquant.search.problem import Assignment, SearchProblem, SearchResult, SearchStep
+from tvm_hquant.search.reasons import explained
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ def _down_the_ladder(problem: SearchProblem, descend: Callable[[DescentStage], D
         for count, loss in enumerate(descent.losses, 1):
             visited.append((stage.plan(frozenset(descent.order[:count])), loss))
         plan, _ = _best(problem, visited)
-    return _result(problem, visited, {layer: ladder[0] for layer, ladder in ladders.items()})
+    return _result(problem, visited)
 
 
 def _ladder(problem: SearchProblem, layer: str) -> list[str]:
@@ -215,16 +215,10 @@ def _best(problem: SearchProblem, visited: Sequence[tuple[dict[str, str], float]
     return min(visited, key=lambda entry: entry[1])
 
 
-def _result(problem: SearchProblem, visited: Sequence[tuple[dict[str, str], float]], start: Assignment) -> SearchResult:
+def _result(problem: SearchProblem, visited: Sequence[tuple[dict[str, str], float]]) -> SearchResult:
     plan, loss = _best(problem, visited)
-    decisions = {
-        layer: LayerDecision(precision, "sensitive", "going lower would have broken the budget, or cost more loss")
-        if precision == start[layer] and len(problem.candidates[layer]) > 1
-        else LayerDecision(precision, "within budget")
-        for layer, precision in plan.items()
-    }
     steps = tuple(
         SearchStep(sum(p != problem.candidates[layer][0] for layer, p in one.items()), l, problem.costs.total(one))
         for one, l in visited
     )
-    return SearchResult(decisions, loss, loss <= problem.budget, steps)
+    return SearchResult(explained(problem, plan), loss, loss <= problem.budget, steps)

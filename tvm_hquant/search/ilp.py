@@ -31,11 +31,11 @@ import numpy as np
 from scipy.optimize import isotonic_regression
 
 from tvm_hquant.errors import SearchError
-from tvm_hquant.plan import LayerDecision
 from tvm_hquant.search.front_filling import Promise, SingleChanges, bounds_in_gaps, most_promising
 from tvm_hquant.search.integer_program import IntegerProgram
 from tvm_hquant.search.loss_model import LossModel
 from tvm_hquant.search.problem import Assignment, SearchProblem, SearchResult, SearchStep
+from tvm_hquant.search.reasons import explained
 
 Plan = tuple[tuple[str, str], ...]
 
@@ -118,7 +118,8 @@ class _Search:
                 if not self._solve_near_budget() and not self._repair():
                     break
         best = self._best()
-        return SearchResult(self._decisions(dict(best.plan)), best.loss, self._keeps(best), self._steps())
+        decisions = explained(self.problem, dict(best.plan), self.model.alone)
+        return SearchResult(decisions, best.loss, self._keeps(best), self._steps())
 
     # Plans.
 
@@ -308,23 +309,6 @@ class _Search:
             SearchStep(sum(p != candidates[layer][0] for layer, p in point.plan), point.loss, point.cost)
             for point in self.points.values()
         )
-
-    def _decisions(self, plan: Assignment) -> dict[str, LayerDecision]:
-        decisions = {}
-        alone = self.model.alone
-        for layer, precision in plan.items():
-            cheapest = min(self.problem.candidates[layer], key=lambda p: self.problem.costs.layers[layer, p])
-            if not alone:
-                decisions[layer] = LayerDecision(precision, "within budget", "all layers in their cheapest precision")
-                continue
-            detail = f"alone it loses {alone[layer, precision]:.3g}"
-            if precision == cheapest:
-                decisions[layer] = LayerDecision(precision, "within budget", detail)
-                continue
-            detail += f", {alone[layer, cheapest]:.3g} in {cheapest}"
-            gains = alone[layer, precision] < alone[layer, cheapest]
-            decisions[layer] = LayerDecision(precision, "sensitive" if gains else "cast cost", detail)
-        return decisions
 
 
 def _allowance_for_front(problem: SearchProblem) -> int:

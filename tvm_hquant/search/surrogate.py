@@ -15,10 +15,10 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 from tvm_hquant.errors import SearchError
-from tvm_hquant.plan import LayerDecision
 from tvm_hquant.precision import Arithmetic, Precision, parse_precision
 from tvm_hquant.search.integer_program import IntegerProgram
 from tvm_hquant.search.problem import Assignment, LayerPrecision, SearchProblem, SearchResult, SearchStep
+from tvm_hquant.search.reasons import explained
 
 _BOUND_PARTS = sorted(
     {*np.linspace(1.0, 0.0, 17)[1:-1].tolist(), *np.geomspace(1.0, 1e-5, 17)[1:].tolist()}, reverse=True
@@ -165,10 +165,7 @@ def _result(
     describe: Callable[[str], str],
 ) -> SearchResult:
     first = {layer: candidates[0] for layer, candidates in problem.candidates.items()}
-    decisions = {
-        layer: LayerDecision(p, "within budget" if p == first[layer] else "sensitive", describe(layer))
-        for layer, p in plan.items()
-    }
+    decisions = explained(problem, plan, notes={layer: describe(layer) for layer in plan})
     steps = tuple(
         SearchStep(sum(p != first[layer] for layer, p in one.items()), value, problem.costs.total(one))
         for one, value in visited
