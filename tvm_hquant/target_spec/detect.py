@@ -57,7 +57,7 @@ def detect_host() -> TargetSpec:
         if unit["vector_pipes"] > 1:  # where the shipped spec says that processors differ
             unit["vector_pipes"] = core.vector_pipes
     content["memory"] = {
-        "bandwidth_gb_per_s": round(copy_bandwidth_gb_per_s(), 1),
+        "bandwidth_gb_per_s": max(0.1, round(copy_bandwidth_gb_per_s(), 1)),  # a starved process measures nearly 0
         **cache_fields(),
         "ram_mib": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2**20,
     }
