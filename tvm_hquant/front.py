@@ -23,6 +23,7 @@ from tvm_hquant.planning import make_plan, stored_bits_of, with_stored_bits
 from tvm_hquant.precision import parse_precision
 from tvm_hquant.quantizer import Quantizer, low_bit_share
 from tvm_hquant.search.archive import EvaluatedPlan
+from tvm_hquant.search.joint_losses import smooth_metric
 from tvm_hquant.search.problem import SearchResult
 from tvm_hquant.simulator.program import Program
 from tvm_hquant.statistics import Interval
@@ -34,8 +35,14 @@ class FrontPoint:
 
     Attributes:
         plan: name of the plan's file in the folder.
+        cost: what the search minimized: microseconds of one core, bytes, or multiply-accumulates in units of 8 × 8 bits
+            (:mod:`tvm_hquant.cost.plan_costs`).
+        expected_loss: what the search went by, in the metric's unit: for top-1 the drop to expect
+            (:mod:`tvm_hquant.search.expected_drop`), otherwise ``loss``. Along a front it falls as ``cost`` rises.
         loss, loss_interval: on the search samples, in the metric's unit, with the 95 % interval.
         holdout_loss, holdout_interval: on samples that the search did not see; None while it runs.
+        divergence, holdout_divergence: mean divergence from the float model's output, nats; for the metrics ``mse`` and
+            ``sqnr`` the mean squared error. It tells plans apart whose ``loss`` is equal.
         latency_ms, latency_source: of one call; ``measured`` here, or ``predicted`` by the target spec for one core.
         bytes: of all weights with scales and biases.
         int8_mac_share: share of multiply-accumulates in 8 bits or fewer.
@@ -43,10 +50,14 @@ class FrontPoint:
     """
 
     plan: str
+    cost: float
+    expected_loss: float
     loss: float
     loss_interval: tuple[float, float]
     holdout_loss: float | None
     holdout_interval: tuple[float, float] | None
+    divergence: float
+    holdout_divergence: float | None
     latency_ms: float
     latency_source: str
     bytes: int
@@ -104,7 +115,8 @@ class FrontWriter:
         if best not in front:
             front = sorted([*front, best], key=lambda found: (found.cost, found.expected))
         programs = [self._program(found) for found in front]
-        scores = session.evaluate(programs, quantizer.roles.held_out, quantizer.metric, "measuring the front")
+        metrics = list(dict.fromkeys((quantizer.metric, smooth_metric(quantizer.metric))))
+        scores = session.evaluate_metrics(programs, quantizer.roles.held_out, metrics, "measuring the front")
         points = []
         for number, (found, score) in enumerate(zip(front, scores, strict=True)):
             name = f"plan_{number:02}.json"
@@ -115,7 +127,7 @@ class FrontWriter:
                 plan.save_as(self._folder / "best.json")
             latency = self._measured(found) if self._measure else self._latency.total(found.assignment) / 1e3
             source = "measured" if self._measure else "predicted"
-            points.append(self._point(name, found, score.loss_interval(), latency, source))
+            points.append(self._point(name, found, (score[0].loss_interval(), score[-1].loss), latency, source))
         self._remove_from(len(front))
         self._write("front.json", _text(points))
         options = quantizer.options
@@ -132,8 +144,9 @@ class FrontWriter:
         return made
 
     def _point(
-        self, name: str, found: EvaluatedPlan, held_out: Interval | None, latency: float, source: str
+        self, name: str, found: EvaluatedPlan, held_out: tuple[Interval, float] | None, latency: float, source: str
     ) -> FrontPoint:
+        """``held_out`` is the loss on the held-out samples with its interval, and the divergence there."""
         session = self._quantizer.session
         layers = session.graph.anchors
         precisions = session.all_precisions(
@@ -142,10 +155,14 @@ class FrontWriter:
         decisions = with_stored_bits(found.assignment, found.stored_bits)
         return FrontPoint(
             name,
+            found.cost,
+            found.expected,
             found.loss.estimate,
             (found.loss.low, found.loss.high),
-            None if held_out is None else held_out.estimate,
-            None if held_out is None else (held_out.low, held_out.high),
+            None if held_out is None else held_out[0].estimate,
+            None if held_out is None else (held_out[0].low, held_out[0].high),
+            found.smooth,
+            None if held_out is None else held_out[1],
             latency,
             source,
             math.ceil(sum(weight_bytes(layer, decisions[layer.name].weight_precision) for layer in layers)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,8 @@ from tvm_hquant.plan import load_plan
 from tvm_hquant.search.registry import STRATEGIES
 
 POINT = {
-    "plan", "loss", "loss_interval", "holdout_loss", "holdout_interval", "latency_ms", "latency_source", "bytes",
-    "int8_mac_share", "evaluations",
+    "plan", "cost", "expected_loss", "loss", "loss_interval", "holdout_loss", "holdout_interval", "divergence",
+    "holdout_divergence", "latency_ms", "latency_source", "bytes", "int8_mac_share", "evaluations",
 }  # fmt: skip
 
 
@@ -60,6 +61,16 @@ def test_front_holds_what_is_promised(front_folder: Path) -> None:
     assert (front_folder / "front.png").read_bytes().startswith(b"\x89PNG")
     names = {path.stem for path in front_folder.glob("plan_*.json")}
     assert names == {Path(point["plan"]).stem for point in points}, "nothing is left over from the way there"
+
+
+def test_what_the_search_goes_by_is_there(front_folder: Path) -> None:
+    """By the cost and the loss that are written no point is dominated; the best one alone may be, where it is surer."""
+    points = json.loads((front_folder / "front.json").read_text())
+    best = load_plan(front_folder / "best.json").layers
+    others = [point for point in points if load_plan(front_folder / point["plan"]).layers != best]
+    assert all(a["cost"] < b["cost"] and a["expected_loss"] > b["expected_loss"] for a, b in pairwise(others))
+    assert [point["cost"] for point in points] == pytest.approx([point["bytes"] for point in points], abs=1)
+    assert all(0 <= point["divergence"] < 10 and 0 <= point["holdout_divergence"] < 10 for point in points)
 
 
 def test_best_plan_compiles(front_folder: Path, tmp_path: Path) -> None:

@@ -144,7 +144,9 @@ def test_a_precision_that_is_exact_and_cheap_is_where_the_search_starts() -> Non
     candidates = {"only": (LOW, "a8w4", EXACT)}
 
     def search(costs: Mapping[tuple[str, str], float]) -> SearchResult:
-        return HierarchicalStrategy().search(SearchProblem(candidates, model.measure, CostModel(costs), model.loss, 3.0))
+        return HierarchicalStrategy().search(
+            SearchProblem(candidates, model.measure, CostModel(costs), model.loss, 3.0)
+        )
 
     result = search(costs)
     assert precisions(result) == {"only": EXACT}

@@ -146,28 +146,27 @@ def parse_levels(text: str | None) -> dict[str, int] | None:
 
 
 def _print_front(front: Front) -> None:
-    rows = [
-        (
-            point.plan,
-            f"{point.loss:.4g} ({point.loss_interval[0]:.4g} … {point.loss_interval[1]:.4g})",
-            ""
-            if point.holdout_interval is None
-            else f"{point.holdout_loss:.4g} ({point.holdout_interval[0]:.4g} … {point.holdout_interval[1]:.4g})",
-            f"{point.latency_ms:.4g}",
-            f"{point.bytes / 1e6:.4g}",
-            f"{point.int8_mac_share:.0%}",
-            "best" if point == front.best else "",
-        )
-        for point in front.points
-    ]
+    from tvm_hquant.search.joint_losses import smooth_metric
+    from tvm_hquant.simulator.metrics import METRICS
+
+    smooth = smooth_metric(METRICS[front.metric]).name
     source = front.points[0].latency_source
-    columns = (
-        "plan",
-        f"{front.metric} loss (95 %)",
-        "on held-out samples",
-        f"ms ({source})",
-        "MB",
-        "MACs ≤ 8 bits",
-        "",
-    )
-    print_table(columns, rows, f"{front.strategy}, {front.objective}: {front.points[0].evaluations} evaluations")
+    columns: dict[str, list[str]] = {"plan": [point.plan for point in front.points]}
+    if front.metric == "top1":
+        columns["expected loss"] = [f"{point.expected_loss:.4g}" for point in front.points]
+    columns[f"{front.metric} loss (95 %)"] = [_amount(point.loss, point.loss_interval) for point in front.points]
+    columns["on held-out samples"] = [_amount(point.holdout_loss, point.holdout_interval) for point in front.points]
+    if front.metric != smooth:
+        columns[f"{smooth} (held-out)"] = [
+            f"{point.divergence:.3g} ({point.holdout_divergence:.3g})" for point in front.points
+        ]
+    columns[f"ms ({source})"] = [f"{point.latency_ms:.4g}" for point in front.points]
+    columns["MB"] = [f"{point.bytes / 1e6:.4g}" for point in front.points]
+    columns["MACs ≤ 8 bits"] = [f"{point.int8_mac_share:.0%}" for point in front.points]
+    columns[""] = ["best" if point == front.best else "" for point in front.points]
+    title = f"{front.strategy}, {front.objective}: {front.points[0].evaluations} evaluations"
+    print_table(tuple(columns), list(zip(*columns.values(), strict=True)), title)
+
+
+def _amount(loss: float | None, interval: tuple[float, float] | None) -> str:
+    return "" if loss is None or interval is None else f"{loss:.4g} ({interval[0]:.4g} … {interval[1]:.4g})"

@@ -30,6 +30,11 @@ _UPPER_BOUND_LEVEL = 0.8
 _RESAMPLES = 200
 
 
+def smooth_metric(metric: Metric) -> Metric:
+    """What the smooth loss is measured by where the budget is in ``metric``."""
+    return METRICS["mse" if metric.name in ("mse", "sqnr") else "kl"]
+
+
 @dataclass(frozen=True)
 class PlanScores:
     """Scores of one plan on all search samples: of the metrics that its loss is made of, and of the smooth loss."""
@@ -82,7 +87,7 @@ class JointLosses:
     ) -> None:
         self._session, self._samples, self._seed = session, samples, seed
         self._metrics: Sequence[Metric] = SCORES if metric.name == "top1" else (metric,)
-        self._smooth = METRICS["mse" if metric.name in ("mse", "sqnr") else "kl"]
+        self._smooth = smooth_metric(metric)
         self._known: dict[str, PlanScores] = {}
         self._digests: dict[tuple[tuple[tuple[str, str], ...], int | None], str] = {}
         self._chosen_by: tuple[int, ...] | None = None
