@@ -12,6 +12,7 @@ from tvm import IRModule
 
 from tvm_hquant.artifact import compile_artifact
 from tvm_hquant.calibration.data import open_data
+from tvm_hquant.calibration.observers import make_observer
 from tvm_hquant.compilation import StageObserver, lower
 from tvm_hquant.cost.measured import remembered_layer_times
 from tvm_hquant.cpu_features import cpu_identity
@@ -26,7 +27,7 @@ from tvm_hquant.progress import Progress, silent_progress
 from tvm_hquant.quantizer import Options, QuantizationResult, Quantizer, assign_roles
 from tvm_hquant.report.quantization_report import QuantizationReport
 from tvm_hquant.rounding.weight_rounding import check_method
-from tvm_hquant.runtime import Artifact
+from tvm_hquant.runtime import Artifact, check_folder
 from tvm_hquant.search.problem import SearchResult, SearchStrategy
 from tvm_hquant.search.registry import DEFAULT_STRATEGY, check_strategy
 from tvm_hquant.search.uniform import UniformStrategy
@@ -59,8 +60,10 @@ def open_session(
     Raises:
         ModelError, TargetSpecError: the model or the spec cannot be read.
         PrecisionError: there is no such rounding.
+        DataError: there is no such observer.
     """
     method = check_method(rounding)
+    make_observer(observer, "any")
     spec = load_target_spec(spec) if isinstance(spec, str) else spec
     if spec.rules.power_of_two_scales:
         observer = "power-of-two"
@@ -155,7 +158,7 @@ def quantize(
         wanted = _realized(precision).name
         options = replace(options, precisions=(wanted, "float32"))
         strategy = UniformStrategy(wanted)
-    roles = assign_roles(calibration, evaluation, session.signature, seed)
+    roles = assign_roles(calibration, evaluation, session, options)
     quantizer = Quantizer(session, roles, options)
     found = quantizer.search(strategy)
     made = quantizer.plan(found.decisions)
@@ -195,7 +198,7 @@ def search_strategy(
     """
     session = open_session(model, spec)
     chosen = Options(**options)
-    quantizer = Quantizer(session, assign_roles(calibration, evaluation, session.signature, chosen.seed), chosen)
+    quantizer = Quantizer(session, assign_roles(calibration, evaluation, session, chosen), chosen)
     return quantizer.search(), quantizer
 
 
@@ -239,10 +242,11 @@ def search_front(
     """
     folder, options = Path(folder), options or Options()
     check_strategy(strategy, options.levels is not None, options.ranking)
+    check_folder(folder, "front")
     session = open_session(model, spec, input_shapes, observer, progress, rounding=rounding)
-    roles = assign_roles(calibration, evaluation, session.signature, options.seed)
-    folder.mkdir(parents=True, exist_ok=True)
+    roles = assign_roles(calibration, evaluation, session, options)
     _use_for_evaluations(session, journal or folder / "journal.sqlite", executor, workers)
+    folder.mkdir(parents=True, exist_ok=True)
     quantizer = Quantizer(session, roles, options)
     measure = measure_times and session.spec.is_host_compatible()
     if measure and options.objective == "latency":
@@ -336,9 +340,8 @@ def _with_plan(
             "evaluation data without calibration data: the uniform quantizations that the plan is measured beside need "
             "both; give --calibration too, or leave --evaluation out"
         )
-    calibration = open_data(calibration, session.signature)
-    result = plan_without_search(session, calibration, plan=plan)
-    roles = assign_roles(calibration, evaluation, session.signature, options.seed)
+    roles = assign_roles(calibration, evaluation, session, options)
+    result = plan_without_search(session, roles.calibration, plan=plan)
     report = Quantizer(session, roles, options).report(result.plan, name)
     return replace(result, report=report)
 

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 
+from tvm_hquant.atomic_file import write_at_once
 from tvm_hquant.cost.plan_costs import plan_costs
 from tvm_hquant.cost.predicted import weight_bytes
 from tvm_hquant.front_plot import draw_front
@@ -98,12 +99,15 @@ class FrontWriter:
     def write_partial(self, front: Sequence[EvaluatedPlan]) -> None:
         """The best plans so far. Their weights are made again when they are compiled."""
         points = []
+        for name in ("best.json", "best.npz", "front.png"):  # of an earlier search: not of these plans
+            (self._folder / name).unlink(missing_ok=True)
         for number, found in enumerate(front):
-            name = f"plan_{number:02}.json"
-            self._write(name, self._plan(found).to_json(None, f"plan_{number:02}.npz"))
+            name, weights = f"plan_{number:02}.json", f"plan_{number:02}.npz"
+            (self._folder / weights).unlink(missing_ok=True)
+            write_at_once(self._folder / name, self._plan(found).to_json(None, weights))
             points.append(self._point(name, found, None, self._latency.total(found.assignment) / 1e3, "predicted"))
         self._remove_from(len(front))
-        self._write("front.json", _text(points))
+        write_at_once(self._folder / "front.json", _text(points))
 
     def write(self, result: SearchResult) -> Front:
         """The final front, measured on the held-out samples, with the plan that the search chose as ``best.json``."""
@@ -129,7 +133,7 @@ class FrontWriter:
             source = "measured" if self._measure else "predicted"
             points.append(self._point(name, found, (score[0].loss_interval(), score[-1].loss), latency, source))
         self._remove_from(len(front))
-        self._write("front.json", _text(points))
+        write_at_once(self._folder / "front.json", _text(points))
         options = quantizer.options
         made = Front(
             tuple(points),
@@ -193,12 +197,6 @@ class FrontWriter:
             engine.run(sample.inputs, [program])
             times.append(time.perf_counter() - start)
         return 1e3 * statistics.median(times)
-
-    def _write(self, name: str, text: str) -> None:
-        """In one step, so that a reader never finds half a file."""
-        partial = self._folder / f".{name}"
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(self._folder / name)
 
     def _remove_from(self, number: int) -> None:
         for path in self._folder.glob("plan_*.*"):

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from tvm_hquant.atomic_file import write_at_once
 from tvm_hquant.errors import HQuantError, PlanError, PrecisionError
 from tvm_hquant.formats import TensorScales
 from tvm_hquant.layers import Layer, LayerGraph
@@ -173,8 +174,8 @@ class PrecisionPlan:
     def save_as(self, path: Path) -> None:
         """Writes a JSON file and, beside it under the same name, an ``.npz`` with the weights."""
         data, weights = self.weights_bytes(), path.with_suffix(".npz")
-        weights.write_bytes(data)
-        path.write_text(self.to_json(hashlib.sha256(data).hexdigest(), weights.name), encoding="utf-8")
+        write_at_once(weights, data)
+        write_at_once(path, self.to_json(hashlib.sha256(data).hexdigest(), weights.name))
 
 
 def load_plan(path: Path | str) -> PrecisionPlan:

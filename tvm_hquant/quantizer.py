@@ -18,6 +18,7 @@ from tvm import IRModule
 from tvm_hquant.calibration.data import open_data
 from tvm_hquant.calibration.samples import DataSource, count_samples
 from tvm_hquant.calibration.split import count_shared_samples, random_samples, split_calibration, two_fold
+from tvm_hquant.calibration.validation import check_classes
 from tvm_hquant.cost.plan_costs import OBJECTIVES, plan_costs
 from tvm_hquant.cost.predicted import weight_bytes
 from tvm_hquant.errors import BudgetError, SearchError
@@ -41,7 +42,7 @@ from tvm_hquant.search.registry import DEFAULT_STRATEGY, StrategyContext, check_
 from tvm_hquant.sensitivity.measured import SensitivityTable
 from tvm_hquant.sensitivity.single_layers import SingleLayerPlans, suffix_precisions
 from tvm_hquant.session import QuantizationSession
-from tvm_hquant.simulator.metrics import METRICS, Metric, MetricAccumulator, make_metric
+from tvm_hquant.simulator.metrics import METRICS, Metric, MetricAccumulator, make_metric, number_of_classes
 from tvm_hquant.simulator.program import Program
 from tvm_hquant.statistics import Interval
 from tvm_hquant.target_spec import TargetSpec
@@ -116,15 +117,17 @@ class DataRoles:
         )
 
 
-def assign_roles(calibration: Any, evaluation: Any, signature: Any, seed: int) -> DataRoles:
+def assign_roles(calibration: Any, evaluation: Any, session: QuantizationSession, options: Options) -> DataRoles:
     """Opens the data and splits it.
 
     Without evaluation data half of the calibration samples are kept aside for it. The evaluation samples are split in two
     halves: the search sees one, the report is measured on the other.
 
     Raises:
-        DataError: data do not fit the model, or there are too few samples to split.
+        DataError: data do not fit the model, there are too few samples to split, there is no such metric, or it needs labels
+            that the data lacks or that are none of the model's classes.
     """
+    graph, signature, seed = session.graph, session.signature, options.seed
     source = open_data(calibration, signature)
     shared = 0
     if evaluation is None:
@@ -132,6 +135,10 @@ def assign_roles(calibration: Any, evaluation: Any, signature: Any, seed: int) -
     else:
         kept = open_data(evaluation, signature)  # type: ignore[assignment]
         shared = count_shared_samples(source, kept)
+    if make_metric(
+        options.metric, kept.has_labels
+    ).needs_labels:  # said now, not after the calibration, which takes long
+        check_classes(kept, number_of_classes(math.prod(graph.tensor_shape(graph.outputs[0]))))
     search, held_out = two_fold(kept, seed)
     return DataRoles(source, search, held_out, shared)
 
@@ -254,7 +261,9 @@ class Quantizer:
         self, assignments: Sequence[Assignment], losses: JointLosses, costs: CostModel, stored_bits: int | None
     ) -> None:
         """Notes plans in the archive, with their losses on all search samples."""
+        before = self.evaluations
         found = losses.scores(assignments, stored_bits)
+        after = self.evaluations
         self.archive.add(
             [
                 EvaluatedPlan(
@@ -264,8 +273,9 @@ class Quantizer:
                     scores.interval,
                     scores.smooth_loss(),
                     stored_bits_of(with_stored_bits(assignment, stored_bits)),
+                    min(before + position, after),
                 )
-                for assignment, scores in zip(assignments, found, strict=True)
+                for position, (assignment, scores) in enumerate(zip(assignments, found, strict=True), 1)
             ]
         )
 

@@ -330,15 +330,24 @@ def check_destination(target: Path) -> None:
     Raises:
         ArtifactError: something else stands there, or the folder around it is not writable.
     """
-    if target.exists() and not target.is_dir():
-        raise ArtifactError(f"{target} is a file: give a folder for the artifact")
+    check_folder(target, "artifact")
     if target.is_dir() and any(target.iterdir()) and not (target / "manifest.json").exists():
         raise ArtifactError(f"{target} is a folder with other files in it: give a new folder for the artifact")
+
+
+def check_folder(target: Path, what: str) -> None:
+    """Makes sure that a folder is there or can be made; ``what`` is to be written into it.
+
+    Raises:
+        ArtifactError: a file stands there, or the folder around it is not writable.
+    """
+    if target.exists() and not target.is_dir():
+        raise ArtifactError(f"{target} is a file: give a folder for the {what}")
     parent = next(p for p in Path(os.path.abspath(target)).parents if p.exists())
     if not parent.is_dir():
-        raise ArtifactError(f"cannot write the artifact {target}: {parent} is a file")
+        raise ArtifactError(f"cannot write the {what} {target}: {parent} is a file")
     if not os.access(parent, os.W_OK | os.X_OK):
-        raise ArtifactError(f"cannot write the artifact {target}: the folder {parent} is not writable")
+        raise ArtifactError(f"cannot write the {what} {target}: the folder {parent} is not writable")
 
 
 def _padded(array: Array, batch: int) -> Array:

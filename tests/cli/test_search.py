@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from tvm_hquant import quickstart
 from tvm_hquant.cli.application import application
 from tvm_hquant.cli.search_command import parse_levels
 from tvm_hquant.errors import HQuantError, SearchError
+from tvm_hquant.front import FrontWriter
 from tvm_hquant.plan import load_plan
 from tvm_hquant.search.registry import STRATEGIES
 
@@ -97,6 +99,26 @@ def test_second_search_finds_the_same_and_measures_nothing(
     code, output = search(tmp_path / "again", *options, "--journal", str(front_folder / "journal.sqlite"))
     assert code == 0, output
     assert (tmp_path / "again" / "front.json").read_bytes() == (front_folder / "front.json").read_bytes()
+
+
+def test_killed_search_leaves_nothing_of_an_earlier_one(
+    front_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What lies in the folder belongs together at any time: no best plan, plot or weights of another search."""
+    folder = tmp_path / "front"
+    shutil.copytree(front_folder, folder)
+
+    def killed(*_arguments: object) -> None:
+        raise SearchError("killed")
+
+    monkeypatch.setattr(FrontWriter, "write", killed)
+    with pytest.raises(SearchError, match="killed"):
+        search(folder, "--strategy", "one-shot", "--objective", "size", "--times", "predicted")
+    points = json.loads((folder / "front.json").read_text())
+    assert all(point["holdout_loss"] is None for point in points)
+    plans = {point["plan"] for point in points}
+    assert {path.name for path in folder.iterdir()} == {"front.json", "journal.sqlite", *plans}
+    assert all(not load_plan(folder / plan).weights for plan in plans)
 
 
 def test_budget_that_cannot_be_met(front_folder: Path, tmp_path: Path) -> None:

@@ -127,6 +127,7 @@ def expect_one_line(done: Outcome, *words: str) -> None:
 
 
 COMPILE = "compile model.onnx -o out"
+SEARCH = "search model.onnx -o out --calibration data.npz"
 MISTAKES: dict[str, tuple[str, tuple[str, ...]]] = {
     # The model.
     "truncated model": ("compile truncated.onnx -o out", ("truncated.onnx", "cut short")),
@@ -143,7 +144,7 @@ MISTAKES: dict[str, tuple[str, tuple[str, ...]]] = {
     "empty": (f"{COMPILE} --calibration empty.npz", ("empty.npz", "no samples")),
     "too few": (f"{COMPILE} --calibration one_sample.npz", ("one_sample.npz", "more samples")),
     "labels of wrong length": (f"{COMPILE} --calibration few_labels.npz", ("few_labels.npz", "[9]", "16")),
-    "labels of no class": (f"{COMPILE} --calibration large_labels.npz", ("classes", "10")),
+    "labels of no class": (f"{COMPILE} --calibration large_labels.npz", ("large_labels.npz", "classes", "10")),
     "text as data": (f"{COMPILE} --calibration text.npz", ("text.npz", "numpy.savez")),
     "table as data": (f"{COMPILE} --calibration values.csv", ("values.csv", ".npz")),
     # The options.
@@ -158,6 +159,27 @@ MISTAKES: dict[str, tuple[str, tuple[str, ...]]] = {
         f"{COMPILE} --calibration data.npz --precision float16 --target generic-int8-npu",
         ("float16", "generic-int8-npu"),
     ),
+    # Searches.
+    "search without data": ("search model.onnx -o out", ("--calibration",)),
+    "search with labels of no class": (
+        f"{SEARCH} --evaluation large_labels.npz",
+        ("large_labels.npz, sample 0", "10 classes", "count from 0"),
+    ),
+    "search by labels that are not there": (
+        f"{SEARCH} --evaluation unlabelled.npz --metric top1",
+        ("top1 needs labels", "kl"),
+    ),
+    "search with NaN": (f"{SEARCH} --evaluation nan.npz", ("nan.npz", "sample 5", "NaN")),
+    "search with one sample": (f"{SEARCH} --evaluation one_sample.npz", ("one_sample.npz", "more samples")),
+    "search by no strategy": (f"{SEARCH} --strategy annealing", ("'annealing'", "lazy-greedy", "ilp")),
+    "search for no objective": (f"{SEARCH} --objective energy", ("'energy'", "latency, size, macs")),
+    "search among no precision": (f"{SEARCH} --precisions a8w88", ("a8w88", "bfloat16")),
+    "search among none": (f"{SEARCH} --precisions ,", ("--precisions", "names none")),
+    "search with no observer": (f"{SEARCH} --observer median", ("'median'", "percentile")),
+    "search into a file": ("search model.onnx -o file --calibration data.npz", ("file is a file",)),
+    "search below a file": ("search model.onnx -o file/front --calibration data.npz", ("file/front", "file is a file")),
+    "text as journal": (f"{SEARCH} --journal values.csv", ("values.csv", "journal")),
+    "folder as journal": (f"{SEARCH} --journal other", ("other", "journal")),
     # Places.
     "folder in use": ("compile model.onnx -o other --precision w8", ("other", "other files")),
     "below a file": ("compile model.onnx -o file/out --precision w8", ("file/out", "is a file")),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import sqlite3
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -143,6 +145,42 @@ def test_something_else_is_no_journal(tmp_path: Path) -> None:
     with pytest.raises(JournalError, match=r"notes\.txt"):
         EvaluationJournal(path, "model")
     assert path.read_text().startswith("these are my notes")
+
+
+def _other_program(database: sqlite3.Connection) -> None:
+    database.execute("CREATE TABLE kernels (ir TEXT)")
+
+
+def _other_columns(database: sqlite3.Connection) -> None:
+    database.execute("CREATE TABLE scores (player TEXT, points INTEGER)")
+
+
+def _other_version(database: sqlite3.Connection) -> None:
+    database.execute("PRAGMA user_version = 7")
+
+
+@pytest.mark.parametrize("make", [_other_program, _other_columns, _other_version])
+def test_another_database_is_no_journal(tmp_path: Path, make: Callable[[sqlite3.Connection], None]) -> None:
+    """A database of another program, or of another release, is refused by its name, and nothing is written into it."""
+    path = tmp_path / "other.sqlite"
+    with closing(sqlite3.connect(path)) as database, database:
+        make(database)
+    before = path.read_bytes()
+    with pytest.raises(JournalError, match=r"other\.sqlite .*: give another file"):
+        EvaluationJournal(path, "model")
+    assert path.read_bytes() == before
+
+
+def test_a_journal_that_breaks_is_named(tmp_path: Path) -> None:
+    """A file that is damaged or taken away during a search ends it with one sentence, not with SQLite's traceback."""
+    path = tmp_path / "journal.sqlite"
+    journal = EvaluationJournal(path, "model")
+    with closing(sqlite3.connect(path)) as database, database:
+        database.execute("DROP TABLE scores")
+    with pytest.raises(JournalError, match=r"journal\.sqlite"):
+        journal.find("samples", ["program"], ["kl"])
+    with pytest.raises(JournalError, match=r"journal\.sqlite"):
+        journal.add({("samples", "program", "kl"): np.zeros((1, 2))})
 
 
 def test_digests_are_the_same_in_every_process() -> None:

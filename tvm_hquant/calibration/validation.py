@@ -9,7 +9,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from tvm_hquant.calibration.samples import Array
+from tvm_hquant.calibration.samples import Array, DataSource
 from tvm_hquant.errors import DataError
 
 LABELS = "labels"
@@ -121,6 +121,22 @@ def check_labels(labels: Any, count: int, where: str) -> tuple[int, ...]:
     if array.size and int(array.min()) < 0:
         raise DataError(f"{where}: label {int(array.min())} is negative; class indices count from 0")
     return tuple(int(label) for label in array.reshape(-1))
+
+
+def check_class(label: int, classes: int, where: str = "") -> None:
+    """Raises DataError unless a label names one of the classes of a model's output; ``where`` says whose label it is."""
+    if not 0 <= label < classes:
+        raise DataError(
+            f"{where}{': ' if where else ''}label {label} is none of the {classes} classes of the model's output: labels count "
+            "from 0"
+        )
+
+
+def check_classes(source: DataSource, classes: int) -> None:
+    """The same for all labels of a source, which is walked through once."""
+    for number, sample in enumerate(source):
+        if sample.label is not None:
+            check_class(sample.label, classes, f"{source.name}, sample {number}")
 
 
 def _is_float(dtype: np.dtype[Any]) -> bool:

@@ -91,7 +91,9 @@ def search_command(
         raise DataError("a search measures losses: give --calibration DATA.npz")
     if times not in ("measured", "predicted"):
         raise SearchError(f"unknown --times {times!r}: use measured or predicted")
-    names = tuple(p.strip() for p in precisions.split(",") if p.strip()) if precisions else None
+    names = None if precisions is None else tuple(p.strip() for p in precisions.split(",") if p.strip())
+    if names == ():
+        raise SearchError(f"--precisions {precisions!r} names none: write a8w8,a8w4,bfloat16, or leave it out")
     options = Options(
         metric, max_drop, names, None, seed, False, objective, parse_levels(levels), suffix_precision, ranking
     )

@@ -3,32 +3,52 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
+import tvm
+
+from tvm_hquant.atomic_file import write_at_once
 from tvm_hquant.calibration.samples import Sample
 from tvm_hquant.errors import JournalError
 from tvm_hquant.precision import FLOAT32, parse_precision
 from tvm_hquant.search.problem import LayerPrecision
 from tvm_hquant.session import QuantizationSession
 
+_FASTEST_CORES = 1
+"""``ThreadGroup::kBig``, the affinity with which TVM starts its thread pool (src/runtime/threading_backend.h)."""
+
 
 def measure_layer_times(
     session: QuantizationSession, candidates: Mapping[str, tuple[str, ...]], sample: Sample
 ) -> dict[LayerPrecision, float]:
-    """Median microseconds of every layer's kernel in every precision that it may have, on the values of one sample.
+    """Median microseconds, on one core, of every layer's kernel in every precision that it may have, on one sample's values.
 
-    Each precision is timed in a network that has it wherever it may be, so that formats around a layer are those of its
-    precision.
+    Conversions and layers without weights, which are predicted, are those of one core too. Each precision is timed in a network
+    that has it wherever it may be, so that formats around a layer are those of its precision.
     """
     times: dict[LayerPrecision, float] = {}
     for name in dict.fromkeys(p for precisions in candidates.values() for p in precisions):
         wanted = {
             layer: parse_precision(name) if name in precisions else FLOAT32 for layer, precisions in candidates.items()
         }
-        found = session.target_engine.time_layers(sample.inputs, session.program(wanted))
+        with _one_thread():
+            found = session.target_engine.time_layers(sample.inputs, session.program(wanted))
         times.update({(layer, name): found[layer] for layer, ps in candidates.items() if name in ps and layer in found})
     return times
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Kernels run in one thread meanwhile, however many TVM's pool has."""
+    configure = tvm.get_global_func("runtime.config_threadpool")
+    threads = int(tvm.get_global_func("runtime.NumThreads")())
+    configure(_FASTEST_CORES, 1)
+    try:
+        yield
+    finally:
+        configure(_FASTEST_CORES, threads)
 
 
 def remembered_layer_times(
@@ -36,15 +56,18 @@ def remembered_layer_times(
 ) -> dict[LayerPrecision, float]:
     """The same, measured once: kept in a file, so that a search that goes on has the same times and finds the same plans.
 
+    Times of another model or target are measured anew.
+
     Raises:
         JournalError: the file is something else.
     """
+    owner = {"model": session.graph.fingerprint, "target": session.spec.spec_hash()}
     wanted = {(layer, p) for layer, precisions in candidates.items() for p in precisions}
     if path.is_file():
         try:
             document = json.loads(path.read_text(encoding="utf-8"))
             times = {(layer, p): float(t) for layer, own in document["microseconds"].items() for p, t in own.items()}
-            if document["model"] == session.graph.fingerprint and wanted <= times.keys():
+            if {key: document.get(key) for key in owner} == owner and wanted <= times.keys():
                 return times
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise JournalError(f"{path} does not hold times of layers ({error}); remove it") from None
@@ -52,6 +75,5 @@ def remembered_layer_times(
     table: dict[str, dict[str, float]] = {}
     for (layer, precision), microseconds in times.items():
         table.setdefault(layer, {})[precision] = microseconds
-    document = {"model": session.graph.fingerprint, "microseconds": table}
-    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    write_at_once(path, json.dumps({**owner, "microseconds": table}, indent=1) + "\n")
     return times

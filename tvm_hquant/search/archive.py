@@ -20,6 +20,7 @@ class EvaluatedPlan:
         loss: the measured loss with its interval.
         smooth: the smooth loss (:mod:`tvm_hquant.search.joint_losses`).
         stored_bits: of the weights in the artifact, where a layer's precision has more; None: as many as that.
+        number: how many plans the search had asked for with this one, single layers among them.
     """
 
     assignment: Assignment
@@ -28,6 +29,7 @@ class EvaluatedPlan:
     loss: Interval
     smooth: float
     stored_bits: int | None = None
+    number: int = 0
 
 
 class PlanArchive:

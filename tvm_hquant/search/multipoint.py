@@ -2,7 +2,7 @@
 
 Source: I. Zharikov, A. Sedova, "Post Training Quantization. Flexible continuous modification for SOTA post training
 quantization methods to make them lossless": arg max F(Q(W, α)) subject to P ≤ P₀, with F the quality and P the complexity of
-the model, over quantizers Q that are sums of low-bit tensors (:mod:`tvm_hquant.numerics.multipoint`, which also chooses the
+the model, over quantizers Q that are sums of low-bit tensors (:mod:`tvm_hquant.rounding.multipoint`, which also chooses the
 step sizes α and, within a layer, the terms of each output channel).
 
 The paper leaves open how terms are spread over layers. Here the loss of a layer is predicted by its squared rounding error

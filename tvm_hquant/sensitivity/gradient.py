@@ -16,6 +16,7 @@ from tvm import IRModule
 
 from tvm_hquant.blas_threads import one_blas_thread
 from tvm_hquant.calibration.samples import Sample
+from tvm_hquant.calibration.validation import check_class
 from tvm_hquant.errors import DataError
 from tvm_hquant.kernels.interface import KernelFamily
 from tvm_hquant.layers import Layer, LayerGraph, read_layers
@@ -98,8 +99,12 @@ class GradientEvaluator:
         """A target: 1 for the class that the sample's label names, or, without label, for the class that the model predicts.
 
         The divergence from the model's own output cannot stand in here: at the model itself its gradient is 0 everywhere.
+
+        Raises:
+            DataError: the label is none of the model's classes.
         """
         label = sample.label if sample.label is not None else int(self.probabilities(sample).argmax())
+        check_class(label, self.classes)
         target = np.zeros(self.classes, np.float32)
         target[label] = 1.0
         return target

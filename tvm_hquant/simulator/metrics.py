@@ -34,6 +34,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from tvm_hquant.calibration.validation import check_class
 from tvm_hquant.errors import DataError
 from tvm_hquant.statistics import Interval, bootstrap_interval, paired_difference_interval, wilson_interval
 
@@ -99,11 +100,7 @@ class Top1(Metric):
         reference, rows = _first_outputs(float_outputs, outputs)
         if label is None:
             raise DataError("top1 needs labels, but the data has none: add labels, or use agreement, kl, mse or sqnr")
-        classes = max(2, reference.size)
-        if not 0 <= label < classes:
-            raise DataError(
-                f"label {label} is none of the {classes} classes of the model's output: labels count from 0"
-            )
+        check_class(label, number_of_classes(reference.size))
         return _table(_classes(reference[None])[0] == label, _classes(rows) == label)
 
     def value(self, scores: Floats) -> float:
@@ -279,6 +276,11 @@ def log_probabilities(float_outputs: Outputs, outputs: Sequence[Outputs]) -> tup
     is_finite = np.isfinite(rows).all(axis=1)
     actual[is_finite] = logarithms(rows[is_finite])
     return expected, actual
+
+
+def number_of_classes(elements: int) -> int:
+    """How many classes the first output tells apart: one for each element, two where it is a single one."""
+    return max(2, elements)
 
 
 def _first_outputs(float_outputs: Outputs, outputs: Sequence[Outputs]) -> tuple[Floats, Floats]:
