@@ -14,6 +14,11 @@ first, one in 40 whole fronts the second. *At 0.5 % of cost* is the second where
 are points with gaps between them. The loss is the divergence from the float model, which tells plans apart better than top-1
 does; the same with top-1 stands beside it.
 
+A second table compares with *equal evaluations*: of two strategies the one that makes more is stopped after as many as the
+other makes, and what it has evaluated by then is its front. ilp starts with every layer in every precision alone, so a strategy
+that makes fewer evaluations than these meets an ilp that has joined no plan yet. The last column says how many times ilp's loss
+a front loses: the geometric mean over all costs up to that of 8 bits everywhere.
+
     python -m benchmarks.search_strategies FOLDER [--models kws,resnet8] [--objective size] [--samples 400] [--again ilp]
 """
 
@@ -22,13 +27,21 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
 
 import numpy as np
-import numpy.typing as npt
 
+from benchmarks.strategy_fronts import (
+    SAME_COST,
+    MeasuredPlan,
+    StrategyFront,
+    better_than,
+    loss_ratio,
+    read_front,
+    undominated,
+)
 from benchmarks.zoo import ZooModel, zoo_folder, zoo_models
 from tvm_hquant import api
 from tvm_hquant.cli.tables import print_table
@@ -41,41 +54,6 @@ from tvm_hquant.simulator.metrics import METRICS
 
 PRECISIONS = "a8w3,a8w4,a8w6,a8w8,float32"
 OURS = "ilp"
-SAME_COST = 1.005
-"""Plans of no more than this times a cost are as cheap, where gaps between points are not to count."""
-
-Floats = npt.NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class MeasuredPlan:
-    """One point of a front.
-
-    ``cost`` is relative to 8 bits everywhere, ``expected`` the loss that the search went by, ``smooth`` the divergence on the
-    search samples; on each held-out sample, ``divergence`` is that from the float model in nats, ``top1_lost`` 1 if
-    quantization made it wrong, −1 if right.
-    """
-
-    assignment: dict[str, str]
-    cost: float
-    expected: float
-    smooth: float
-    divergence: list[float]
-    top1_lost: list[float]
-
-
-@dataclass(frozen=True)
-class StrategyFront:
-    """What one strategy found on one network. ``chosen`` is the number of the plan that it chose for the budget."""
-
-    network: str
-    strategy: str
-    layers: int
-    evaluations: int
-    seconds: float
-    within_budget: bool
-    chosen: int
-    plans: list[MeasuredPlan]
 
 
 def main() -> None:
@@ -95,12 +73,20 @@ def main() -> None:
     if not zoo_models():
         raise SystemExit(f"no networks in {zoo_folder()}: set HQUANT_ZOO to a folder that has some")
     rows: list[tuple[str, ...]] = []
+    equal: list[tuple[str, ...]] = []
     for name in zoo_models():
         if any(part in name for part in arguments.models.split(",")):
-            rows += compare(run(ZooModel(name), arguments))
+            fronts = run(ZooModel(name), arguments)
+            rows += compare(fronts)
+            equal += compare_equally(fronts)
     columns = ("network", "strategy", "evaluations", "cost for the budget", "top-1 lost there", "points",
                "surely better", "better among all", "at 0.5 % of cost", "surely better in top-1", "s")  # fmt: skip
     print_table(columns, rows)
+    print_table(
+        ("network", "strategy", "evaluations", "of ilp", "points", "better among all", "times the loss of ilp"),
+        equal,
+        "with equal evaluations",
+    )
 
 
 def run(model: ZooModel, arguments: argparse.Namespace) -> list[StrategyFront]:
@@ -122,13 +108,14 @@ def run(model: ZooModel, arguments: argparse.Namespace) -> list[StrategyFront]:
                           objective=arguments.objective)  # fmt: skip
         for name in missing:
             quantizer = Quantizer(session, DataRoles(model.calibration(), search, held_out, 0), options)
-            front = searched(model, name, quantizer)
+            limit = None if name == OURS else read_front(folder / f"{OURS}.json").evaluations
+            front = searched(model, name, quantizer, limit)
             (folder / f"{name}.json").write_text(json.dumps(asdict(front)))
     return [read_front(folder / f"{name}.json") for name in names]
 
 
-def searched(model: ZooModel, name: str, quantizer: Quantizer) -> StrategyFront:
-    """Searches, and measures the front on the held-out samples."""
+def searched(model: ZooModel, name: str, quantizer: Quantizer, limit: int | None = None) -> StrategyFront:
+    """Searches, and measures on the held-out samples its front, and that after ``limit`` evaluations, or after any number."""
     start = perf_counter()
     result = quantizer.search(name, front=True)
     seconds = perf_counter() - start
@@ -136,8 +123,10 @@ def searched(model: ZooModel, name: str, quantizer: Quantizer) -> StrategyFront:
     precisions = {layer: decision.precision for layer, decision in result.decisions.items()}
     chosen = quantizer.archive.find(precisions, stored_bits_of(result.decisions))
     assert chosen is not None
+    evaluated = quantizer.archive.plans
+    earlier = every_front(evaluated) if limit is None else fronts([p for p in evaluated if p.number <= limit])
     found: list[EvaluatedPlan] = []
-    for plan in (*quantizer.archive.front, *smooth_front(quantizer.archive.plans), chosen):
+    for plan in (*fronts(evaluated), chosen, *earlier):
         if plan not in found:
             found.append(plan)
     programs = [
@@ -155,6 +144,7 @@ def searched(model: ZooModel, name: str, quantizer: Quantizer) -> StrategyFront:
             plan.smooth,
             [score.value for score in divergence.scores],
             [score.reference - score.value for score in top1.scores],
+            plan.number,
         )
         for plan, (divergence, top1) in zip(found, scores, strict=True)
     ]
@@ -163,30 +153,33 @@ def searched(model: ZooModel, name: str, quantizer: Quantizer) -> StrategyFront:
                          found.index(chosen), plans)  # fmt: skip
 
 
-def smooth_front(plans: Sequence[EvaluatedPlan]) -> list[EvaluatedPlan]:
-    """The plans that no other one dominates in cost and divergence on the search samples, the cheapest first."""
+def fronts(plans: Sequence[EvaluatedPlan]) -> list[EvaluatedPlan]:
+    """The plans that none other dominates in cost and expected drop, and those in cost and divergence."""
+    return undominated(plans, lambda p: (p.cost, p.expected)) + undominated(plans, lambda p: (p.cost, p.smooth))
+
+
+def every_front(plans: Sequence[EvaluatedPlan]) -> list[EvaluatedPlan]:
+    """The plans that were on one of these fronts when they were evaluated, or later."""
+    found: list[EvaluatedPlan] = []
     front: list[EvaluatedPlan] = []
-    for plan in sorted(plans, key=lambda p: (p.cost, p.smooth)):
-        if not front or plan.smooth < front[-1].smooth:
-            front.append(plan)
-    return front
-
-
-def read_front(path: Path) -> StrategyFront:
-    """What :func:`run` wrote."""
-    document = json.loads(path.read_text())
-    return StrategyFront(**{**document, "plans": [MeasuredPlan(**plan) for plan in document["plans"]]})
+    for plan in plans:
+        front = fronts([*front, plan])
+        if plan in front:
+            found.append(plan)
+    return found
 
 
 def compare(fronts: list[StrategyFront]) -> list[tuple[str, ...]]:
-    """A row of the table for each front; the first one is that of ilp."""
-    ours = fronts[0]
+    """A row of the table for each front; the first one is that of ilp. Every strategy at its own end."""
+    ours = fronts[0].after(fronts[0].evaluations)
     rows: list[tuple[str, ...]] = []
     for front in fronts:
-        of_divergence = better_than(ours, front, "divergence")
-        nearly = better_than(ours, front, "divergence", SAME_COST)
-        of_top1 = better_than(ours, front, "top1_lost")
         chosen = front.plans[front.chosen]
+        plans = front.after(front.evaluations)
+        plans += [chosen] * (chosen not in plans)
+        of_divergence = better_than(ours, plans, "divergence")
+        nearly = better_than(ours, plans, "divergence", SAME_COST)
+        of_top1 = better_than(ours, plans, "top1_lost")
         rows.append(
             (
                 front.network,
@@ -194,7 +187,7 @@ def compare(fronts: list[StrategyFront]) -> list[tuple[str, ...]]:
                 str(front.evaluations),
                 f"{chosen.cost:.3f}" if front.within_budget else "none",
                 f"{np.mean(chosen.top1_lost):+.2%}",
-                str(len(front.plans)),
+                str(len(plans)),
                 str(sum(of_divergence.surely)),
                 str(sum(of_divergence.among_all)),
                 str(sum(nearly.among_all)),
@@ -205,45 +198,28 @@ def compare(fronts: list[StrategyFront]) -> list[tuple[str, ...]]:
     return rows
 
 
-@dataclass(frozen=True)
-class Verdicts:
-    """For each point of a front whether ours is surely worse there: by its own interval, and by that of all points at once."""
-
-    surely: list[bool]
-    among_all: list[bool]
-
-
-def better_than(ours: StrategyFront, front: StrategyFront, loss: str, same_cost: float = 1 + 1e-9) -> Verdicts:
-    """Where a front loses less than ours at the same cost; points that ours has no plan as cheap as count as better.
-
-    Plans of ours of up to ``same_cost`` times the cost stand against a point.
-
-    Differences are means over the held-out samples. Their intervals are bootstrapped over samples (basic bootstrap of the
-    studentized mean, Davison and Hinkley, *Bootstrap Methods and their Application*, 1997, section 5.2, with the standard
-    error of the sample kept); for all points at once by the largest of the studentized means in every resample (Westfall and
-    Young, *Resampling-Based Multiple Testing*, 1993, section 2.4).
-    """
-    by = "smooth" if loss == "divergence" else "expected"
-    differences: dict[int, Floats] = {}
-    for i, plan in enumerate(front.plans):
-        affordable = [own for own in ours.plans if own.cost <= plan.cost * same_cost]
-        if affordable:
-            best = min(affordable, key=lambda own: (float(getattr(own, by)), own.cost))
-            differences[i] = np.array(getattr(best, loss)) - np.array(getattr(plan, loss))
-    surely, among_all = ([i not in differences for i in range(len(front.plans))] for _ in range(2))
-    varied = [i for i, values in differences.items() if values.std() > 0]
-    if varied:
-        table = np.stack([differences[i] for i in varied], axis=1)
-        count = len(table)
-        error = table.std(axis=0, ddof=1) / np.sqrt(count)
-        random = np.random.default_rng(0)
-        drawn = np.stack([table[random.integers(0, count, count)].mean(axis=0) for _ in range(2000)])
-        deviations = (drawn - table.mean(axis=0)) / error
-        means = table.mean(axis=0) / error
-        own, joint = (np.quantile(values, 0.975, axis=0) for values in (deviations, deviations.max(axis=1)))
-        for column, i in enumerate(varied):
-            surely[i], among_all[i] = bool(means[column] > own[column]), bool(means[column] > joint)
-    return Verdicts(surely, among_all)
+def compare_equally(fronts: list[StrategyFront]) -> list[tuple[str, ...]]:
+    """A row for each strategy but ilp, which comes first: both after the evaluations of the one that makes fewer."""
+    ours = fronts[0]
+    cheapest = min((plan for front in fronts for plan in front.plans), key=lambda plan: (plan.cost, plan.smooth))
+    rows: list[tuple[str, ...]] = []
+    for front in fronts[1:]:
+        evaluations = min(front.evaluations, ours.evaluations)
+        own, plans = ours.after(evaluations), front.after(evaluations)
+        verdicts = better_than([*own, cheapest], plans, "divergence", SAME_COST)
+        ratio = loss_ratio(plans, own, cheapest)
+        rows.append(
+            (
+                front.network,
+                front.strategy,
+                f"{evaluations} of {front.evaluations}",
+                f"{evaluations} of {ours.evaluations}",
+                str(len(plans)),
+                str(sum(verdicts.among_all)),
+                f"{ratio.estimate:.2f} ({ratio.low:.2f} … {ratio.high:.2f})",
+            )
+        )
+    return rows
 
 
 if __name__ == "__main__":
