@@ -165,7 +165,7 @@ class FrontWriter:
             (found.loss.low, found.loss.high),
             None if held_out is None else held_out[0].estimate,
             None if held_out is None else (held_out[0].low, held_out[0].high),
-            found.smooth,
+            found.divergence,
             None if held_out is None else held_out[1],
             latency,
             source,

@@ -190,11 +190,12 @@ class Quantizer:
         suffix = suffix_precisions(self.session, self.candidates, self.options.suffix_precision)
         return SingleLayerPlans(list(self.candidates), suffix)
 
-    def problem(self, with_check: bool = False) -> SearchProblem:
+    def problem(self, with_check: bool = False, front: bool = False) -> SearchProblem:
         """What a strategy has to solve: the candidates of all layers, and the ways to measure them.
 
         Args:
             with_check: keeps a third of the search samples back from what plans are chosen by, and checks plans.
+            front: whether a whole front is wanted; smooth losses are those of all search samples then.
 
         Raises:
             PrecisionError: a layer can have no precision at all.
@@ -204,7 +205,7 @@ class Quantizer:
         costs = plan_costs(self.session, self.candidates, self.options.objective, self.layer_times)
         samples = self.roles.search
         keep_back = with_check and count_samples(samples) >= 3
-        losses = JointLosses(self.session, samples, self.metric, self.options.seed, keep_back)
+        losses = JointLosses(self.session, samples, self.metric, self.options.seed, keep_back, front)
         self._losses.append(losses)
 
         def evaluate(assignments: Sequence[Assignment], stored_bits: int | None = None) -> list[float]:
@@ -244,7 +245,7 @@ class Quantizer:
             check_strategy(strategy or DEFAULT_STRATEGY, self.options.levels is not None, self.options.ranking)
             context = StrategyContext(self.session, self.table.samples, self.options.seed, front, self.options.ranking)
             strategy = make_strategy(strategy or DEFAULT_STRATEGY, context)
-        problem = self.problem(isinstance(strategy, CheckingStrategy))
+        problem = self.problem(isinstance(strategy, CheckingStrategy), front)
         result = strategy.search(problem)
         chosen = {layer: decision.precision for layer, decision in result.decisions.items()}
         stored_bits = stored_bits_of(result.decisions)
@@ -272,6 +273,7 @@ class Quantizer:
                     scores.loss(),
                     scores.interval,
                     scores.smooth_loss(),
+                    scores.divergence,
                     stored_bits_of(with_stored_bits(assignment, stored_bits)),
                     min(before + position, after),
                 )

@@ -7,7 +7,7 @@ import pytest
 
 from tests.search.test_expected_drop import drawn, scores_of
 from tvm_hquant.search.joint_losses import PlanScores
-from tvm_hquant.simulator.metrics import METRICS, MetricAccumulator
+from tvm_hquant.simulator.metrics import METRICS, MetricAccumulator, Score
 
 
 def plan_scores(noise: float, count: int = 150, seed: int = 0) -> PlanScores:
@@ -26,8 +26,33 @@ def test_parts_and_the_whole() -> None:
     assert scores.loss(range(150)) == scores.loss()
     assert scores.smooth_loss(range(150)) == scores.smooth_loss()
     parts = [scores.smooth_loss(range(start, start + 75)) for start in (0, 75)]
-    assert np.mean(parts) == pytest.approx(scores.smooth_loss())
+    assert np.mean(np.sqrt(parts)) ** 2 == pytest.approx(scores.smooth_loss())
     assert parts[0] != parts[1]
+
+
+def test_smooth_loss_by_hand() -> None:
+    """Roots 1, 1 and 4: one sample with two thirds of the divergence has no more than two thirds of the roots to say."""
+    divergence = MetricAccumulator(METRICS["kl"]).with_scores([Score(0.0, 1.0), Score(0.0, 1.0), Score(0.0, 16.0)])
+    scores = PlanScores((divergence,), divergence)
+    assert scores.smooth_loss() == pytest.approx(4.0)
+    assert scores.divergence == pytest.approx(6.0)
+    assert scores.smooth_loss([0, 2]) == pytest.approx(6.25)
+
+
+def test_smooth_losses_of_independent_errors_add_up() -> None:
+    """As divergences do: two noises together lose what they lose apart."""
+    logits, _ = drawn(4000, 1.0, 0)
+    random = np.random.default_rng(1)
+    first, second = (size * random.normal(size=logits.shape) for size in (0.05, 0.08))
+
+    def smooth_loss(noises: np.ndarray) -> float:
+        kl = METRICS["kl"]
+        scores = MetricAccumulator(kl).with_scores(
+            kl.score((f,), (f + d,)) for f, d in zip(logits, noises, strict=True)
+        )
+        return PlanScores((scores,), scores).smooth_loss()
+
+    assert smooth_loss(first + second) == pytest.approx(smooth_loss(first) + smooth_loss(second), rel=0.05)
 
 
 def test_upper_bound_is_above_the_loss_and_shrinks_with_samples() -> None:

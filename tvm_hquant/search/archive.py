@@ -19,6 +19,7 @@ class EvaluatedPlan:
         expected: the loss that searches go by.
         loss: the measured loss with its interval.
         smooth: the smooth loss (:mod:`tvm_hquant.search.joint_losses`).
+        divergence: the mean of what that is made of.
         stored_bits: of the weights in the artifact, where a layer's precision has more; None: as many as that.
         number: how many plans the search had asked for with this one, single layers among them.
     """
@@ -28,6 +29,7 @@ class EvaluatedPlan:
     expected: float
     loss: Interval
     smooth: float
+    divergence: float
     stored_bits: int | None = None
     number: int = 0
 
