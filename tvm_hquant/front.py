@@ -24,10 +24,9 @@ from tvm_hquant.planning import make_plan, stored_bits_of, with_stored_bits
 from tvm_hquant.precision import parse_precision
 from tvm_hquant.quantizer import Quantizer, low_bit_share
 from tvm_hquant.search.archive import EvaluatedPlan
-from tvm_hquant.search.joint_losses import smooth_metric
+from tvm_hquant.search.joint_losses import PlanScores, score_programs
 from tvm_hquant.search.problem import SearchResult
 from tvm_hquant.simulator.program import Program
-from tvm_hquant.statistics import Interval
 
 
 @dataclass(frozen=True)
@@ -42,6 +41,7 @@ class FrontPoint:
             (:mod:`tvm_hquant.search.expected_drop`), otherwise ``loss``. Along a front it falls as ``cost`` rises.
         loss, loss_interval: on the search samples, in the metric's unit, with the 95 % interval.
         holdout_loss, holdout_interval: on samples that the search did not see; None while it runs.
+        holdout_expected_loss: as ``expected_loss``, on those samples.
         divergence, holdout_divergence: mean divergence from the float model's output, nats; for the metrics ``mse`` and
             ``sqnr`` the mean squared error. It tells plans apart whose ``loss`` is equal.
         latency_ms, latency_source: of one call; ``measured`` here, or ``predicted`` by the target spec for one core.
@@ -57,6 +57,7 @@ class FrontPoint:
     loss_interval: tuple[float, float]
     holdout_loss: float | None
     holdout_interval: tuple[float, float] | None
+    holdout_expected_loss: float | None
     divergence: float
     holdout_divergence: float | None
     latency_ms: float
@@ -119,8 +120,7 @@ class FrontWriter:
         if best not in front:
             front = sorted([*front, best], key=lambda found: (found.cost, found.expected))
         programs = [self._program(found) for found in front]
-        metrics = list(dict.fromkeys((quantizer.metric, smooth_metric(quantizer.metric))))
-        scores = session.evaluate_metrics(programs, quantizer.roles.held_out, metrics, "measuring the front")
+        scores = score_programs(session, programs, quantizer.roles.held_out, quantizer.metric, "measuring the front")
         points = []
         for number, (found, score) in enumerate(zip(front, scores, strict=True)):
             name = f"plan_{number:02}.json"
@@ -131,7 +131,7 @@ class FrontWriter:
                 plan.save_as(self._folder / "best.json")
             latency = self._measured(found) if self._measure else self._latency.total(found.assignment) / 1e3
             source = "measured" if self._measure else "predicted"
-            points.append(self._point(name, found, (score[0].loss_interval(), score[-1].loss), latency, source))
+            points.append(self._point(name, found, score, latency, source))
         self._remove_from(len(front))
         write_at_once(self._folder / "front.json", _text(points))
         options = quantizer.options
@@ -148,9 +148,8 @@ class FrontWriter:
         return made
 
     def _point(
-        self, name: str, found: EvaluatedPlan, held_out: tuple[Interval, float] | None, latency: float, source: str
+        self, name: str, found: EvaluatedPlan, held_out: PlanScores | None, latency: float, source: str
     ) -> FrontPoint:
-        """``held_out`` is the loss on the held-out samples with its interval, and the divergence there."""
         session = self._quantizer.session
         layers = session.graph.anchors
         precisions = session.all_precisions(
@@ -163,10 +162,11 @@ class FrontWriter:
             found.expected,
             found.loss.estimate,
             (found.loss.low, found.loss.high),
-            None if held_out is None else held_out[0].estimate,
-            None if held_out is None else (held_out[0].low, held_out[0].high),
+            None if held_out is None else held_out.interval.estimate,
+            None if held_out is None else (held_out.interval.low, held_out.interval.high),
+            None if held_out is None else held_out.loss(),
             found.divergence,
-            None if held_out is None else held_out[1],
+            None if held_out is None else held_out.divergence,
             latency,
             source,
             math.ceil(sum(weight_bytes(layer, decisions[layer.name].weight_precision) for layer in layers)),

@@ -29,7 +29,7 @@ from tvm_hquant.precision import A8W8, BFLOAT16, FLOAT16, FLOAT32, INT8, Precisi
 from tvm_hquant.report.quantization_report import LayerReport, ModelRow, QuantizationReport, SampleCounts
 from tvm_hquant.search.archive import EvaluatedPlan, PlanArchive
 from tvm_hquant.search.candidates import CandidateRules
-from tvm_hquant.search.joint_losses import JointLosses
+from tvm_hquant.search.joint_losses import JointLosses, expected_loss, scored_by
 from tvm_hquant.search.problem import (
     Assignment,
     CheckingStrategy,
@@ -307,10 +307,10 @@ class Quantizer:
         program = session.builder.program(plan.precisions(), plan.scales, plan.layer_weights)
         named.append(("plan", program, ""))
         programs = [p for _, p, _ in named]
-        metrics: list[Metric] = [self.metric, METRICS["agreement"]]
+        metrics: list[Metric] = [*scored_by(self.metric), METRICS["agreement"]]
         scores = session.evaluate_metrics(programs, self.roles.held_out, metrics, "measuring")
         rows = tuple(
-            self._row(name, p, remark, own[0], own[1], plan.layers if p is program else {})
+            self._row(name, p, remark, own[:-1], own[-1], plan.layers if p is program else {})
             for (name, p, remark), own in zip(named, scores, strict=True)
         )
         kinds: dict[str, int] = {}
@@ -345,7 +345,7 @@ class Quantizer:
         name: str,
         program: Program,
         remark: str,
-        score: MetricAccumulator,
+        scores: Sequence[MetricAccumulator],
         agreement: MetricAccumulator,
         decisions: Mapping[str, LayerDecision],
     ) -> ModelRow:
@@ -353,8 +353,11 @@ class Quantizer:
         stored = {**precisions, **{n: d.weight_precision for n, d in decisions.items()}}
         low = low_bit_share(graph.layers, precisions)
         size = sum(weight_bytes(layer, stored[layer.name]) for layer in graph.anchors)
-        loss = score.loss_interval() if name != "float32" else Interval(0.0, 0.0, 0.0)
-        return ModelRow(name, score.value, loss, agreement.value, low, size, len(program.conversions), remark)
+        loss = scores[0].loss_interval() if name != "float32" else Interval(0.0, 0.0, 0.0)
+        expected = expected_loss(scores)
+        return ModelRow(
+            name, scores[0].value, loss, expected, agreement.value, low, size, len(program.conversions), remark
+        )
 
     def _layer_report(self, plan: PrecisionPlan, layer: Layer) -> LayerReport:
         decision = plan.layers[layer.name]

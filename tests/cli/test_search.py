@@ -19,8 +19,8 @@ from tvm_hquant.plan import load_plan
 from tvm_hquant.search.registry import STRATEGIES
 
 POINT = {
-    "plan", "cost", "expected_loss", "loss", "loss_interval", "holdout_loss", "holdout_interval", "divergence",
-    "holdout_divergence", "latency_ms", "latency_source", "bytes", "int8_mac_share", "evaluations",
+    "plan", "cost", "expected_loss", "loss", "loss_interval", "holdout_loss", "holdout_interval", "holdout_expected_loss",
+    "divergence", "holdout_divergence", "latency_ms", "latency_source", "bytes", "int8_mac_share", "evaluations",
 }  # fmt: skip
 
 

@@ -23,7 +23,18 @@ def print_report(report: QuantizationReport, verbose: bool) -> None:
         print_layers(report)
         typer.echo()
     rows = [_row(report, row) for row in report.rows]
-    columns = ("", report.metric, "loss (95 % interval)", "agreement", "MACs ≤ 8 bits", "weights", "casts", "")
+    expected = ("expected",) if report.metric == "top1" else ()
+    columns = (
+        "",
+        report.metric,
+        "loss (95 % interval)",
+        *expected,
+        "agreement",
+        "MACs ≤ 8 bits",
+        "weights",
+        "casts",
+        "",
+    )
     print_table(columns, rows, title)
     precisions = Counter(layer.precision for layer in report.layers if layer.macs)
     promoted = sum(1 for layer in report.layers if layer.reason == "sensitive")
@@ -35,13 +46,20 @@ def print_report(report: QuantizationReport, verbose: bool) -> None:
     if report.within_budget and report.max_drop is not None and plan.loss.estimate > report.max_drop:
         typer.echo(
             f"warning: the plan kept the budget of {_amount(report, report.max_drop)} on the samples of the search, but lost "
-            f"{_amount(report, plan.loss.estimate)} on those held out; more evaluation samples tell such losses apart",
+            f"{_amount(report, plan.loss.estimate)} on those held out{_expectation(report)}; more evaluation samples tell such "
+            "losses apart",
             err=True,
         )
     if counts.shared:
         typer.echo(f"warning: {counts.shared} evaluation samples are in the calibration data too", err=True)
     for pattern in report.unused_rules:
         typer.echo(f"warning: the rule {pattern!r} matches no layer", err=True)
+
+
+def _expectation(report: QuantizationReport) -> str:
+    if report.metric != "top1":
+        return ""
+    return f", where {_amount(report, report.rows[-1].expected)} is to be expected by the margins of the classes"
 
 
 def print_layers(report: QuantizationReport) -> None:
@@ -59,6 +77,7 @@ def _row(report: QuantizationReport, row: ModelRow) -> tuple[str, ...]:
         row.name,
         _amount(report, row.value),
         "" if row.name == "float32" else loss,
+        *([] if report.metric != "top1" else [""] if row.name == "float32" else [_amount(report, row.expected)]),
         f"{row.agreement:.2%}",
         f"{row.low_bit_macs:.0%}",
         f"{row.weight_bytes / 1e6:.2f} MB",

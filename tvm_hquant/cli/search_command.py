@@ -155,7 +155,9 @@ def _print_front(front: Front) -> None:
     source = front.points[0].latency_source
     columns: dict[str, list[str]] = {"plan": [point.plan for point in front.points]}
     if front.metric == "top1":
-        columns["expected loss"] = [f"{point.expected_loss:.4g}" for point in front.points]
+        columns["expected (held-out)"] = [
+            f"{point.expected_loss:.3g} ({point.holdout_expected_loss:.3g})" for point in front.points
+        ]
     columns[f"{front.metric} loss (95 %)"] = [_amount(point.loss, point.loss_interval) for point in front.points]
     columns["on held-out samples"] = [_amount(point.holdout_loss, point.holdout_interval) for point in front.points]
     if front.metric != smooth:

@@ -31,13 +31,16 @@ class LayerReport:
 class ModelRow:
     """One way to quantize the whole model, measured on the held-out samples.
 
-    ``remark`` says ``not deployable here`` where the target forbids it, or how many layers stayed in float.
+    ``loss`` is measured; ``expected`` is what a search would expect: another figure for top-1
+    (:mod:`tvm_hquant.search.expected_drop`), which scatters less. ``remark`` says ``not deployable here`` where
+    the target forbids it, or how many layers stayed in float.
     ``low_bit_macs`` is the share of multiply-accumulates in 8 bits or fewer.
     """
 
     name: str
     value: float
     loss: Interval
+    expected: float
     agreement: float
     low_bit_macs: float
     weight_bytes: float

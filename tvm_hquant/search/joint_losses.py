@@ -31,6 +31,7 @@ from tvm_hquant.search.problem import Assignment, LayerPrecision
 from tvm_hquant.sensitivity.single_layers import SingleLayerPlans
 from tvm_hquant.session import QuantizationSession
 from tvm_hquant.simulator.metrics import METRICS, Floats, Metric, MetricAccumulator
+from tvm_hquant.simulator.program import Program
 from tvm_hquant.statistics import Interval, bootstrap_interval
 
 _KEPT_BACK = 1 / 3
@@ -44,6 +45,16 @@ def smooth_metric(metric: Metric) -> Metric:
     return METRICS["mse" if metric.name in ("mse", "sqnr") else "kl"]
 
 
+def scored_by(metric: Metric) -> tuple[Metric, ...]:
+    """What :func:`expected_loss` needs to know of a plan, the metric itself first."""
+    return SCORES if metric.name == "top1" else (metric,)
+
+
+def expected_loss(scores: Sequence[MetricAccumulator]) -> float:
+    """In the unit of a metric, from the scores that :func:`scored_by` names: for top-1 the expected drop, else as measured."""
+    return expected_drop(*scores) if scores[0].metric.name == "top1" else scores[0].loss
+
+
 @dataclass(frozen=True)
 class PlanScores:
     """Scores of one plan on all search samples: of the metrics that its loss is made of, and of the smooth loss."""
@@ -54,7 +65,7 @@ class PlanScores:
     def loss(self, samples: Sequence[int] | None = None) -> float:
         """In the unit of the budget; for top-1 the expected drop. On all samples, or on some by position."""
         own = self.own if samples is None else tuple(_part(scores, samples) for scores in self.own)
-        return expected_drop(*own) if own[0].metric.name == "top1" else own[0].loss
+        return expected_loss(own)
 
     def smooth_loss(self, samples: Sequence[int] | None = None) -> float:
         """The square of the mean root, on all samples or on some by position."""
@@ -86,6 +97,15 @@ class PlanScores:
         return self.own[0].loss_interval()
 
 
+def score_programs(
+    session: QuantizationSession, programs: Sequence[Program], samples: DataSource, metric: Metric, label: str
+) -> list[PlanScores]:
+    """What plans score on samples; ``label`` says in a few words what for."""
+    metrics = [*scored_by(metric), smooth_metric(metric)]
+    found = session.evaluate_metrics(programs, samples, metrics, label)
+    return [PlanScores(tuple(own[:-1]), own[-1]) for own in found]
+
+
 class JointLosses:
     """Scores plans on the search samples, each at most once.
 
@@ -109,8 +129,7 @@ class JointLosses:
         front: bool = False,
     ) -> None:
         self._session, self._samples, self._seed = session, samples, seed
-        self._metrics: Sequence[Metric] = SCORES if metric.name == "top1" else (metric,)
-        self._smooth = smooth_metric(metric)
+        self._metric = metric
         self._known: dict[str, PlanScores] = {}
         self._digests: dict[tuple[tuple[tuple[str, str], ...], int | None], str] = {}
         self._chosen_by: tuple[int, ...] | None = None
@@ -136,11 +155,8 @@ class JointLosses:
         self._digests.update((plan, program.digest) for plan, program in programs.items())
         new = {program.digest: program for program in programs.values() if program.digest not in self._known}
         if new:
-            metrics = [*self._metrics, self._smooth]
-            found = self._session.evaluate_metrics(list(new.values()), self._samples, metrics, "searching")
-            self._known.update(
-                (digest, PlanScores(tuple(own[:-1]), own[-1])) for digest, own in zip(new, found, strict=True)
-            )
+            found = score_programs(self._session, list(new.values()), self._samples, self._metric, "searching")
+            self._known.update(zip(new, found, strict=True))
         return [self._known[self._digests[plan]] for plan in plans]
 
     def losses(self, assignments: Sequence[Assignment], stored_bits: int | None = None) -> list[float]:
