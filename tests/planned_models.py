@@ -25,7 +25,7 @@ from tvm_hquant.target_spec import TargetSpec, detect_host
 
 Array = npt.NDArray[Any]
 
-PRECISIONS = ("a8w8", "int8", "a16w8", "a16w16", "float16", "bfloat16", "float32", "w4")
+PRECISIONS = ("a8w8", "int8", "a16w8", "a16w16", "float16", "bfloat16", "float32", "w4", "a6w5")
 """One of every way to compute a layer."""
 
 

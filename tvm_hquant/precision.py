@@ -17,7 +17,9 @@ name                  activations                weights
 ``bfloat16w4``, …     bfloat16 (float16) storage integer codes of 2 to 8 bits, made bfloat16 (float16) again
 ====================  =========================  ====================================================
 
-Any other pair ``a{2…16}w{2…16}`` is simulated with exact integer sums and the same epilogue, but has no kernel.
+Any other pair ``a{2…16}w{2…8}`` runs in the kernels of a wider one (:attr:`Precision.carrier`), ``a6w6`` in those of ``a8w6``,
+``a12w4`` in those of ``a16w8``: codes are narrower, and weights take as many bits in the file. Pairs with weights of 9 to 16
+bits are simulated with exact integer sums and the same epilogue, but have no kernel.
 """
 
 from __future__ import annotations
@@ -77,6 +79,21 @@ class Precision:
         return FLOAT16 if self.name.startswith(FLOAT16.name) else BFLOAT16
 
     @property
+    def carrier(self) -> Precision:
+        """The precision in whose kernels this one runs, and at whose speed: ``a8w6`` for ``a6w6``; others themselves.
+
+        Limits of codes are arguments of kernels, so narrower codes are nothing but other limits.
+        """
+        if not self.is_integer or self.symmetric:
+            return self
+        bits = 8 if self.activation_bits <= 8 else 16
+        if self.is_multipoint:
+            return _multipoint(bits, self.point_bits, self.terms)
+        if self.weight_points > 1 or self.weight_bits > 8:
+            return self
+        return A16W8 if bits == 16 else parse_precision(f"a8w{self.weight_bits}")
+
+    @property
     def needs_calibration(self) -> bool:
         """Whether ranges of activations must be known."""
         return self.is_integer
@@ -100,7 +117,8 @@ class Precision:
     @property
     def is_realized(self) -> bool:
         """Whether a compiled module can have this precision; otherwise it is only simulated."""
-        return self.computed.name in _REALIZED_NAMES or (self.is_multipoint and self.activation_bits in (8, 16))
+        carrier = self.computed.carrier
+        return carrier.name in _REALIZED_NAMES or carrier.is_multipoint
 
     @property
     def is_multipoint(self) -> bool:

@@ -84,7 +84,7 @@ def test_size_and_macs() -> None:
         plan_costs(session, candidates("residual"), "energy")
 
 
-def test_widths_without_kernels_count_as_what_computes_them() -> None:
+def test_narrow_widths_count_as_what_computes_them() -> None:
     """a6w6 runs on the kernel of a8w6, whose codes are wider than it needs."""
     found = {
         name: computed_precision(parse_precision(name)).name for name in ("a6w6", "a4w4", "a8w5", "a12w8", "a12w12")

@@ -136,8 +136,8 @@ def test_plan_of_another_model_is_refused() -> None:
 def test_precision_without_a_kernel_is_refused() -> None:
     """Widths that exist only in the simulator must not reach code generation."""
     module = convolution_module()
-    with pytest.raises(PrecisionError, match="layer stem: a5w3 is simulated only"):
-        annotate_precision(plan_of(read_layers(module), stem="a5w3"))(module)
+    with pytest.raises(PrecisionError, match="layer stem: a5w13 is simulated only"):
+        annotate_precision(plan_of(read_layers(module), stem="a5w13"))(module)
 
 
 def test_precision_that_the_target_forbids_is_refused_with_its_reason() -> None:

@@ -57,7 +57,7 @@ WRONG_FIELDS: dict[str, tuple[Callable[[dict[str, Any]], Any], list[str]]] = {
     ),
     "simulated precision": (
         lambda c: c["units"][0].update(macs_per_cycle={"a6w6": 8}),
-        ["units[0].macs_per_cycle.a6w6", "only simulated"],
+        ["units[0].macs_per_cycle.a6w6", "no kernel of its own"],
     ),
     "rate of zero": (
         lambda c: c["units"][0].update(macs_per_cycle={"a8w8": 0}),

@@ -72,12 +72,9 @@ def weighted_macs(layer: Layer, precision: Precision) -> float:
 
 
 def computed_precision(precision: Precision) -> Precision:
-    """The precision in whose kernels a width is computed that has none of its own: ``a6w6`` as ``a8w6``."""
-    if not precision.is_integer or precision.is_realized:
-        return precision
-    if precision.activation_bits <= 8 and precision.weight_bits <= 8:
-        return parse_precision(f"a8w{precision.weight_bits}")
-    return parse_precision("a16w8" if precision.weight_bits <= 8 else "a16w16")
+    """The precision at whose speed a layer is taken to run: that of its kernels; ``a16w16`` where weights have 9 to 16 bits."""
+    carrier = precision.carrier
+    return carrier if not precision.is_integer or carrier.is_realized else parse_precision("a16w16")
 
 
 class _Latency:

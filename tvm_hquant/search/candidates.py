@@ -9,7 +9,7 @@ from functools import cached_property
 from tvm_hquant.cost.predicted import predicted_cycles, weight_bytes
 from tvm_hquant.errors import PrecisionError
 from tvm_hquant.layers import Layer
-from tvm_hquant.precision import REALIZED, Precision, parse_precision
+from tvm_hquant.precision import Precision, parse_precision
 from tvm_hquant.session import QuantizationSession
 
 HIERARCHY: tuple[str, ...] = ("a8w8", "int8", "a16w8", "float16", "bfloat16", "a16w16", "float32")
@@ -47,7 +47,7 @@ class CandidateRules:
         precisions: names to choose from. Given by the user, all of them are meant, the cheapest first; by default the search
             starts from 8 bits.
         fixed: precisions fixed by the user, for layers by name or pattern.
-        objective: what is minimized. A width without a kernel, such as ``a6w6``, can be searched for size only.
+        objective: what is minimized. A width without a kernel, such as ``a12w12``, can be searched, but not for latency.
         keep_all: whether to keep precisions that cannot make a layer faster, since each has to go to some layers.
 
     For latency a layer may not have what the target computes no faster than something more exact: weights of fewer bits than
@@ -117,7 +117,7 @@ class CandidateRules:
         return tuple(p for p in self._rules if not any(fnmatchcase(name, p) for name in names))
 
     def _refusal(self, layer: Layer, precision: Precision) -> str | None:
-        if precision.computed.name not in REALIZED and self._objective != "latency":
+        if not precision.is_realized and self._objective != "latency":
             return self._session.impossible(layer, precision)
         refusal = self._session.refusal(layer, precision)
         return None if refusal is None else refusal.detail

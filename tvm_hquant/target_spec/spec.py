@@ -304,8 +304,8 @@ class TargetSpec(Table):
 
 
 def _equivalent(precision: Precision, operator_kind: str) -> Precision:
-    """What the precision is computed in; for an operator without weights, the plainest one with the same activations."""
-    precision = precision.computed
+    """In whose kernels the precision is computed; for operators without weights, the plainest one with the same activations."""
+    precision = precision.computed.carrier
     if operator_kind in OPERATORS_WITH_WEIGHTS:
         return precision
     if precision.arithmetic is Arithmetic.WEIGHT_ONLY:
