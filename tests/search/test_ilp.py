@@ -16,6 +16,7 @@ from tvm_hquant.errors import SearchError
 from tvm_hquant.search.ilp import IntegerProgramStrategy
 from tvm_hquant.search.integer_program import IntegerProgram
 from tvm_hquant.search.problem import CostModel
+from tvm_hquant.sensitivity.single_layers import SingleLayerPlans
 
 NAMES = ("a8w4", "a8w8", "float32")
 
@@ -183,6 +184,19 @@ def test_prescribed_levels() -> None:
         SyntheticNetwork(losses, costs).problem(3.5, levels={"a8w4": 3, "float32": 2})
     )
     assert precisions(result) == {f"layer{i}": "a8w4" if i < 3 else "float32" for i in range(5)}
+
+
+def test_prescribed_levels_hold_for_every_plan() -> None:
+    """The plans by which single layers are measured do not have the levels: however cheap, none may be the answer."""
+    losses = {f"layer{i}": {"a8w4": float(i), "float32": 0.0} for i in range(5)}
+    costs = {layer: {"a8w4": 4.0, "float32": 1.0} for layer in losses}
+    network = SyntheticNetwork(losses, costs)
+    problem = network.problem(100.0, levels={"a8w4": 3, "float32": 2})
+    alone = SingleLayerPlans(list(losses))
+    problem = replace(problem, measure_on_search=problem.measure, measured_plans=alone.plans)
+    IntegerProgramStrategy().search(problem)
+    assert network.evaluated
+    assert all(list(plan.values()).count("a8w4") == 3 for plan in network.evaluated)
 
 
 def test_what_cannot_be_computed_is_not_chosen() -> None:

@@ -158,7 +158,7 @@ class _Search:
         if self.strategy.front and problem.measure_on_search is not None:
             measure = problem.measure_on_search
         self.model = LossModel.of(measure(pairs))
-        if measure is not problem.measure and problem.measured_plans is not None:
+        if measure is not problem.measure and problem.measured_plans is not None and problem.levels is None:
             # What was measured are plans too, where layers may have what stood before and behind the measured one.
             self._evaluate(
                 plan
