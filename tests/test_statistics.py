@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from tvm_hquant.statistics import bootstrap_interval, paired_difference_interval, wilson_interval
+from tvm_hquant.statistics import bootstrap_interval, factor_upper_bound, paired_difference_interval, wilson_interval
 
 
 def table(both: int, only_first: int, only_second: int, neither: int) -> tuple[np.ndarray, np.ndarray]:
@@ -75,6 +75,20 @@ def test_bootstrap_of_a_mean() -> None:
     assert found == pytest.approx((values.mean(), values.mean() - half, values.mean() + half), abs=0.03)
 
 
+def test_upper_bound_by_a_factor() -> None:
+    """It has no unit, tightens with samples, holds about as often as it says for a skewed mean, and is 0 where all is."""
+    random = np.random.default_rng(0)
+    draws = random.lognormal(sigma=1.0, size=(150, 80))
+    bounds = [factor_upper_bound(values, np.mean, seed=n, resamples=100) for n, values in enumerate(draws)]
+    assert 0.8 <= np.mean(np.array(bounds) >= np.exp(0.5)) <= 0.95
+    assert factor_upper_bound(1e-3 * draws[0], np.mean) == pytest.approx(1e-3 * factor_upper_bound(draws[0], np.mean))
+    few, many = draws[0, :20], draws[:20].ravel()
+    assert np.mean(many) < factor_upper_bound(many, np.mean) < np.mean(many) * 1.1
+    assert factor_upper_bound(few, np.mean) > np.mean(few) * 1.1
+    assert factor_upper_bound(np.zeros(5), np.mean) == 0.0
+    assert factor_upper_bound([1.0, np.inf], np.mean) == np.inf
+
+
 def test_wrong_arguments() -> None:
     """Mistakes of the caller are told at once."""
     with pytest.raises(ValueError, match="5 successes of 4"):
@@ -87,3 +101,7 @@ def test_wrong_arguments() -> None:
         paired_difference_interval([0.5], [1])
     with pytest.raises(ValueError, match="no samples"):
         bootstrap_interval([], np.mean)
+    with pytest.raises(ValueError, match="no samples"):
+        factor_upper_bound([], np.mean)
+    with pytest.raises(ValueError, match=r"confidence 0\.1"):
+        factor_upper_bound([1.0], np.mean, 0.1)

@@ -66,7 +66,7 @@ def test_upper_bound_is_above_the_loss_and_shrinks_with_samples() -> None:
 
 
 def test_upper_bound_mostly_holds() -> None:
-    """The half point that is to be expected from many samples is below the bound of few in most draws."""
+    """The half point that is to be expected from many samples is below the bound of 50 in nine of ten draws."""
     truth = plan_scores(0.2, 4000, 100).loss()
-    held = [plan_scores(0.2, 150, seed).upper_bound() >= truth for seed in range(12)]
-    assert sum(held) >= 9
+    held = [plan_scores(0.2, 50, seed).upper_bound() >= truth for seed in range(40)]
+    assert sum(held) >= 34

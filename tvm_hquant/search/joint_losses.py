@@ -32,12 +32,13 @@ from tvm_hquant.sensitivity.single_layers import SingleLayerPlans
 from tvm_hquant.session import QuantizationSession
 from tvm_hquant.simulator.metrics import METRICS, Floats, Metric, MetricAccumulator
 from tvm_hquant.simulator.program import Program
-from tvm_hquant.statistics import Interval, bootstrap_interval
+from tvm_hquant.statistics import Interval, bootstrap_interval, factor_upper_bound
 
 _KEPT_BACK = 1 / 3
-_UPPER_BOUND_LEVEL = 0.8
-"""Of a two-sided interval, so that the upper bound holds with 90 %."""
+_CONFIDENCE = 0.9
 _RESAMPLES = 200
+_RATIOS = ("top1", "kl", "mse")
+"""Metrics whose losses are never negative and whose errors are factors."""
 
 
 def smooth_metric(metric: Metric) -> Metric:
@@ -78,18 +79,21 @@ class PlanScores:
         return self.smooth.loss
 
     def upper_bound(self, seed: int = 0) -> float:
-        """What :meth:`loss` is below with 90 % confidence, by the bootstrap over samples."""
+        """What :meth:`loss` is below with 90 % confidence: by the bootstrap over samples."""
         own = self.own
         tables = np.stack([np.array(scores.scores, np.float64) for scores in own], axis=1)
-
-        def loss(rows: Floats) -> float:
-            if own[0].metric.name != "top1":
-                return own[0].metric.loss(rows[:, 0])
-            return drop_by_margins(rows[:, 1], rows[:, 2])
-
         if not np.isfinite(tables).all():
             return float("inf")
-        return max(self.loss(), bootstrap_interval(tables, loss, _UPPER_BOUND_LEVEL, seed, _RESAMPLES).high)
+        metric = own[0].metric
+
+        def loss(rows: Floats) -> float:
+            return drop_by_margins(rows[:, 1], rows[:, 2]) if metric.name == "top1" else metric.loss(rows[:, 0])
+
+        if metric.name in _RATIOS:
+            bound = factor_upper_bound(tables, loss, _CONFIDENCE, seed, _RESAMPLES)
+        else:
+            bound = bootstrap_interval(tables, loss, 2 * _CONFIDENCE - 1, seed, _RESAMPLES).high
+        return max(self.loss(), bound)
 
     @property
     def interval(self) -> Interval:
