@@ -110,7 +110,7 @@ shapes = st.lists(st.integers(1, 9), min_size=1, max_size=3).flatmap(
 seeds = st.integers(0, 2**32 - 1)
 
 
-def _requantization(storage: str, rng: np.random.Generator) -> Requantization:
+def requantization(storage: str, rng: np.random.Generator) -> Requantization:
     """Bounds that cut some values off, with codes on both sides of the zero point."""
     if storage not in CODES:
         return Requantization(-float(np.float32(rng.uniform(1, 50))), float(np.float32(rng.uniform(50, 1e6))), 0)
@@ -120,12 +120,12 @@ def _requantization(storage: str, rng: np.random.Generator) -> Requantization:
     return Requantization(float(lower), float(upper), zero_point)
 
 
-def _elementwise(request: KernelRequest, rng: np.random.Generator) -> IntegerElementwiseConstants:
+def elementwise_constants(request: KernelRequest, rng: np.random.Generator) -> IntegerElementwiseConstants:
     out = {"uint8": 200.0, "uint16": 50000.0}.get(request.output, 300.0)
     return IntegerElementwiseConstants(
         tuple(int(rng.integers(0, np.iinfo(storage).max)) for storage in request.inputs),
         tuple(np.float32(rng.uniform(0.2, 1) * out / np.iinfo(storage).max) for storage in request.inputs),
-        _requantization(request.output, rng),
+        requantization(request.output, rng),
     )
 
 
@@ -139,7 +139,7 @@ def products(draw: st.DrawFn) -> Case:
     if draw(st.booleans()):
         inputs = draw(st.tuples(st.sampled_from(CODES), st.sampled_from(CODES)))
         request = KernelRequest(operator, inputs, draw(st.sampled_from(STORAGES)))
-        constants = _elementwise(request, rng)
+        constants = elementwise_constants(request, rng)
         factors = np.float32(math.prod(float(m) for m in constants.multipliers))
         return Case(request, replace(constants, multipliers=(factors,)), seed)
     floats = draw(st.tuples(*[st.sampled_from(FLOATS)] * 2))
@@ -174,7 +174,7 @@ def matmuls(draw: st.DrawFn, operators: st.SearchStrategy[BatchMatmul] | None = 
     rng = np.random.default_rng(seed)
     if draw(st.booleans()):
         request = KernelRequest(operator, ("uint8", "uint8"), draw(st.sampled_from(STORAGES)))
-        base = _elementwise(request, rng)
+        base = elementwise_constants(request, rng)
         factor = np.float32(float(base.multipliers[0]) / 64 / math.sqrt(operator.depth))
         zero_points = (base.input_zero_points[0], 128)
         return Case(request, replace(base, multipliers=(factor,), input_zero_points=zero_points), seed)
@@ -189,7 +189,7 @@ def additions(draw: st.DrawFn) -> Case:
     if draw(st.booleans()):
         inputs = draw(st.tuples(st.sampled_from(CODES), st.sampled_from(CODES)))
         request = KernelRequest(Add(shape), inputs, draw(st.sampled_from(STORAGES)))
-        return Case(request, _elementwise(request, rng), seed)
+        return Case(request, elementwise_constants(request, rng), seed)
     bounds = (-1.0, 6.0)
     request = KernelRequest(
         Add(shape, *bounds), draw(st.tuples(*[st.sampled_from(FLOATS)] * 2)), draw(st.sampled_from(FLOATS))
@@ -205,11 +205,11 @@ def conversions(draw: st.DrawFn) -> Case:
     source, output = request.inputs[0], request.output
     constants: LayerConstants
     if source in CODES and output in CODES:
-        constants = _elementwise(request, rng)
+        constants = elementwise_constants(request, rng)
     elif source in CODES:
         constants = DequantizeConstants(float(np.float32(rng.uniform(0.001, 0.1))), int(rng.integers(0, 256)))
     elif output in CODES:
-        constants = QuantizeConstants(float(np.float32(rng.uniform(0.001, 0.1))), _requantization(output, rng))
+        constants = QuantizeConstants(float(np.float32(rng.uniform(0.001, 0.1))), requantization(output, rng))
     else:
         constants = NoConstants()
     return Case(request, constants, seed)
@@ -231,7 +231,7 @@ def unary_case(function: str | Composition, shape: tuple[int, ...], source: str,
     if source == "uint8":
         return Case(request, TableConstants(stored_values(rng, (256,), output)), seed)
     if source == "uint16":
-        return Case(request, _elementwise(request, rng), seed)
+        return Case(request, elementwise_constants(request, rng), seed)
     return Case(request, FloatElementwiseConstants(parameters), seed)
 
 
@@ -266,7 +266,7 @@ def pools(draw: st.DrawFn) -> Case:
     if storage in FLOATS:
         return Case(KernelRequest(operator, (storage,), draw(st.sampled_from(FLOATS))), NoConstants(), seed)
     request = KernelRequest(operator, (storage,), draw(st.sampled_from(STORAGES)))
-    base = _elementwise(request, rng)
+    base = elementwise_constants(request, rng)
     multiplier = (base.multipliers[0] / np.multiply.outer(*map(np.array, operator.divisors))).astype(np.float32)
     constants = IntegerElementwiseConstants(base.input_zero_points, (multiplier,), base.requantization)
     return Case(request, constants, seed)
@@ -284,7 +284,7 @@ def resizes(draw: st.DrawFn) -> Case:
     if storage in FLOATS:
         return Case(KernelRequest(operator, (storage,), draw(st.sampled_from(FLOATS))), NoConstants(), seed)
     request = KernelRequest(operator, (storage,), draw(st.sampled_from(STORAGES)))
-    return Case(request, _elementwise(request, np.random.default_rng(seed)), seed)
+    return Case(request, elementwise_constants(request, np.random.default_rng(seed)), seed)
 
 
 @st.composite

@@ -88,9 +88,10 @@ def test_sweeps_are_exact(family: str) -> None:
     dilation=st.tuples(st.integers(1, 2), st.integers(1, 2)),
     pixels=st.integers(1, 8),
     pixel_bytes=st.sampled_from([64, 1024, 4096]),
+    band_bytes=st.sampled_from([4096, 64 * 1024]),
 )
 def test_every_output_takes_every_position_that_it_reaches_once(
-    size, kernel, strides, padding, dilation, pixels, pixel_bytes
+    size, kernel, strides, padding, dilation, pixels, pixel_bytes, band_bytes
 ) -> None:
     """What a kernel does with the table, done here: tiles of a sweep read and add where the window says, once each, position
     by position in the order of the window, and no tile has more pixels than it may."""
@@ -98,10 +99,11 @@ def test_every_output_takes_every_position_that_it_reaches_once(
     rows, columns = axes = window_axes((1, *size, 3), window)
     if min(rows.output_size, columns.output_size) < 1:
         return
-    sweeps = PositionSweeps(axes, pixels, pixel_bytes, lambda count: max(count, 3) + 1)
+    sweeps = PositionSweeps(axes, pixels, pixel_bytes, band_bytes, lambda count: max(count, 3) + 1)
     channels, sums, entry = 3, 16, 3 + len(sweeps.sizes)
     table = sweeps.table(channels, sums)
     assert max(sweeps.sizes, default=0) <= pixels
+    assert sweeps.band_rows == 1 or sweeps.band_rows * columns.output_size * pixel_bytes <= 2 * band_bytes
     found: dict[tuple[int, int], list[tuple[int, int]]] = {}
     positions = kernel[0] * kernel[1]
     for number in range(sweeps.bands * positions):

@@ -18,8 +18,8 @@ from tests.kernels.code_endings import CodeEnding, code_endings
 from tests.kernels.test_anchor_kernels import HOST, TARGETS, random_case, run_kernel
 from tvm_hquant import numerics
 from tvm_hquant.errors import KernelError
-from tvm_hquant.kernels import winograd
 from tvm_hquant.kernels.interface import IntegerAnchorConstants, KernelRequest, Placement, Requantization, Tile
+from tvm_hquant.kernels.processor import ASSUMED_PROCESSOR, Processor
 from tvm_hquant.kernels.proven_endings import proven_ending
 from tvm_hquant.kernels.registry import ANCHOR_FAMILIES
 from tvm_hquant.kernels.winograd import WinogradGeometry, can_transform, saved_products, winograd_kernel
@@ -34,8 +34,13 @@ def _request(operator: Conv2D) -> KernelRequest:
     return KernelRequest(operator, ("uint8",) * (1 + operator.epilogue.has_residual), "uint8", "int8")
 
 
-def _check(request: KernelRequest, constants: IntegerAnchorConstants, inputs: list[np.ndarray]) -> None:
-    kernel = winograd_kernel(replace(request, ending=proven_ending(constants)), VECTORS, "avx2")
+def _check(
+    request: KernelRequest,
+    constants: IntegerAnchorConstants,
+    inputs: list[np.ndarray],
+    processor: Processor = ASSUMED_PROCESSOR,
+) -> None:
+    kernel = winograd_kernel(replace(request, ending=proven_ending(constants)), VECTORS, "avx2", processor)
     actual = run_kernel(kernel, constants, inputs, TARGETS["avx2"])
     np.testing.assert_array_equal(actual, numerics.evaluate(request, constants, inputs), kernel.name)
 
@@ -55,16 +60,16 @@ def _convolutions(draw: st.DrawFn) -> Conv2D:
 @given(
     operator=_convolutions(),
     ends=code_endings(),
-    source_bytes=st.sampled_from([1, 40_000, 2**20]),
+    l2_bytes=st.sampled_from([1, 40_000, 2**20]),
+    cores=st.sampled_from([1, 8]),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_is_exact(monkeypatch, operator: Conv2D, ends: CodeEnding, source_bytes: int, seed: int) -> None:
+def test_is_exact(operator: Conv2D, ends: CodeEnding, l2_bytes: int, cores: int, seed: int) -> None:
     """Any map, odd sizes included, in blocks of one to all rows of tiles, with residuals and every end of the values."""
-    monkeypatch.setattr(winograd, "_SOURCE_BYTES", source_bytes)
     request, constants, inputs = random_case(np.random.default_rng(seed), _request(operator))
     assert isinstance(constants, IntegerAnchorConstants)
     assert can_transform(request, VECTORS.words)
-    _check(request, ends.of(constants), inputs)
+    _check(request, ends.of(constants), inputs, Processor(l2_bytes=l2_bytes, cores=cores))
 
 
 @needs_avx2
@@ -116,7 +121,7 @@ def test_which_layers_are_computed_so() -> None:
     padded = Window((3, 3), padding=(1, 1, 1, 1))
     large, wide, small, tiny = (_request(Conv2D((1, size, size, 64), 64, padded)) for size in (28, 14, 7, 3))
     uneven = replace(large, operator=Conv2D((1, 13, 13, 64), 64, padded))
-    assert 2.2 < saved_products(Conv2D((1, 28, 28, 64), 64, padded)) < 2.25
+    assert 2.2 < saved_products(Conv2D((1, 28, 28, 64), 64, padded), 8) < 2.25
     chosen = {
         "8 bits": wide,
         "7 bits": replace(wide, saturation_free_pairs=1),
@@ -148,7 +153,7 @@ def test_which_layers_are_computed_so() -> None:
 
 
 def test_blocks_of_tiles_cover_a_map() -> None:
-    """Blocks that keep the transformed codes in the second-level cache, and two of them for threads where weights are few."""
+    """Blocks that keep the transformed codes in the second-level cache, and some for every core where channels are few."""
     geometry = WinogradGeometry(Conv2D((1, 56, 56, 64), 64, Window((3, 3), padding=(1, 1, 1, 1))), 8)
     assert geometry.tiles == (28, 28)
     assert geometry.block_rows == 7

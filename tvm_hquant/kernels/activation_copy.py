@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 from tvm.tirx.script import builder as T
 
 from tvm_hquant.kernels.kernel_function import Buffer
 from tvm_hquant.kernels.primitives import Expression, broadcast, convert, lanes_of, widen
-from tvm_hquant.kernels.vector_loops import fitting_lanes, flat_loop, load, row_loop, store, vector_loop
+from tvm_hquant.kernels.processor import ASSUMED_PROCESSOR, Processor
+from tvm_hquant.kernels.vector_loops import MOVE, fitting_lanes, flat_loop, load, row_loop, store, vector_loop, vectors
 from tvm_hquant.operators import Conv2D
 
-_COPY_LANES = 32
+COPY_LANES = 32
+"""Elements that are converted at once: a register of bytes, or some of what is wider."""
 _FEW_CHANNELS = 8
 """Pixels of so few channels are moved several at a time."""
 _FEW_PIXELS = 4
@@ -29,6 +32,7 @@ class ActivationCopy:
         source, target: flat buffers.
         fills: the value of padding for every plane, in ``operand_dtype``.
         offset: −128 where codes are made signed on the way, else 0. The fills have it already.
+        processor: that work is cut for.
     """
 
     conv: Conv2D
@@ -39,6 +43,7 @@ class ActivationCopy:
     target: Buffer
     fills: tuple[Expression, ...]
     offset: int = 0
+    processor: Processor = ASSUMED_PROCESSOR
 
     @property
     def _pixel(self) -> int:
@@ -48,6 +53,11 @@ class ActivationCopy:
     @property
     def _group_inputs(self) -> int:
         return self.conv.in_channels // self.conv.groups
+
+    @property
+    def _instructions(self) -> int:
+        """Those that move a vector: it takes several registers where elements become wider."""
+        return MOVE * len(self.fills) * np.dtype(self.operand_dtype).itemsize
 
     @property
     def _padded_rows(self) -> int:
@@ -68,12 +78,13 @@ class ActivationCopy:
         n, height, width, channels = self.conv.input_shape
         if self.padded_inputs == self._group_inputs and not any(self.conv.window.padding):
             length = n * height * width * channels
-            lanes = fitting_lanes(length, _COPY_LANES)
-            with flat_loop(length, lanes) as position:
+            lanes = fitting_lanes(length, COPY_LANES)
+            with flat_loop(length, lanes, self._instructions, self.processor) as position:
                 self._copy_vector(position, position, lanes)
             return
         rows = self._padded_rows
-        with row_loop(n * rows, n * rows * self._row_elements) as row:
+        instructions = n * rows * vectors(self._row_elements, COPY_LANES) * self._instructions
+        with row_loop(n * rows, instructions, self.processor) as row:
             image, y = row // rows, row % rows
             self.emit_row(image, y, T.bind(row * self._row_elements))
 
@@ -120,7 +131,7 @@ class ActivationCopy:
             store(self.target, target + plane * self._plane_elements, value, _FEW_PIXELS * padded)
 
     def _copy(self, source: Expression, target: Expression, length: int) -> None:
-        lanes = fitting_lanes(length, _COPY_LANES)
+        lanes = fitting_lanes(length, COPY_LANES)
         with vector_loop(length, lanes) as offset:
             self._copy_vector(source + offset, target + offset, lanes)
 
@@ -132,7 +143,7 @@ class ActivationCopy:
     def _fill(self, start: Expression, length: int) -> None:
         if length == 0:
             return
-        lanes = fitting_lanes(length, _COPY_LANES)
+        lanes = fitting_lanes(length, COPY_LANES)
         with vector_loop(length, lanes) as offset:
             for plane, value in enumerate(self.fills):
                 place = start + plane * self._plane_elements + offset

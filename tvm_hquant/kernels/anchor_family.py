@@ -34,8 +34,9 @@ class AnchorFamily:
         lanes: 32-bit lanes of a vector.
         word_product: how four products of codes are added in byte vectors of x86, for depthwise layers.
         byte_widths: bytes of the vectors that it works on.
-        depthwise: the kernel for a depthwise layer of codes, given a family's name; None where the general one serves.
-        winograd: which requests are computed by :mod:`tvm_hquant.kernels.winograd`.
+        depthwise: the kernel for a depthwise layer of codes, given the family's name and the processor; None where the general
+            one serves.
+        winograd: which requests are computed by :mod:`tvm_hquant.kernels.winograd`, on a processor.
         codes: the vectors that sums are packed into where an output has codes, if ``word_product`` names none.
         processor: that tiles are for.
     """
@@ -45,8 +46,8 @@ class AnchorFamily:
     lanes: int
     word_product: Callable[[KernelRequest], WordProduct] | None = None
     byte_widths: tuple[int, ...] = ()
-    depthwise: Callable[[KernelRequest, str], Kernel | None] | None = None
-    winograd: Callable[[KernelRequest], bool] = lambda _: False
+    depthwise: Callable[[KernelRequest, str, Processor], Kernel | None] | None = None
+    winograd: Callable[[KernelRequest, Processor], bool] = lambda *_: False
     codes: CodeVectors | None = None
     processor: Processor = ASSUMED_PROCESSOR
 
@@ -59,7 +60,7 @@ class AnchorFamily:
         if is_order_of_constants(request):
             return self.tiles(replace(request, shuffled=0))
         dot = self._dot(request)
-        if dot is None or _is_depthwise(request) or self.winograd(request):
+        if dot is None or _is_depthwise(request) or self.winograd(request, self.processor):
             return ()
         return conv2d_geometry(request, dot, None, self._code_vectors(request), self.processor).candidates
 
@@ -90,8 +91,8 @@ class AnchorFamily:
             return None
         if tile is not None and not self.tiles(request):
             raise KernelError(f"{request.operator} has no choice of tiles: leave {tile} out")
-        if self.winograd(request):
-            return winograd_kernel(request, ByteVectors(4 * self.lanes, "vpmaddwd"), self.name)
+        if self.winograd(request, self.processor):
+            return winograd_kernel(request, ByteVectors(4 * self.lanes, "vpmaddwd"), self.name, self.processor)
         if _is_depthwise(request):
             if request.weights != "int8":
                 return float_depthwise_kernel(request, dot, self.name, self.processor)
@@ -100,7 +101,7 @@ class AnchorFamily:
 
     def _writes_over_residual(self, request: KernelRequest, dot: DotProduct, tile: Tile | None) -> bool:
         """Whether a kernel reads the residual at exactly the places that it writes, each once."""
-        tiles_may_overlap = _is_depthwise(request) or self.winograd(request)
+        tiles_may_overlap = _is_depthwise(request) or self.winograd(request, self.processor)
         if request.overwritten != 1 or request.placement is not None or tiles_may_overlap:
             return False
         return not conv2d_geometry(request, dot, tile, self._code_vectors(request), self.processor).overlaps
@@ -130,12 +131,12 @@ class AnchorFamily:
 
     def _interleaved(self, request: KernelRequest) -> Kernel | None:
         if self.depthwise is not None:
-            return self.depthwise(request, self.name)
+            return self.depthwise(request, self.name, self.processor)
         if self.word_product is None:
             return None
         product = self.word_product(request)
         candidates = [ByteVectors(width, product) for width in self.byte_widths]
-        return interleaved_depthwise_kernel(request, candidates, self.name)
+        return interleaved_depthwise_kernel(request, candidates, self.name, self.processor)
 
 
 def _is_depthwise(request: KernelRequest) -> bool:

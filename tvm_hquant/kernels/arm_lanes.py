@@ -22,23 +22,28 @@ from tvm_hquant.kernels.arm_operands import LANES
 from tvm_hquant.kernels.interface import Array, Kernel, KernelRequest, LayerConstants
 from tvm_hquant.kernels.kernel_function import Buffer, kernel_function
 from tvm_hquant.kernels.primitives import STACK, Expression, LlvmPrimitives, broadcast, convert
+from tvm_hquant.kernels.processor import ASSUMED_PROCESSOR, Processor
 from tvm_hquant.kernels.row_tiles import TileRun, cut_row, split_at_borders
+from tvm_hquant.kernels.tile_costs import of_depthwise
 from tvm_hquant.kernels.vector_loops import flat, load, store
 from tvm_hquant.kernels.window_axis import WindowAxis, window_axes
 from tvm_hquant.operators import Conv2D
 
 _CHANNELS = 16
+_PRODUCTS = 8
+"""Of an instruction."""
 _PIXELS = 3
 """Output columns of a tile: four registers of sums each."""
 _TILE = 4
 """What a tile costs besides its pixels, in pixels."""
-_PARALLEL_MACS = 50_000
 _OFFSET = -128
 _ALWAYS_FIT = 2
 """Products whose sum is always within int16."""
 
 
-def lanes_depthwise_kernel(request: KernelRequest, family: str) -> Kernel | None:
+def lanes_depthwise_kernel(
+    request: KernelRequest, family: str, processor: Processor = ASSUMED_PROCESSOR
+) -> Kernel | None:
     """The kernel of a depthwise convolution of 8-bit codes.
 
     None for other storages, a residual, few channels and very large windows.
@@ -51,6 +56,7 @@ def lanes_depthwise_kernel(request: KernelRequest, family: str) -> Kernel | None
         return None
     chain = min(request.centred_products, max(conv.window.kernel[1], _ALWAYS_FIT))
     geometry = LanesGeometry(conv, chain)
+    is_shared = processor.shares(of_depthwise(conv, _PRODUCTS))
     count, lanes = geometry.blocks * elements * _CHANNELS, len(geometry.channel_rows)
     types = integer_array_types(count, "int8", lanes, 1, 1, "int32", len(geometry.window_parts))
     types[OFFSETS] = ((_PIXELS * lanes,), "float32")
@@ -63,7 +69,7 @@ def lanes_depthwise_kernel(request: KernelRequest, family: str) -> Kernel | None
         return tuple(arrays)
 
     def emit(inputs: Sequence[Buffer], arrays: Sequence[Buffer], output: Buffer) -> None:
-        _Emitter(request, geometry, flat(inputs[0]), arrays, flat(output)).emit()
+        _Emitter(request, geometry, is_shared, flat(inputs[0]), arrays, flat(output)).emit()
 
     name = f"{family}.depthwise_conv2d[smlal {_PIXELS}x{_CHANNELS}{f' chain {chain}' if chain > 2 else ''}]"
     return Kernel(request, name, kernel_function(request, types, emit), pack)
@@ -122,6 +128,7 @@ class LanesGeometry:
 class _Emitter:
     request: KernelRequest
     geometry: LanesGeometry
+    is_shared: bool
     source: Buffer
     arrays: Sequence[Buffer]
     output: Buffer
@@ -134,7 +141,7 @@ class _Emitter:
         geometry = self.geometry
         height = geometry.axes[0].output_size
         rows = self.conv.input_shape[0] * height
-        loop = T.parallel if self.conv.macs > _PARALLEL_MACS and rows > 1 else T.serial
+        loop = T.parallel if self.is_shared and rows > 1 else T.serial
         with loop(rows) as row:
             image, y = T.bind(row // height), T.bind(row % height)
             begin, end = geometry.axes[0].steps(y)

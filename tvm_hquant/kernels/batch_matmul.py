@@ -16,6 +16,7 @@ import numpy as np
 from tvm.tirx.script import builder as T
 
 from tvm_hquant.errors import KernelError
+from tvm_hquant.kernels.activation_copy import COPY_LANES
 from tvm_hquant.kernels.anchor_geometry import AnchorGeometry, as_conv2d
 from tvm_hquant.kernels.dot_product import DotProduct
 from tvm_hquant.kernels.elementwise import is_code, pack_only
@@ -53,8 +54,6 @@ INTEGER_TYPES: tuple[ArrayType, ...] = (((1,), "float32"), ((2,), "float32"), ((
 
 SECOND_ZERO_POINT = 128
 """Of the stored codes of the second matrix: symmetric int8."""
-
-_COPY_LANES = 32
 
 
 def as_dense_request(request: KernelRequest) -> KernelRequest | None:
@@ -123,7 +122,7 @@ class _Emitter:
         self.right, self.right_view = flat(inputs[1]), input_view(self.operator, 1)
         self.batch = math.prod(self.operator.batch_shape)
         self.vectors = -(-self.operator.columns // self.dot.lanes)
-        self.is_parallel = geometry.processor.shares(self.operator.macs)
+        self.is_parallel = geometry.processor.shares(self.batch * geometry.cost)
 
     def emit(self) -> None:
         """Writes the loops: the copy of the first matrices where steps cannot read them, the packing, the tiles."""
@@ -162,7 +161,7 @@ class _Emitter:
         own = distinct(self.left_view)
         matrices = math.prod(own.leading)
         copy = T.alloc_buffer((matrices * rows * pitch,), self.dot.operand_dtype)
-        lanes = fitting_lanes(depth, _COPY_LANES) if own.column_stride == 1 else 1
+        lanes = fitting_lanes(depth, COPY_LANES) if own.column_stride == 1 else 1
         with self._loop(matrices * rows) as item:
             source = T.bind(own.start(item // rows) + item % rows * own.row_stride)
             target = T.bind(item * pitch)

@@ -60,7 +60,7 @@ def conv2d_geometry(
     conv, patches = as_conv2d(request.operator), None
     has_codes = request.weights == "int8" and request.inputs[0] == "uint8"
     if has_codes and takes_patches(conv, dot.products, dot.splits_pixels, dot.lanes):
-        conv, patches = conv_of_patches(conv), conv
+        conv, patches = conv_of_patches(conv, processor), conv
     packs_codes = (
         vectors is not None
         and dot.lanes == vectors.words
@@ -188,8 +188,8 @@ class _Emitter:
         """Writes all loops; the last one shuffles what the others could not store shuffled."""
         self._convolution()
         if self.is_shuffled_last:
-            shuffled = self.request.shuffled
-            interleave_groups(self.output, self.shuffled, shuffled, self.request.operator.output_shape[-1] // shuffled)
+            groups, channels = self.request.shuffled, self.request.operator.output_shape[-1]
+            interleave_groups(self.output, self.shuffled, groups, channels // groups, self.geometry.processor)
 
     def _convolution(self) -> None:
         geometry = self.geometry
@@ -202,7 +202,9 @@ class _Emitter:
             size += (units_loaded(self.dot.groups) - self.dot.groups) * self.dot.products
             self.source = T.alloc_buffer((size,), self.dot.operand_dtype)
             if self.dot.groups > 1:
-                InterleavedGroups(geometry.conv, self.dot, self.request.inputs[0], self.inputs[0], self.source).emit()
+                InterleavedGroups(
+                    geometry.conv, self.dot, self.request.inputs[0], self.inputs[0], self.source, geometry.processor
+                ).emit()
             else:
                 self._copy_activations()
         if geometry.sweeps is not None:
@@ -212,7 +214,7 @@ class _Emitter:
             return
         self.steps = StepEmitter(geometry, self.weights, self.source)
         order = self.order
-        loop = T.parallel if geometry.processor.shares(geometry.conv.macs) and order.items > 1 else T.serial
+        loop = T.parallel if geometry.processor.shares(geometry.cost) and order.items > 1 else T.serial
         with loop(order.items) as item, order.tile_loop(item) as place:
             self._tile_of_row(place, geometry.row_tiles)
 
@@ -221,7 +223,7 @@ class _Emitter:
         geometry = self.geometry
         assert self.zero_points is not None
         (_, rows, pixels, _), width = geometry.conv.input_shape, patches.output_shape[2]
-        loop = T.parallel if geometry.processor.shares(geometry.conv.macs) and rows > 1 else T.serial
+        loop = T.parallel if geometry.processor.shares(geometry.cost) and rows > 1 else T.serial
         with loop(rows) as row:
             self.source = T.alloc_buffer((pixels * geometry.padded_inputs,), self.dot.operand_dtype)
             self.steps = StepEmitter(geometry, self.weights, self.source)
@@ -253,6 +255,7 @@ class _Emitter:
             self.source,
             tuple(self._fill(plane) for plane in range(geometry.planes)),
             geometry.copy_offset,
+            geometry.processor,
         ).emit()
 
     def _fill(self, plane: int) -> Expression:

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from tvm_hquant.kernels.dot_product import DotProduct
 from tvm_hquant.kernels.processor import ASSUMED_PROCESSOR, Processor
+from tvm_hquant.kernels.tile_costs import of_depthwise
 from tvm_hquant.operators import Conv2D
 
 Array = npt.NDArray[Any]
@@ -40,6 +41,12 @@ class DepthwiseGeometry:
     planes: int
     points: int
     processor: Processor = ASSUMED_PROCESSOR
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether threads share the work."""
+        passes = self.planes * self.points
+        return self.processor.shares(passes * of_depthwise(self.conv, self.lanes, self.dot.products))
 
     # Channels.
 

@@ -76,7 +76,7 @@ class _Emitter:
         geometry, conv, lanes = self.geometry, self.geometry.conv, self.geometry.lanes
         items = conv.input_shape[0] * geometry.groups
         height = geometry.output_size[0]
-        loop = T.parallel if geometry.processor.shares(conv.macs, is_depthwise=True) and items > 1 else T.serial
+        loop = T.parallel if geometry.is_shared and items > 1 else T.serial
         with loop(items) as item:
             words = T.alloc_buffer((geometry.planes * geometry.plane_elements,), "int32")
             image = T.bind(item // geometry.groups)

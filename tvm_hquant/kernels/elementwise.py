@@ -43,12 +43,15 @@ from tvm_hquant.kernels.primitives import (
     requantize,
     widen,
 )
-from tvm_hquant.kernels.vector_loops import elements, fitting_lanes, flat, flat_loop, flat_loop_overlaps, load, store
+from tvm_hquant.kernels.processor import ASSUMED_PROCESSOR, Processor
+from tvm_hquant.kernels.vector_loops import ARITHMETIC, MOVE, elements, fitting_lanes, flat, flat_loop, load, store
 from tvm_hquant.operators import Add, Convert, Unary
 from tvm_hquant.tensor_format import STORAGE_DTYPE
 
 _UNROLLED = 16
 """Look-ups written out one after the other: of a plain loop LLVM makes AVX-512 gathers, at a third of the speed."""
+_FUNCTION = 30
+"""Instructions that compute a function of a vector of float32."""
 
 Pack = Callable[[LayerConstants], tuple[Array, ...]]
 Value = Callable[[Primitives, Sequence[Expression], Sequence[Any]], Expression]
@@ -65,6 +68,7 @@ class ElementwiseForm:
         value: see :data:`Value`.
         pack: makes the constant arrays.
         vectorizes: whether it works on vectors; looking up a table does not gain from them.
+        instructions: of a vector, or of an element where there are none.
     """
 
     name: str
@@ -72,6 +76,7 @@ class ElementwiseForm:
     value: Value
     pack: Pack
     vectorizes: bool = True
+    instructions: int = ARITHMETIC
 
 
 def is_code(storage: str) -> bool:
@@ -163,7 +168,8 @@ def _float_unary(request: KernelRequest, operator: Unary) -> ElementwiseForm:
         return narrow(p, unary(p, operator.function, x, parameters), request.output)
 
     pack = _parameter_pack(request, operator.parameters)
-    return ElementwiseForm(operator.function_name, (((max(count, 1),), "float32"),), value, pack)
+    types: tuple[ArrayType, ...] = (((max(count, 1),), "float32"),)
+    return ElementwiseForm(operator.function_name, types, value, pack, instructions=_FUNCTION)
 
 
 def _table_form(request: KernelRequest) -> ElementwiseForm:
@@ -180,7 +186,7 @@ def _table_form(request: KernelRequest) -> ElementwiseForm:
         return to_arrays(constants)
 
     types = (((256,), STORAGE_DTYPE[request.output]),)
-    return ElementwiseForm("table", types, value, pack, vectorizes=False)
+    return ElementwiseForm("table", types, value, pack, vectorizes=False, instructions=MOVE)
 
 
 def _convert(request: KernelRequest) -> ElementwiseForm:
@@ -217,7 +223,7 @@ def _dequantize(request: KernelRequest) -> ElementwiseForm:
     return ElementwiseForm("dequantize", types, value, pack_only(request, DequantizeConstants))
 
 
-def elementwise_kernel(request: KernelRequest, lanes: int) -> Kernel | None:
+def elementwise_kernel(request: KernelRequest, lanes: int, processor: Processor = ASSUMED_PROCESSOR) -> Kernel | None:
     """One loop over the flat tensors, in vectors of ``lanes`` float32; None if the request is not elementwise, or is to be
     written over an input and vectors overlap."""
     form = elementwise_form(request)
@@ -226,12 +232,12 @@ def elementwise_kernel(request: KernelRequest, lanes: int) -> Kernel | None:
     length = elements(request.operator.output_shape)
     width = fitting_lanes(length, lanes if form.vectorizes else _UNROLLED)
     vector = width if form.vectorizes else 1
-    if request.overwritten is not None and (request.placement is not None or flat_loop_overlaps(length, width)):
+    if request.overwritten is not None and (request.placement is not None or length % width):
         return None
 
     def emit(inputs: Sequence[Buffer], constants: Sequence[Buffer], output: Buffer) -> None:
         sources, target = [flat(buffer) for buffer in inputs], flat(output)
-        with flat_loop(length, width) as first:
+        with flat_loop(length, width, width // vector * form.instructions, processor) as first:
             for start in (first + offset for offset in range(0, width, vector)):
                 values = [load(buffer, start, vector) for buffer in sources]
                 store(target, start, form.value(LlvmPrimitives(), values, constants), vector)

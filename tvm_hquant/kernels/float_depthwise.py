@@ -83,7 +83,7 @@ class _Emitter:
         geometry, lanes = self.geometry, self.geometry.lanes
         height, width = geometry.output_size
         rows = self.conv.input_shape[0] * height
-        loop = T.parallel if geometry.processor.shares(self.conv.macs, is_depthwise=True) and rows > 1 else T.serial
+        loop = T.parallel if geometry.is_shared and rows > 1 else T.serial
         with loop(rows) as row:
             image, y = T.bind(row // height), T.bind(row % height)
             for run in self.runs:

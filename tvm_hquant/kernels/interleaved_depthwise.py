@@ -19,11 +19,12 @@ from tvm_hquant.kernels.anchor_constants import OFFSETS, STARTS, integer_array_t
 from tvm_hquant.kernels.interface import Array, Kernel, KernelRequest, LayerConstants
 from tvm_hquant.kernels.kernel_function import Buffer, kernel_function
 from tvm_hquant.kernels.primitives import Expression, LlvmPrimitives, broadcast
+from tvm_hquant.kernels.processor import ASSUMED_PROCESSOR, Processor
+from tvm_hquant.kernels.tile_costs import of_depthwise
 from tvm_hquant.kernels.vector_loops import flat, load, store
 from tvm_hquant.kernels.word_vectors import GROUPS, WordVectors
 from tvm_hquant.operators import Conv2D
 
-_PARALLEL_MACS = 50_000
 _WORD_ROWS = 4
 """Rows of a word."""
 _ROW_ORDER = (0, 2, 1, 3)
@@ -35,7 +36,10 @@ _MOST_PRODUCTS = 96
 
 
 def interleaved_depthwise_kernel(
-    request: KernelRequest, candidates: Sequence[WordVectors], family: str
+    request: KernelRequest,
+    candidates: Sequence[WordVectors],
+    family: str,
+    processor: Processor = ASSUMED_PROCESSOR,
 ) -> Kernel | None:
     """The kernel of a depthwise convolution of 8-bit codes; None for other storages, a residual, or too few channels.
 
@@ -62,7 +66,7 @@ def interleaved_depthwise_kernel(
         return tuple(arrays)
 
     def emit(inputs: Sequence[Buffer], arrays: Sequence[Buffer], output: Buffer) -> None:
-        _Emitter(request, geometry, inputs[0], arrays, output).emit()
+        _Emitter(request, geometry, processor, inputs[0], arrays, output).emit()
 
     chain = f" chain {conv.window.kernel[1]}" if _adds_columns(request, geometry) else ""
     name = (
@@ -187,12 +191,13 @@ class _Emitter:
         self,
         request: KernelRequest,
         geometry: InterleavedGeometry,
+        processor: Processor,
         source: Buffer,
         arrays: Sequence[Buffer],
         output: Buffer,
     ) -> None:
         self.output_channels, self.output_offset = request.output_shape[-1], request.output_offset
-        self.geometry, self.vectors = geometry, geometry.vectors
+        self.geometry, self.vectors, self.processor = geometry, geometry.vectors, processor
         self.source, self.output = flat(source), flat(output)
         self.weights, self.starts, self.multipliers, self.offsets, limits, self.zero_points = arrays
         self.adds_columns = _adds_columns(request, geometry)
@@ -202,7 +207,8 @@ class _Emitter:
         geometry, conv = self.geometry, self.geometry.conv
         width, channels, height = self.vectors.width, conv.in_channels, geometry.output_size[0]
         items = conv.input_shape[0] * geometry.groups
-        loop = T.parallel if conv.macs > _PARALLEL_MACS and items > 1 else T.serial
+        is_shared = self.processor.shares(of_depthwise(conv, self.vectors.words, _WORD_ROWS))
+        loop = T.parallel if is_shared and items > 1 else T.serial
         with loop(items) as item:
             words = T.alloc_buffer((geometry.padded_width * geometry.column_elements,), self.vectors.operand_dtype)
             image = T.bind(item // geometry.groups)

@@ -22,6 +22,7 @@ from tvm_hquant.kernels.group_interleaving import interleaved
 from tvm_hquant.kernels.interface import KernelRequest
 from tvm_hquant.kernels.kernel_function import Buffer
 from tvm_hquant.kernels.primitives import Expression, convert, lanes_of, vector_type, widen
+from tvm_hquant.kernels.processor import Processor
 from tvm_hquant.kernels.vector_loops import load, row_loop, store, vector_loop
 from tvm_hquant.operators import Conv2D
 
@@ -46,9 +47,14 @@ def saves_time(in_turns: AnchorGeometry, apart: AnchorGeometry, stored_dtype: st
 
     Beside the steps and epilogues of tiles it copies its activations, the other its outputs.
     """
-    conv, cost = apart.conv, _COPY * np.dtype(stored_dtype).itemsize / _VECTOR_BYTES
+    conv, cost = apart.conv, copying_cost(np.dtype(stored_dtype).itemsize)
     copied = 0.0 if apart.needs_copy(stored_dtype) else prod(conv.input_shape) * cost
     return in_turns.cost + copied <= apart.cost + prod(conv.output_shape) * cost
+
+
+def copying_cost(element_bytes: int) -> float:
+    """Instructions for an element of so many bytes that is put side by side with those of other groups."""
+    return _COPY * element_bytes / _VECTOR_BYTES
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,7 @@ class InterleavedGroups:
     storage: str
     source: Buffer
     target: Buffer
+    processor: Processor
 
     def emit(self) -> None:
         """Writes the loops."""
@@ -74,7 +81,8 @@ class InterleavedGroups:
             at_once //= 2
         bundles = self.conv.groups // groups
         runs = n * height * width * bundles
-        with row_loop(runs, n * height * width * channels) as run:
+        instructions = n * height * width * channels * copying_cost(self._element_bytes)
+        with row_loop(runs, instructions, self.processor) as run:
             first, place = T.bind(run * (groups * inputs)), T.bind(run * (steps * groups * products))
             if at_once:
                 with vector_loop(full, at_once) as step:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from tvm.tirx.script import builder as T
@@ -19,12 +21,26 @@ from tvm_hquant.kernels.group_interleaving import MOST_GROUPS, interleave_groups
 from tvm_hquant.kernels.interface import Array, FillConstants, Kernel, KernelRequest, LayerConstants, NoConstants
 from tvm_hquant.kernels.kernel_function import ArrayType, Buffer, Emit, kernel_function
 from tvm_hquant.kernels.primitives import Expression, LlvmPrimitives, Primitives, broadcast, convert, narrow
-from tvm_hquant.kernels.vector_loops import elements, fitting_lanes, flat, flat_loop, load, row_loop, store, vector_loop
+from tvm_hquant.kernels.processor import ASSUMED_PROCESSOR, Processor
+from tvm_hquant.kernels.vector_loops import (
+    MOVE,
+    elements,
+    fitting_lanes,
+    flat,
+    flat_loop,
+    load,
+    row_loop,
+    store,
+    vector_loop,
+    vectors,
+)
 from tvm_hquant.operators import Concat, Movement, Shape
 from tvm_hquant.tensor_format import STORAGE_DTYPE
 
 
-def movement_kernel(request: KernelRequest, vector_bytes: int) -> Kernel | None:
+def movement_kernel(
+    request: KernelRequest, vector_bytes: int, processor: Processor = ASSUMED_PROCESSOR
+) -> Kernel | None:
     """Concat and Movement; None for other operators and where storages differ.
 
     Raises:
@@ -33,31 +49,31 @@ def movement_kernel(request: KernelRequest, vector_bytes: int) -> Kernel | None:
     operator = request.operator
     if not isinstance(operator, Concat | Movement) or {*request.inputs} != {request.output}:
         return None
-    lanes = vector_bytes // np.dtype(STORAGE_DTYPE[request.output]).itemsize
+    copies = _Copies(vector_bytes // np.dtype(STORAGE_DTYPE[request.output]).itemsize, processor)
     constants: tuple[ArrayType, ...] = ()
     pack = pack_only(request, NoConstants)
     if isinstance(operator, Concat):
-        name, emit = "concat", _concat(request, operator, lanes)
+        name, emit = "concat", _concat(request, operator, copies)
     else:
         name = operator.function
         match name:
             case "reshape":
-                emit = _reshape(operator, lanes)
+                emit = _reshape(operator, copies)
             case "permute_dims":
-                emit = _permute(operator, lanes)
+                emit = _permute(operator, copies)
             case "strided_slice":
-                emit = _slice(operator, lanes)
+                emit = _slice(operator, copies)
             case "take":
                 emit, constants, pack = (
-                    _take(request, operator, lanes),
+                    _take(request, operator, copies),
                     take_types(operator),
                     take_pack(request, operator),
                 )
             case "pad":
-                emit, constants, pack = _pad(request, operator, lanes), FILL_TYPES, fill_pack(request, operator)
+                emit, constants, pack = _pad(request, operator, copies), FILL_TYPES, fill_pack(request, operator)
             case _:
                 raise unknown_movement(name)
-    return Kernel(request, f"common.{name}[{lanes}]", kernel_function(request, constants, emit), pack)
+    return Kernel(request, f"common.{name}[{copies.lanes}]", kernel_function(request, constants, emit), pack)
 
 
 def unknown_movement(name: str) -> KernelError:
@@ -116,19 +132,43 @@ def strides_of(shape: Shape) -> tuple[int, ...]:
     return tuple(elements(shape[axis + 1 :]) for axis in range(len(shape)))
 
 
-@contextmanager
-def _nest(shape: Shape, total: int) -> Iterator[list[Expression]]:
-    """Nested loops over ``shape``; the outermost that repeats is shared out to threads if there is much to do."""
-    with ExitStack() as stack:
-        variables: list[Expression] = []
-        pending = True
-        for size in shape:
-            if size == 1:
-                variables.append(T.int32(0))
-                continue
-            variables.append(stack.enter_context(row_loop(size, total) if pending else T.serial(size)))
-            pending = False
-        yield variables
+@dataclass(frozen=True)
+class _Copies:
+    """Copies of runs of neighbours, in vectors of ``lanes``."""
+
+    lanes: int
+    processor: Processor
+
+    def instructions(self, runs: int, length: int) -> int:
+        """Those of so many runs."""
+        return runs * vectors(length, fitting_lanes(length, self.lanes)) * MOVE
+
+    @contextmanager
+    def flat(self, length: int) -> Iterator[tuple[Expression, int]]:
+        """A loop over the vectors of a long run: where they begin, and their lanes."""
+        lanes = fitting_lanes(length, self.lanes)
+        with flat_loop(length, lanes, MOVE, self.processor) as start:
+            yield start, lanes
+
+    def rows(self, count: int, instructions: int) -> Any:
+        """A loop over rows that take so many instructions in all."""
+        return row_loop(count, instructions, self.processor)
+
+    @contextmanager
+    def nest(self, shape: Shape, length: int) -> Iterator[list[Expression]]:
+        """Nested loops over the places of runs of ``length`` elements; the outermost that repeats is shared out to threads
+        if there is much to do."""
+        with ExitStack() as stack:
+            variables: list[Expression] = []
+            pending = True
+            for size in shape:
+                if size == 1:
+                    variables.append(T.int32(0))
+                    continue
+                loop = self.rows(size, self.instructions(elements(shape), length)) if pending else T.serial(size)
+                variables.append(stack.enter_context(loop))
+                pending = False
+            yield variables
 
 
 def _dot(indices: Sequence[Expression], factors: Sequence[int]) -> Expression:
@@ -152,7 +192,7 @@ def _fill(target: Buffer, start: Expression, value: Expression, length: int, lan
             store(target, start + offset, broadcast(value, lanes), lanes)
 
 
-def _concat(request: KernelRequest, operator: Concat, lanes: int) -> Emit:
+def _concat(request: KernelRequest, operator: Concat, copies: _Copies) -> Emit:
     shape, axis = request.output_shape, operator.axis
     if request.placement is not None and axis != len(shape) - 1:
         raise KernelError(f"{operator} joins another axis than the last: only channels are placed in a wider buffer")
@@ -164,13 +204,12 @@ def _concat(request: KernelRequest, operator: Concat, lanes: int) -> Emit:
         sources, target = [flat(buffer) for buffer in inputs], flat(output)
         if outer == 1:
             for source, run, first in zip(sources, runs, starts, strict=True):
-                width = fitting_lanes(run, lanes)
-                with flat_loop(run, width) as offset:
+                with copies.flat(run) as (offset, width):
                     store(target, offset + first, load(source, offset, width), width)
             return
-        with row_loop(outer, elements(shape)) as row:
+        with copies.rows(outer, sum(copies.instructions(outer, run) for run in runs)) as row:
             for source, run, first in zip(sources, runs, starts, strict=True):
-                _copy(source, row * run, target, row * step + first, run, lanes)
+                _copy(source, row * run, target, row * step + first, run, copies.lanes)
 
     return emit
 
@@ -179,34 +218,33 @@ def _offsets(lengths: Sequence[int]) -> list[int]:
     return [sum(lengths[:index]) for index in range(len(lengths))]
 
 
-def _reshape(operator: Movement, lanes: int) -> Emit:
+def _reshape(operator: Movement, copies: _Copies) -> Emit:
     length = elements(operator.output_shape)
-    width = fitting_lanes(length, lanes)
 
     def emit(inputs: Sequence[Buffer], _: Sequence[Buffer], output: Buffer) -> None:
         source, target = flat(inputs[0]), flat(output)
-        with flat_loop(length, width) as offset:
+        with copies.flat(length) as (offset, width):
             store(target, offset, load(source, offset, width), width)
 
     return emit
 
 
-def _strided(output_shape: Shape, strides: Sequence[int], base: int, lanes: int) -> Emit:
+def _strided(output_shape: Shape, strides: Sequence[int], base: int, copies: _Copies) -> Emit:
     """output[i₀, i₁, …] = flat input[base + Σ iₖ · strideₖ]; neighbours along the last axis move together if they are."""
-    total, target_strides = elements(output_shape), strides_of(output_shape)
+    target_strides = strides_of(output_shape)
     run = output_shape[-1] if strides[-1] == 1 else 1
     loops = output_shape if run == 1 else output_shape[:-1]
 
     def emit(inputs: Sequence[Buffer], _: Sequence[Buffer], output: Buffer) -> None:
         source, target = flat(inputs[0]), flat(output)
-        with _nest(loops, total) as indices:
+        with copies.nest(loops, run) as indices:
             start = base + _dot(indices, strides[: len(loops)])
-            _copy(source, start, target, _dot(indices, target_strides[: len(loops)]), run, lanes)
+            _copy(source, start, target, _dot(indices, target_strides[: len(loops)]), run, copies.lanes)
 
     return emit
 
 
-def _permute(operator: Movement, lanes: int) -> Emit:
+def _permute(operator: Movement, copies: _Copies) -> Emit:
     axes, shape, strides = operator.parameters, operator.input_shape, strides_of(operator.input_shape)
     sizes: list[int] = []
     steps: list[int] = []
@@ -220,14 +258,14 @@ def _permute(operator: Movement, lanes: int) -> Emit:
         else:
             sizes.append(shape[axis])
             steps.append(strides[axis])
-    return _strided(tuple(sizes) or (1,), steps or [1], 0, lanes)
+    return _strided(tuple(sizes) or (1,), steps or [1], 0, copies)
 
 
-def _slice(operator: Movement, lanes: int) -> Emit:
+def _slice(operator: Movement, copies: _Copies) -> Emit:
     ranges, strides = slice_starts(operator), strides_of(operator.input_shape)
     base = sum(begin * stride for (begin, _), stride in zip(ranges, strides, strict=True))
     steps = [step * stride for (_, step), stride in zip(ranges, strides, strict=True)]
-    return _strided(operator.output_shape, steps, base, lanes)
+    return _strided(operator.output_shape, steps, base, copies)
 
 
 def interleaved_groups(indices: Sequence[int]) -> int:
@@ -241,7 +279,7 @@ def interleaved_groups(indices: Sequence[int]) -> int:
     return 0
 
 
-def _take(request: KernelRequest, operator: Movement, lanes: int) -> Emit:
+def _take(request: KernelRequest, operator: Movement, copies: _Copies) -> Emit:
     axis, indices = operator.parameters[0], operator.parameters[1:]
     shape = operator.input_shape
     outer, inner = elements(shape[:axis]), elements(shape[axis + 1 :])
@@ -249,27 +287,26 @@ def _take(request: KernelRequest, operator: Movement, lanes: int) -> Emit:
     if groups and groups <= MOST_GROUPS and inner == 1:
 
         def interleave(inputs: Sequence[Buffer], _: Sequence[Buffer], output: Buffer) -> None:
-            interleave_groups(flat(inputs[0]), flat(output), groups, shape[axis] // groups)
+            interleave_groups(flat(inputs[0]), flat(output), groups, shape[axis] // groups, copies.processor)
 
         return interleave
     if groups:
         # A shuffle is a transposition, whose addresses need no table.
         length = shape[axis] // groups
         split = (outer, groups, length, inner)
-        return _permute(Movement("permute_dims", split, (outer, length, groups, inner), (0, 2, 1, 3)), lanes)
-    total = elements(operator.output_shape)
+        return _permute(Movement("permute_dims", split, (outer, length, groups, inner), (0, 2, 1, 3)), copies)
 
     def emit(inputs: Sequence[Buffer], constants: Sequence[Buffer], output: Buffer) -> None:
         source, target = flat(inputs[0]), flat(output)
-        with _nest((outer, len(indices)), total) as (row, position):
+        with copies.nest((outer, len(indices)), inner) as (row, position):
             source_start = (row * shape[axis] + constants[0][position]) * inner
-            _copy(source, source_start, target, (row * len(indices) + position) * inner, inner, lanes)
+            _copy(source, source_start, target, (row * len(indices) + position) * inner, inner, copies.lanes)
 
     return emit
 
 
-def _pad(request: KernelRequest, operator: Movement, lanes: int) -> Emit:
-    shape, output_shape = operator.input_shape, operator.output_shape
+def _pad(request: KernelRequest, operator: Movement, copies: _Copies) -> Emit:
+    shape, output_shape, lanes = operator.input_shape, operator.output_shape, copies.lanes
     before, after = operator.parameters[::2], operator.parameters[1::2]
     # Trailing axes without padding move as one run.
     last = max((axis for axis in range(len(shape)) if before[axis] or after[axis]), default=0)
@@ -279,7 +316,7 @@ def _pad(request: KernelRequest, operator: Movement, lanes: int) -> Emit:
 
     def emit(inputs: Sequence[Buffer], constants: Sequence[Buffer], output: Buffer) -> None:
         source, target = flat(inputs[0]), flat(output)
-        with _nest(output_shape[:last], elements(output_shape)) as indices:
+        with copies.nest(output_shape[:last], left + run + right) as indices:
             fill = LlvmPrimitives().bind(stored_fill(LlvmPrimitives(), constants[0][0], request.output))
             start = _dot(indices, target_strides[:last])
             positions = [index - offset for index, offset in zip(indices, before, strict=False)]

@@ -33,14 +33,27 @@ from tvm_hquant.kernels.primitives import (
     requantize,
     widen,
 )
+from tvm_hquant.kernels.processor import ASSUMED_PROCESSOR, Processor
 from tvm_hquant.kernels.reference_blocks import block
-from tvm_hquant.kernels.vector_loops import fitting_lanes, flat, flat_loop, load, row_loop, store, vector_loop
+from tvm_hquant.kernels.vector_loops import (
+    ARITHMETIC,
+    fitting_lanes,
+    flat,
+    flat_loop,
+    load,
+    row_loop,
+    store,
+    vector_loop,
+    vectors,
+)
 from tvm_hquant.operators import Multiply, Shape
 
 _INTEGER_TYPES: tuple[ArrayType, ...] = (((1,), "float32"), ((2,), "float32"), ((3,), "int32"))
 
 
-def multiplication_kernel(request: KernelRequest, lanes: int) -> Kernel | None:
+def multiplication_kernel(
+    request: KernelRequest, lanes: int, processor: Processor = ASSUMED_PROCESSOR
+) -> Kernel | None:
     """Rows of neighbours in vectors of ``lanes`` float32; None for other operators, and for codes times floats."""
     if not isinstance(request.operator, Multiply) or not _is_uniform(request):
         return None
@@ -60,10 +73,11 @@ def multiplication_kernel(request: KernelRequest, lanes: int) -> Kernel | None:
             store(target, row * geometry.run + start, _product(request, LlvmPrimitives(), values, constants), width)
 
         if geometry.rows == 1:
-            with flat_loop(geometry.run, width) as start:
+            with flat_loop(geometry.run, width, ARITHMETIC, processor) as start:
                 finish(T.int32(0), start)
             return
-        with row_loop(geometry.rows, geometry.rows * geometry.run) as row, vector_loop(geometry.run, width) as start:
+        instructions = geometry.rows * vectors(geometry.run, width) * ARITHMETIC
+        with row_loop(geometry.rows, instructions, processor) as row, vector_loop(geometry.run, width) as start:
             finish(row, start)
 
     return _kernel(request, f"common.multiply[{width}]", emit)

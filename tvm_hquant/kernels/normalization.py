@@ -22,6 +22,7 @@ from tvm_hquant.kernels.primitives import (
     select,
     widen,
 )
+from tvm_hquant.kernels.processor import ASSUMED_PROCESSOR, Processor
 from tvm_hquant.kernels.vector_loops import (
     elements,
     fitting_lanes,
@@ -36,35 +37,43 @@ from tvm_hquant.kernels.vector_loops import (
 from tvm_hquant.operators import LocalResponseNormalization, Softmax
 
 _LINES = 8
-"""Pixels whose channels local response normalization takes at once, and rows whose sums softmax makes at once."""
+"""Pixels whose channels local response normalization takes at once, and rows whose sums softmax makes at once, at most."""
 _SIDE_BY_SIDE = 4
 """Vectors whose powers are computed side by side: the steps of one polynomial wait for each other."""
+_EXPONENTIAL, _POWER = 40, 80
+"""Instructions of softmax and of local response normalization for a vector of float32."""
 
 
-def normalization_kernel(request: KernelRequest, lanes: int) -> Kernel | None:
+def normalization_kernel(request: KernelRequest, lanes: int, processor: Processor = ASSUMED_PROCESSOR) -> Kernel | None:
     """Softmax and local response normalization between float storages; None for everything else."""
     operator = request.operator
     if is_code(request.inputs[0]) or is_code(request.output):
         return None
     if isinstance(operator, Softmax):
-        return _softmax(request, operator, lanes)
+        return _softmax(request, operator, lanes, processor)
     if isinstance(operator, LocalResponseNormalization):
-        return _local_response_normalization(request, operator, _SIDE_BY_SIDE * lanes)
+        return _local_response_normalization(request, operator, _SIDE_BY_SIDE * lanes, processor)
     return None
 
 
-def _softmax(request: KernelRequest, operator: Softmax, lanes: int) -> Kernel:
+def _fitting_lines(rows: int, line_elements: int, cache_bytes: int) -> int:
+    """Lines of float32 that are worked on at once: a power of two, as many as half of a cache holds."""
+    return fitting_lanes(min(rows, max(1, cache_bytes // (2 * 4 * line_elements))), _LINES)
+
+
+def _softmax(request: KernelRequest, operator: Softmax, lanes: int, processor: Processor) -> Kernel:
     """Where the axis is the last, :func:`_softmax_of_rows`; elsewhere neighbouring sums share a vector."""
     p, source_storage = LlvmPrimitives(), request.inputs[0]
     shape, axis = operator.shape, operator.axis
     outer, length, inner = elements(shape[:axis]), shape[axis], elements(shape[axis + 1 :])
     if inner == 1:
-        return _softmax_of_rows(request, operator, outer, fitting_lanes(length, lanes))
+        return _softmax_of_rows(request, operator, outer, fitting_lanes(length, lanes), processor)
     width = fitting_lanes(inner, lanes)
 
     def emit(inputs: Sequence[Buffer], _: Sequence[Buffer], output: Buffer) -> None:
         source, target = flat(inputs[0]), flat(output)
-        with row_loop(outer, elements(shape)) as row:
+        instructions = outer * vectors(inner, width) * length * _EXPONENTIAL
+        with row_loop(outer, instructions, processor) as row:
             scratch = T.alloc_buffer((length * width,), "float32")
             with vector_loop(inner, width) as column:
                 base = row * (length * inner) + column
@@ -90,11 +99,12 @@ def _softmax(request: KernelRequest, operator: Softmax, lanes: int) -> Kernel:
     return Kernel(request, f"common.softmax[{width}]", function, pack_only(request, NoConstants))
 
 
-def _softmax_of_rows(request: KernelRequest, operator: Softmax, rows: int, width: int) -> Kernel:
+def _softmax_of_rows(request: KernelRequest, operator: Softmax, rows: int, width: int, processor: Processor) -> Kernel:
     """Everything but the sum goes in vectors along a row. The sum's order is fixed, so several rows are summed side by side:
-    the additions of one wait for each other."""
+    the additions of one wait for each other longer than for the second-level cache."""
     p, source_storage = LlvmPrimitives(), request.inputs[0]
-    length, lines = operator.shape[operator.axis], fitting_lanes(rows, _LINES)
+    length = operator.shape[operator.axis]
+    lines = _fitting_lines(rows, length, processor.l2_bytes)
 
     def largest_of(source: Buffer, base: Expression) -> Expression:
         """The largest value of a row, NaN left out. The order does not matter: exp(x − m) is the same for 0 and −0."""
@@ -112,7 +122,8 @@ def _softmax_of_rows(request: KernelRequest, operator: Softmax, rows: int, width
 
     def emit(inputs: Sequence[Buffer], _: Sequence[Buffer], output: Buffer) -> None:
         source, target = flat(inputs[0]), flat(output)
-        with row_loop(vectors(rows, lines), elements(operator.shape)) as group:
+        instructions = rows * vectors(length, width) * _EXPONENTIAL
+        with row_loop(vectors(rows, lines), instructions, processor) as group:
             first = T.bind(vector_start(group, rows, lines))
             powers = T.alloc_buffer((lines * length,), "float32")
             with T.serial(lines) as line:
@@ -145,7 +156,9 @@ def normalized(p: Primitives, operator: LocalResponseNormalization, x: Expressio
     return p.multiply(x, power_of_bounded(p, base, exponent, bias) if scale >= 0 else power(p, base, exponent))
 
 
-def _local_response_normalization(request: KernelRequest, operator: LocalResponseNormalization, lanes: int) -> Kernel:
+def _local_response_normalization(
+    request: KernelRequest, operator: LocalResponseNormalization, lanes: int, processor: Processor
+) -> Kernel:
     """Pixels are widened into lines with zeros at both ends: a square of 0 changes no sum.
 
     Several lines are written before the first is read, since reading across what was just stored in parts stalls.
@@ -153,7 +166,8 @@ def _local_response_normalization(request: KernelRequest, operator: LocalRespons
     p, source_storage = LlvmPrimitives(), request.inputs[0]
     channels, rows = operator.shape[-1], elements(operator.shape[:-1])
     before, width = (operator.size - 1) // 2, fitting_lanes(channels, lanes)
-    padded, lines = channels + operator.size - 1, fitting_lanes(rows, _LINES)
+    padded = channels + operator.size - 1
+    lines = _fitting_lines(rows, padded, processor.l1_bytes)
 
     def fill_line(source: Buffer, line: Buffer, first: Expression, row: Expression) -> None:
         for begin, count in ((0, before), (before + channels, operator.size - 1 - before)):
@@ -175,7 +189,8 @@ def _local_response_normalization(request: KernelRequest, operator: LocalRespons
 
     def emit(inputs: Sequence[Buffer], _: Sequence[Buffer], output: Buffer) -> None:
         source, target = flat(inputs[0]), flat(output)
-        with row_loop(vectors(rows, lines), elements(operator.shape)) as group:
+        instructions = rows * vectors(channels, width) * _SIDE_BY_SIDE * _POWER
+        with row_loop(vectors(rows, lines), instructions, processor) as group:
             first_row = T.bind(vector_start(group, rows, lines))
             line = T.alloc_buffer((lines * padded,), "float32")
             with T.serial(lines) as k:

@@ -16,14 +16,13 @@ from tvm_hquant.kernels.activation_copy import ActivationCopy
 from tvm_hquant.kernels.interface import Array
 from tvm_hquant.kernels.kernel_function import Buffer
 from tvm_hquant.kernels.primitives import Expression, broadcast, convert, lanes_of
+from tvm_hquant.kernels.processor import ASSUMED_PROCESSOR, Processor
 from tvm_hquant.kernels.vector_loops import fitting_lanes, load, store, vector_loop
 from tvm_hquant.operators import Conv2D, Window
 
 _MOST_CHANNELS = 4
 _MOST_ELEMENTS = 4 * 7 * 7
 _VECTOR_BYTES = 16
-_PATCH_BYTES = 16 * 1024
-"""Patches that exist at a time: they stay in the first-level cache."""
 _CLEAR_GAIN = 0.9
 """Patches have to leave this share of the steps of rows at most, for copying them takes a little longer."""
 
@@ -55,12 +54,13 @@ def takes_patches(conv: Conv2D, products: int, splits_pixels: bool, lanes: int) 
     return by_patches <= _CLEAR_GAIN * by_rows and saved > height
 
 
-def conv_of_patches(conv: Conv2D) -> Conv2D:
-    """The 1×1 convolution over patches. A row of its map has the patches of some output rows, as many as the cache holds."""
+def conv_of_patches(conv: Conv2D, processor: Processor = ASSUMED_PROCESSOR) -> Conv2D:
+    """The 1×1 convolution over patches. A row of its map has the patches of some output rows, as many as half of the
+    first-level cache holds, with one such row for every core at least."""
     n, height, width, _ = conv.output_shape
     elements = conv.in_channels * conv.window.kernel[0] * conv.window.kernel[1]
-    fitting = (r for r in range(1, n * height + 1) if n * height % r == 0 and r * width * elements <= _PATCH_BYTES)
-    rows = max(fitting, default=1)
+    most = min(processor.l1_bytes // 2 // (width * elements), n * height // processor.cores)
+    rows = max((r for r in range(1, most + 1) if n * height % r == 0), default=1)
     shape = (1, n * height // rows, rows * width, elements)
     return Conv2D(shape, conv.out_channels, Window((1, 1)), 1, conv.epilogue)
 

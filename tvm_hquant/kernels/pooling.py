@@ -28,10 +28,14 @@ from tvm_hquant.kernels.primitives import (
     select,
     widen,
 )
-from tvm_hquant.kernels.vector_loops import elements, fitting_lanes, flat, load, row_loop, store, vector_loop
+from tvm_hquant.kernels.processor import ASSUMED_PROCESSOR, Processor
+from tvm_hquant.kernels.vector_loops import ARITHMETIC, fitting_lanes, flat, load, row_loop, store, vector_loop, vectors
 from tvm_hquant.kernels.window_axis import window_axes
 from tvm_hquant.operators import AveragePool2D, MaxPool2D
 from tvm_hquant.tensor_format import STORAGE_DTYPE
+
+_STEP = 3
+"""Instructions that take an element of the window."""
 
 Pool = MaxPool2D | AveragePool2D
 
@@ -77,26 +81,34 @@ class _Accumulator:
         store(self._cell, 0, value, self._lanes)
 
 
-def pool_kernel(request: KernelRequest, vector_bytes: int) -> Kernel | None:
+def pool_kernel(request: KernelRequest, vector_bytes: int, processor: Processor = ASSUMED_PROCESSOR) -> Kernel | None:
     """Max and average pools; None for other operators, or where codes would be averaged to or from floats."""
     operator, source = request.operator, request.inputs[0]
     if isinstance(operator, MaxPool2D):
         if source != request.output:
             return None
         item = np.dtype(STORAGE_DTYPE[source]).itemsize if is_code(source) else 4
-        return _max_pool(request, operator, vector_bytes // item)
+        return _max_pool(request, operator, vector_bytes // item, processor)
     if isinstance(operator, AveragePool2D):
         if is_code(source):
-            return _integer_average_pool(request, operator, vector_bytes // 4)
-        return None if is_code(request.output) else _float_average_pool(request, operator, vector_bytes // 4)
+            return _integer_average_pool(request, operator, vector_bytes // 4, processor)
+        return None if is_code(request.output) else _float_average_pool(request, operator, vector_bytes // 4, processor)
     return None
 
 
 class _PoolLoops:
     """The loops around a window: one output vector after the other."""
 
-    def __init__(self, request: KernelRequest, operator: Pool, lanes: int, source: Buffer, output: Buffer) -> None:
-        self.request = request
+    def __init__(
+        self,
+        request: KernelRequest,
+        operator: Pool,
+        lanes: int,
+        processor: Processor,
+        source: Buffer,
+        output: Buffer,
+    ) -> None:
+        self.request, self.processor = request, processor
         self.operator, self.lanes = operator, fitting_lanes(operator.input_shape[3], lanes)
         self.source, self.output = flat(source), flat(output)
 
@@ -105,8 +117,9 @@ class _PoolLoops:
         _, height, width, channels = self.operator.input_shape
         batch, out_h, out_w, _ = self.operator.output_shape
         rows, columns = window_axes(self.operator.input_shape, self.operator.window)
-        work = elements(self.operator.output_shape) * rows.kernel * columns.kernel
-        with row_loop(batch * out_h, work) as line:
+        outputs = batch * out_h * out_w * vectors(channels, self.lanes)
+        instructions = outputs * (rows.kernel * columns.kernel * _STEP + ARITHMETIC)
+        with row_loop(batch * out_h, instructions, self.processor) as line:
             image, row = T.floordiv(line, out_h), T.floormod(line, out_h)
             row_begin, row_end = rows.steps(row)
             with T.serial(out_w) as column:
@@ -123,7 +136,7 @@ class _PoolLoops:
                     store(self.output, place + channel, result, self.lanes)
 
 
-def _max_pool(request: KernelRequest, operator: MaxPool2D, lanes: int) -> Kernel:
+def _max_pool(request: KernelRequest, operator: MaxPool2D, lanes: int, processor: Processor) -> Kernel:
     storage = request.inputs[0]
     dtype = STORAGE_DTYPE[storage] if is_code(storage) else "float32"
     lowest = 0.0 if is_code(storage) else float("-inf")
@@ -136,13 +149,13 @@ def _max_pool(request: KernelRequest, operator: MaxPool2D, lanes: int) -> Kernel
         return largest if is_code(storage) else narrow(LlvmPrimitives(), largest, storage, may_be_nan=False)
 
     def emit(inputs: Sequence[Buffer], _: Sequence[Buffer], output: Buffer) -> None:
-        _PoolLoops(request, operator, lanes, inputs[0], output).emit(dtype, lowest, step, finish)
+        _PoolLoops(request, operator, lanes, processor, inputs[0], output).emit(dtype, lowest, step, finish)
 
     function = kernel_function(request, (), emit)
     return Kernel(request, f"common.max_pool2d[{lanes}]", function, pack_only(request, NoConstants))
 
 
-def _integer_average_pool(request: KernelRequest, operator: AveragePool2D, lanes: int) -> Kernel:
+def _integer_average_pool(request: KernelRequest, operator: AveragePool2D, lanes: int, processor: Processor) -> Kernel:
     _, out_h, out_w, _ = operator.output_shape
     types: tuple[ArrayType, ...] = (((out_h, out_w), "float32"), ((2,), "float32"), ((2,), "int32"))
     dtype = sum_dtype(operator, request.inputs[0])
@@ -159,14 +172,14 @@ def _integer_average_pool(request: KernelRequest, operator: AveragePool2D, lanes
             value = p.fma(value, factor, float_like(0.0, value))
             return requantize(p, value, bounds[0], bounds[1], zero_points[1], request.output)
 
-        _PoolLoops(request, operator, lanes, inputs[0], output).emit(dtype, 0, step, finish)
+        _PoolLoops(request, operator, lanes, processor, inputs[0], output).emit(dtype, 0, step, finish)
 
     function = kernel_function(request, types, emit)
     pack = pack_only(request, IntegerElementwiseConstants)
     return Kernel(request, f"common.average_pool2d[{lanes}]", function, pack)
 
 
-def _float_average_pool(request: KernelRequest, operator: AveragePool2D, lanes: int) -> Kernel:
+def _float_average_pool(request: KernelRequest, operator: AveragePool2D, lanes: int, processor: Processor) -> Kernel:
     p = LlvmPrimitives()
 
     def step(total: Expression, value: Expression) -> Expression:
@@ -177,7 +190,7 @@ def _float_average_pool(request: KernelRequest, operator: AveragePool2D, lanes: 
         return narrow(p, p.multiply(total, factor), request.output)
 
     def emit(inputs: Sequence[Buffer], _: Sequence[Buffer], output: Buffer) -> None:
-        _PoolLoops(request, operator, lanes, inputs[0], output).emit("float32", 0.0, step, finish)
+        _PoolLoops(request, operator, lanes, processor, inputs[0], output).emit("float32", 0.0, step, finish)
 
     function = kernel_function(request, (), emit)
     return Kernel(request, f"common.average_pool2d[{lanes}]", function, pack_only(request, NoConstants))

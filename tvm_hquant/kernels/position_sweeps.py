@@ -20,9 +20,6 @@ import numpy.typing as npt
 from tvm_hquant.kernels.row_tiles import cut_row
 from tvm_hquant.kernels.window_axis import WindowAxis
 
-_BAND_BYTES = 64 * 1024
-"""Sums that stay in the nearer caches from one sweep to the next."""
-
 
 @dataclass(frozen=True)
 class PositionSweeps:
@@ -32,19 +29,21 @@ class PositionSweeps:
         axes: the window along rows and columns.
         pixels: of a tile.
         pixel_bytes: of the sums of a pixel.
+        band_bytes: of the sums of a band, at most.
         cost: what a tile of so many pixels takes.
     """
 
     axes: tuple[WindowAxis, WindowAxis]
     pixels: int
     pixel_bytes: int
+    band_bytes: int
     cost: Callable[[int], float]
 
     @cached_property
     def band_rows(self) -> int:
         """Rows of output in a band; the last one may have fewer."""
         height, width = (axis.output_size for axis in self.axes)
-        bands = -(-height * width * self.pixel_bytes // _BAND_BYTES)
+        bands = -(-height * width * self.pixel_bytes // self.band_bytes)
         return -(-height // min(bands, height))
 
     @property

@@ -22,17 +22,20 @@ from tvm_hquant.kernels.primitives import (
     requantize,
     widen,
 )
+from tvm_hquant.kernels.processor import ASSUMED_PROCESSOR, Processor
 from tvm_hquant.kernels.reference_blocks import block
-from tvm_hquant.kernels.vector_loops import elements, fitting_lanes, flat, load, row_loop, store, vector_loop
+from tvm_hquant.kernels.vector_loops import ARITHMETIC, fitting_lanes, flat, load, row_loop, store, vector_loop, vectors
 from tvm_hquant.operators import Positions, Resize2D
 
 _INTEGER_TYPES: tuple[ArrayType, ...] = (((1,), "float32"), ((2,), "float32"), ((2,), "int32"))
+_PIXELS = 4
+"""Of the input for one of the output."""
 
 Pixel = Callable[[Expression, Expression], Expression]
 """The stored values at an input row and column."""
 
 
-def resize_kernel(request: KernelRequest, lanes: int) -> Kernel | None:
+def resize_kernel(request: KernelRequest, lanes: int, processor: Processor = ASSUMED_PROCESSOR) -> Kernel | None:
     """The vector kernel of a linear resize; None for other operators and storages that no precision makes."""
     operator = request.operator
     if not isinstance(operator, Resize2D) or not _is_possible(request):
@@ -42,7 +45,8 @@ def resize_kernel(request: KernelRequest, lanes: int) -> Kernel | None:
 
     def emit(inputs: Sequence[Buffer], constants: Sequence[Buffer], output: Buffer) -> None:
         source, target, p = flat(inputs[0]), flat(output), LlvmPrimitives()
-        with row_loop(batch * out_height, elements(operator.output_shape)) as line:
+        instructions = batch * out_height * out_width * vectors(channels, vector) * _PIXELS * ARITHMETIC
+        with row_loop(batch * out_height, instructions, processor) as line:
             image, row = T.floordiv(line, out_height), T.floormod(line, out_height)
             rows = _between(p, operator.rows, row, height)
             with T.serial(out_width) as column:

@@ -20,6 +20,9 @@ _KEPT_SUM = 3
 """Instructions that a vector of sums costs which is fetched from a buffer and put back there."""
 _ADDRESSES = 8
 """Pixels of a tile that runs over ends of rows, at most: each is read at an address of its own, in a register."""
+_SHARE = 8
+"""Of the second-level cache an eighth is for sums, which stay there from one sweep to the next; activations and weights pass
+through it."""
 _WORTHWHILE = 0.985
 """Sweeps have to take this much less time than tiles of a row."""
 
@@ -57,7 +60,7 @@ class SweepCosts:
         def cost(pixels: int) -> float:
             return steps * costs.of_step(pixels, tile.vectors) + _KEPT_SUM * pixels * tile.vectors + TILE
 
-        return PositionSweeps(geometry.axes, tile.pixels, size, cost)
+        return PositionSweeps(geometry.axes, tile.pixels, size, geometry.processor.l2_bytes // _SHARE, cost)
 
     def cheaper_tiles(self, tiles: Sequence[Tile]) -> Sequence[tuple[float, Tile]]:
         """Those of ``tiles`` that sweeps may have, each with the instructions of a map, the cheapest first; none where the

@@ -50,7 +50,7 @@ class SweepEmitter:
         images, bands = geometry.conv.input_shape[0], sweeps.bands
         height, width = geometry.output_size
         items = geometry.blocks * images * bands
-        loop = T.parallel if geometry.processor.shares(geometry.conv.macs) and items > 1 else T.serial
+        loop = T.parallel if geometry.processor.shares(geometry.cost) and items > 1 else T.serial
         with loop(items) as item:
             channel_block, image = T.bind(item // (images * bands)), T.bind(item // bands % images)
             band = T.bind(item % bands)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,6 +11,7 @@ import numpy as np
 from tvm_hquant.kernels.packed_epilogue import vector_groups
 from tvm_hquant.kernels.processor import CACHE_LINE
 from tvm_hquant.kernels.row_tiles import TileRun
+from tvm_hquant.operators import Conv2D
 
 if TYPE_CHECKING:
     from tvm_hquant.kernels.anchor_geometry import AnchorGeometry
@@ -31,6 +33,13 @@ TILE = 20
 _LINES_OF_A_SET = 4
 """Pixels of a tile that may share a set with no loss; every further one costs ``_CROWDED`` of a step."""
 _CROWDED = 0.04
+
+
+def of_depthwise(conv: Conv2D, lanes: int, products: int = 1) -> float:
+    """Instructions of a depthwise convolution in vectors of so many channels, which take so many products of an output by a
+    load and a multiply-add."""
+    steps = -(-prod(conv.window.kernel) // products)
+    return prod(conv.output_shape) / lanes * (2 * steps + _EPILOGUE)
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,13 @@ from tvm.tirx.script import builder as T
 
 from tvm_hquant.kernels.kernel_function import Buffer
 from tvm_hquant.kernels.primitives import Expression, vector_type
+from tvm_hquant.kernels.processor import Processor
 from tvm_hquant.operators import Shape
 
-PARALLEL_ELEMENTS = 16384
-"""Loops over fewer elements stay on one thread: starting a second one costs more than it saves."""
-
-_CHUNKS = 16
-"""Pieces that a flat loop is cut into for the threads."""
+MOVE = 2
+"""Instructions that move a vector."""
+ARITHMETIC = 12
+"""Instructions that compute a vector of float32, as a rule: loads, conversions, a multiply-add, limits, a store."""
 
 
 def elements(shape: Shape) -> int:
@@ -92,26 +92,23 @@ def vector_loop(length: int, lanes: int) -> Iterator[Expression]:
 
 
 @contextmanager
-def flat_loop(length: int, lanes: int) -> Iterator[Expression]:
-    """As :func:`vector_loop`, shared out to threads where there are elements enough."""
-    if length < PARALLEL_ELEMENTS:
+def flat_loop(length: int, lanes: int, instructions: float, processor: Processor) -> Iterator[Expression]:
+    """As :func:`vector_loop`, shared out to threads where vectors that take so many ``instructions`` each are work enough.
+
+    Only where ``lanes`` does not divide ``length`` it comes to some elements more than once.
+    """
+    count = vectors(length, lanes)
+    if not processor.shares(count * instructions):
         with vector_loop(length, lanes) as start:
             yield start
         return
-    count = vectors(length, lanes)
-    inner = vectors(count, _CHUNKS)
-    with T.parallel(vectors(count, inner)) as chunk, T.serial(inner) as index:
-        position = (chunk * inner + index) * lanes
-        yield T.bind(T.min(position, length - lanes) if flat_loop_overlaps(length, lanes) else position)
+    inner = vectors(count, processor.fewest_items)
+    with T.parallel(vectors(count, inner)) as item:
+        first = T.bind(item * inner)
+        with T.serial(inner if count % inner == 0 else T.min(inner, count - first)) as index:
+            yield T.bind(vector_start(first + index, length, lanes))
 
 
-def flat_loop_overlaps(length: int, lanes: int) -> bool:
-    """Whether :func:`flat_loop` comes to some elements more than once."""
-    count = vectors(length, lanes)
-    is_cut = length >= PARALLEL_ELEMENTS and count % vectors(count, _CHUNKS) > 0
-    return is_cut or length % lanes > 0
-
-
-def row_loop(rows: int, elements_in_all: int) -> Any:
-    """A loop over rows, shared out to threads where there are elements enough."""
-    return T.parallel(rows) if rows > 1 and elements_in_all >= PARALLEL_ELEMENTS else T.serial(rows)
+def row_loop(rows: int, instructions: float, processor: Processor) -> Any:
+    """A loop over rows, shared out to threads where they are work enough, in ``instructions`` of all together."""
+    return T.parallel(rows) if rows > 1 and processor.shares(instructions) else T.serial(rows)

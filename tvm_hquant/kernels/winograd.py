@@ -29,7 +29,7 @@ from tvm_hquant.kernels.interface import Array, Kernel, KernelRequest, LayerCons
 from tvm_hquant.kernels.kernel_function import Buffer, kernel_function
 from tvm_hquant.kernels.packed_epilogue import PackedEpilogue, channel_order
 from tvm_hquant.kernels.primitives import Expression, convert, int_like
-from tvm_hquant.kernels.processor import CACHE_LINE
+from tvm_hquant.kernels.processor import ASSUMED_PROCESSOR, CACHE_LINE, Processor
 from tvm_hquant.kernels.row_tiles import TileRun, cut_row
 from tvm_hquant.kernels.vector_loops import flat, load, store
 from tvm_hquant.kernels.x86_byte_vectors import ByteVectors
@@ -53,13 +53,8 @@ _LANES = 16
 _SUMS = 6
 """Tiles whose sums are in registers at a time, in ``_VECTORS`` vectors of output channels."""
 _VECTORS = 2
-_SOURCE_BYTES = 416 * 1024
-"""Transformed codes that exist at a time: with the weights of some channels they stay in the second-level cache."""
-_WEIGHTS_READ_AGAIN = 256 * 1024
-"""Bytes of transformed weights up to which a map is cut into two blocks at least, for two threads that make all of them."""
-_FEWEST_TILES = 24
-"""Of such a block."""
-_PARALLEL_MACS = 100_000
+_MOST_WORK = 1.05
+"""Times the least work, at most, that blocks for the cores may be: a network may run on fewer of them than it is made for."""
 
 _TAPS = 3
 """Rows and columns of the window."""
@@ -82,19 +77,20 @@ def can_transform(request: KernelRequest, lanes: int) -> bool:
     )
 
 
-def saved_products(conv: Conv2D) -> float:
+def saved_products(conv: Conv2D, lanes: int, processor: Processor = ASSUMED_PROCESSOR) -> float:
     """How many times fewer products are taken: at most 2.25, less where the last tiles or blocks of them overlap others, and
     less by what transforming the weights takes for each block."""
-    geometry = WinogradGeometry(conv, 1)
     outputs = conv.input_shape[0] * prod(conv.output_shape[1:3])
-    tiles = geometry.blocks * (geometry.block_tiles + _TRANSFORM_TILES)
+    tiles = WinogradGeometry(conv, lanes, processor).work
     return outputs / _OUTPUTS**2 * _DIRECT_PRODUCTS / (tiles * _POSITIONS)
 
 
-def winograd_kernel(request: KernelRequest, vectors: ByteVectors, family: str) -> Kernel:
+def winograd_kernel(
+    request: KernelRequest, vectors: ByteVectors, family: str, processor: Processor = ASSUMED_PROCESSOR
+) -> Kernel:
     """The kernel of a layer that :func:`can_transform`."""
     assert isinstance(request.operator, Conv2D)
-    geometry = WinogradGeometry(request.operator, vectors.words)
+    geometry = WinogradGeometry(request.operator, vectors.words, processor)
     types = integer_array_types(geometry.weight_elements, "int8", geometry.conv.out_channels, 1, 1, "int32")
 
     def pack(constants: LayerConstants) -> tuple[Array, ...]:
@@ -113,6 +109,7 @@ class WinogradGeometry:
 
     conv: Conv2D
     lanes: int
+    processor: Processor = ASSUMED_PROCESSOR
     planes: int = 1
     points: int = 1
 
@@ -124,18 +121,54 @@ class WinogradGeometry:
 
     @cached_property
     def block_rows(self) -> int:
-        """Rows of tiles that are transformed before they are multiplied: as the cache holds, and as divide the map best."""
+        """Rows of tiles that are transformed before they are multiplied.
+
+        As the second-level cache holds at most, and of these as let the cores be done first, but with little more work in all.
+        Blocks that do not stay in the cache take no longer by themselves, since it is read in order; they gain nothing either.
+        """
         rows, columns = self.tiles
-        most = min(rows, max(1, _SOURCE_BYTES // (2 * _POSITIONS * columns * self.conv.in_channels)))
-        transformed = 2 * _POSITIONS * self.conv.in_channels * self.conv.out_channels
-        if transformed <= _WEIGHTS_READ_AGAIN and rows // 2 * columns >= _FEWEST_TILES:
-            most = min(most, rows // 2)
-        return min(range((most + 1) // 2, most + 1), key=lambda count: (-(-rows // count) * count, -count))
+        most = min(rows, max(1, self.processor.l2_bytes // (2 * _POSITIONS * columns * self.conv.in_channels)))
+        work = {count: self._work(count) for count in range(1, most + 1)}
+        allowed = [count for count in work if work[count] <= _MOST_WORK * min(work.values())]
+        return min(allowed, key=lambda count: (self._span(count), work[count], -count))
+
+    def _blocks(self, rows: int) -> int:
+        """Blocks of so many rows in all images."""
+        return self.conv.input_shape[0] * -(-self.tiles[0] // rows)
+
+    def _work(self, rows: int) -> int:
+        """Tiles of blocks of so many rows, and what transforming the weights for each takes, in tiles."""
+        return self._blocks(rows) * (rows * self.tiles[1] + _TRANSFORM_TILES)
+
+    def _span(self, rows: int) -> int:
+        """The same of the core that is done last, times the blocks of channels."""
+        return min(self._turns(rows)) * (rows * self.tiles[1] + _TRANSFORM_TILES)
+
+    def _turns(self, rows: int) -> tuple[int, int]:
+        """How many blocks of tiles and channels a core takes: where cores share the blocks of tiles, and where the channels."""
+        blocks, cores = self._blocks(rows), self.processor.cores
+        return -(-blocks // cores) * self.channel_blocks, blocks * -(-self.channel_blocks // cores)
+
+    @property
+    def shares_tiles(self) -> bool:
+        """Whether cores share the blocks of tiles, not the channels of each."""
+        by_tiles, by_channels = self._turns(self.block_rows)
+        return by_tiles <= by_channels
+
+    @property
+    def work(self) -> int:
+        """Tiles in all, with what transforming the weights takes."""
+        return self._work(self.block_rows)
+
+    @property
+    def instructions(self) -> float:
+        """Multiply-adds of vectors."""
+        return self.work * _POSITIONS * self.conv.in_channels / 2 * self.conv.out_channels / self.lanes
 
     @property
     def blocks(self) -> int:
         """Blocks of tiles of all images."""
-        return self.conv.input_shape[0] * -(-self.tiles[0] // self.block_rows)
+        return self._blocks(self.block_rows)
 
     @property
     def channel_blocks(self) -> int:
@@ -221,11 +254,10 @@ class _Emitter:
             height, width = geometry.padded_size
             padded = T.alloc_buffer((images * height * width * channels,), "uint8")
             fill = T.Cast("uint8", self.zero_points[2])
-            ActivationCopy(conv, channels, "uint8", "uint8", self.source, padded, (fill,)).emit()
+            ActivationCopy(conv, channels, "uint8", "uint8", self.source, padded, (fill,), 0, geometry.processor).emit()
             self.source = padded
         per_image = geometry.blocks // images
-        # Threads share the blocks of tiles, or the channels where there are more blocks of those.
-        by_tiles = geometry.blocks >= geometry.channel_blocks
+        by_tiles = geometry.shares_tiles
         with self._shared(geometry.blocks, by_tiles) as number:
             transformed = T.alloc_buffer((_POSITIONS * geometry.source_stride,), "int16")
             image = T.bind(number // per_image)
@@ -243,7 +275,7 @@ class _Emitter:
 
     def _shared(self, count: int, is_wanted: bool) -> Any:
         """A loop that threads share, if wanted, where there is work enough."""
-        is_shared = is_wanted and count > 1 and self.geometry.conv.macs > _PARALLEL_MACS
+        is_shared = is_wanted and count > 1 and self.geometry.processor.shares(self.geometry.instructions)
         return T.parallel(count) if is_shared else T.serial(count)
 
     def _pixel(self, first: Expression, row: Expression, column: Expression) -> tuple[Expression, Expression]:

@@ -32,6 +32,7 @@ from tvm_hquant.kernels.instruction_set import InstructionSet
 from tvm_hquant.kernels.interface import Array, Kernel, KernelRequest, LayerConstants
 from tvm_hquant.kernels.kernel_function import Buffer, imported_functions, kernel_function
 from tvm_hquant.kernels.primitives import Expression
+from tvm_hquant.kernels.processor import ASSUMED_PROCESSOR, Processor
 from tvm_hquant.kernels.shuffled_outputs import is_order_of_constants, with_shuffled_outputs
 from tvm_hquant.kernels.vector_loops import flat, load, store
 from tvm_hquant.operators import Conv2D, Dense
@@ -42,8 +43,8 @@ _TILE_ROWS = 16
 _TILE_BYTES = _TILE_ROWS * _ROW_BYTES
 _FEWEST_PIXELS = 4
 """With fewer pixels in a row, loading weights into tiles takes longer than dot products do."""
-_WEIGHTS_IN_CACHE = 512 * 1024
-"""Weights larger than this are walked through once, in the outer loop."""
+_EPILOGUE = 8
+"""Instructions that finish a vector of sums."""
 INSTRUCTIONS = "llvm.x86."
 """What LLVM's names of the instructions begin with."""
 ASK_PERMISSION = (
@@ -60,11 +61,13 @@ class AmxGeometry:
         conv: the convolution; dense layers are 1×1 ones. One group, columns of the kernel side by side.
         points: weight tensors.
         planes: byte planes of the activations.
+        processor: that work is cut for.
     """
 
     conv: Conv2D
     points: int
     planes: int
+    processor: Processor = ASSUMED_PROCESSOR
 
     @property
     def output_size(self) -> tuple[int, int]:
@@ -151,18 +154,32 @@ class AmxGeometry:
         return np.ascontiguousarray(split.transpose(0, 1, 4, 5, 2, 6, 3, 7).reshape(-1))
 
     @property
+    def weights_stay_outside(self) -> bool:
+        """Whether the loop over output channels is the outer one: weights that the second-level cache does not hold are walked
+        through once."""
+        return self.points * self.weight_elements > self.processor.l2_bytes
+
+    @property
+    def instructions(self) -> float:
+        """Cycles of the dot products, one for a row of activations, and instructions that finish sums."""
+        rows, width = self.conv.input_shape[0] * self.output_size[0], self.output_size[1]
+        tiles = rows * -(-width // self.pixels_in_all) * self.blocks
+        steps = self.points * self.planes * self.conv.window.kernel[0] * self.steps
+        return tiles * self.pixels_in_all * self.columns * (steps + self.points * self.planes * _EPILOGUE)
+
+    @property
     def function(self) -> str:
         """The name of the function that sums a tile, which says the shapes of the tiles."""
         return f"hquant_amx_{self.pixels[0]}x{self.pixels[1]}_{self.columns}"
 
 
-def amx_kernel(request: KernelRequest) -> Kernel | None:
+def amx_kernel(request: KernelRequest, processor: Processor = ASSUMED_PROCESSOR) -> Kernel | None:
     """The kernel for codes with int8 weights; None for others, and where tiles would be mostly empty."""
     operator = request.operator
     if not isinstance(operator, (Conv2D, Dense)) or request.weights != "int8":
         return None
     if is_order_of_constants(request):
-        plain = amx_kernel(replace(request, shuffled=0))
+        plain = amx_kernel(replace(request, shuffled=0), processor)
         return with_shuffled_outputs(plain, request) if plain is not None else None
     conv = as_conv2d(operator)
     window = conv.window
@@ -171,7 +188,7 @@ def amx_kernel(request: KernelRequest) -> Kernel | None:
     is_plain = not request.shuffled and request.overwritten is None
     if not is_one_run or is_apart or not is_plain or conv.out_channels < LANES:
         return None
-    geometry = AmxGeometry(conv, request.weight_points, 2 if request.inputs[0] == "uint16" else 1)
+    geometry = AmxGeometry(conv, request.weight_points, 2 if request.inputs[0] == "uint16" else 1, processor)
     if geometry.output_size[1] < _FEWEST_PIXELS or geometry.run < _ROW_BYTES // 2:
         return None
     lanes, passes = len(geometry.channel_rows), geometry.points * geometry.planes
@@ -205,9 +222,10 @@ class _Emitter:
         height, width = geometry.output_size
         rows, pixels = conv.input_shape[0] * height, geometry.pixels_in_all
         tiles = -(-width // pixels)
-        is_outer = geometry.points * geometry.weight_elements > _WEIGHTS_IN_CACHE
-        with T.parallel(rows * tiles * geometry.blocks) as item:
-            if is_outer:
+        items = rows * tiles * geometry.blocks
+        is_shared = items > 1 and geometry.processor.shares(geometry.instructions)
+        with (T.parallel if is_shared else T.serial)(items) as item:
+            if geometry.weights_stay_outside:
                 block, place = T.bind(item // (rows * tiles)), T.bind(item % (rows * tiles))
             else:
                 place, block = T.bind(item // geometry.blocks), T.bind(item % geometry.blocks)
@@ -222,7 +240,8 @@ class _Emitter:
         copied = T.alloc_buffer((size,), "uint8")
         fills = tuple(T.Cast("uint8", zero_points[2 + plane]) for plane in range(geometry.planes))
         channels = geometry.conv.in_channels
-        ActivationCopy(geometry.conv, channels, "uint8", self.request.inputs[0], self.inputs[0], copied, fills).emit()
+        source, stored = self.inputs[0], self.request.inputs[0]
+        ActivationCopy(geometry.conv, channels, "uint8", stored, source, copied, fills, 0, geometry.processor).emit()
         return copied
 
     def _tile(self, source: Buffer, row: Expression, x: Expression, block: Expression) -> None:
@@ -352,10 +371,15 @@ class AmxFamily:
     """Tiles for integer convolutions and dense layers; other layers are left to the next family."""
 
     name: str = "amx"
+    processor: Processor = ASSUMED_PROCESSOR
+
+    def on(self, processor: Processor) -> AmxFamily:
+        """The family with kernels for a processor."""
+        return replace(self, processor=processor)
 
     def kernel(self, request: KernelRequest) -> Kernel | None:
         """The kernel for a request, or None."""
-        return amx_kernel(request)
+        return amx_kernel(request, self.processor)
 
 
 INSTRUCTION_SET = InstructionSet(

@@ -23,6 +23,7 @@ from tvm_hquant.kernels.interface import Kernel, KernelRequest
 from tvm_hquant.kernels.interleaved_depthwise import interleaved_depthwise_kernel
 from tvm_hquant.kernels.kernel_function import Buffer
 from tvm_hquant.kernels.primitives import Expression
+from tvm_hquant.kernels.processor import Processor
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,8 @@ def _dot(request: KernelRequest) -> DotProduct:
     return arm_float_dot(request)
 
 
-def _depthwise(request: KernelRequest, family: str) -> Kernel | None:
-    return interleaved_depthwise_kernel(request, (ArmWords(product="sdot"),), family)
+def _depthwise(request: KernelRequest, family: str, processor: Processor) -> Kernel | None:
+    return interleaved_depthwise_kernel(request, (ArmWords(product="sdot"),), family, processor)
 
 
 INSTRUCTION_SET = InstructionSet(

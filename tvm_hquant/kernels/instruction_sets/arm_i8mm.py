@@ -27,6 +27,7 @@ from tvm_hquant.kernels.interface import Kernel, KernelRequest
 from tvm_hquant.kernels.interleaved_depthwise import interleaved_depthwise_kernel
 from tvm_hquant.kernels.kernel_function import Buffer
 from tvm_hquant.kernels.primitives import Expression
+from tvm_hquant.kernels.processor import Processor
 from tvm_hquant.operators import Conv2D, Dense
 
 
@@ -145,8 +146,8 @@ def _has_pairs_of_pixels(request: KernelRequest) -> bool:
     return not conv.is_depthwise and conv.output_shape[2] > 1 and conv.out_channels // conv.groups >= LANES
 
 
-def _depthwise(request: KernelRequest, family: str) -> Kernel | None:
-    return interleaved_depthwise_kernel(request, (ArmWords(product="usdot"),), family)
+def _depthwise(request: KernelRequest, family: str, processor: Processor) -> Kernel | None:
+    return interleaved_depthwise_kernel(request, (ArmWords(product="usdot"),), family, processor)
 
 
 INSTRUCTION_SET = InstructionSet(

@@ -21,6 +21,7 @@ from tvm_hquant.kernels.dot_product import DotProduct, FloatDot, RepeatedOperand
 from tvm_hquant.kernels.instruction_set import Host, InstructionSet
 from tvm_hquant.kernels.interface import KernelRequest
 from tvm_hquant.kernels.primitives import Expression, convert
+from tvm_hquant.kernels.processor import Processor
 from tvm_hquant.kernels.winograd import can_transform, saved_products
 from tvm_hquant.kernels.x86_byte_vectors import WordProduct
 from tvm_hquant.operators import Conv2D, Dense
@@ -164,13 +165,13 @@ def _word_storage(request: KernelRequest) -> str:
     return "int16" if prod(operator.weight_shape) <= prod(operator.output_shape) else "int8"
 
 
-def _is_faster_transformed(request: KernelRequest) -> bool:
+def _is_faster_transformed(request: KernelRequest, processor: Processor) -> bool:
     """Whether a 3×3 layer takes less time by Winograd's algorithm."""
     if not can_transform(request, _LANES):
         return False
     assert isinstance(request.operator, Conv2D)
     least = next(saved for pairs, saved in _SAVED if request.saturation_free_pairs >= pairs)
-    return saved_products(request.operator) >= least
+    return saved_products(request.operator, _LANES, processor) >= least
 
 
 INSTRUCTION_SET = InstructionSet(
