@@ -192,9 +192,12 @@ def test_prescribed_levels_hold_for_every_plan() -> None:
     costs = {layer: {"a8w4": 4.0, "float32": 1.0} for layer in losses}
     network = SyntheticNetwork(losses, costs)
     problem = network.problem(100.0, levels={"a8w4": 3, "float32": 2})
-    alone = SingleLayerPlans(list(losses))
-    problem = replace(problem, measure_on_search=problem.measure, measured_plans=alone.plans)
-    IntegerProgramStrategy().search(problem)
+    measured = replace(
+        problem,
+        measure_on_search=lambda pairs: problem.measure(pairs),
+        measured_plans=SingleLayerPlans(list(losses)).plans,
+    )
+    IntegerProgramStrategy().search(measured)
     assert network.evaluated
     assert all(list(plan.values()).count("a8w4") == 3 for plan in network.evaluated)
 
