@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import BrokenExecutor
 from contextlib import closing
 from pathlib import Path
 
@@ -13,7 +16,7 @@ import pytest
 from tests.planned_models import partitioned, random_samples, shared_session
 from tvm_hquant.calibration.data import open_data
 from tvm_hquant.calibration.samples import DataSource, Sample
-from tvm_hquant.errors import JournalError
+from tvm_hquant.errors import JournalError, ToolchainError
 from tvm_hquant.precision import FLOAT32, parse_precision
 from tvm_hquant.session import QuantizationSession
 from tvm_hquant.simulator.evaluator import CHUNK, ProgramEvaluator
@@ -204,6 +207,25 @@ def test_worker_processes_give_the_same_bits(tmp_path: Path) -> None:
         assert tables(elsewhere.scores(programs[:2], data, METRIC_LIST, "")) == plain[:2]
         assert tables(elsewhere.scores(programs, data, METRIC_LIST, "")) == plain
         assert elsewhere.evaluations == len(programs)
+
+
+def test_a_worker_that_was_killed_is_reported(tmp_path: Path) -> None:
+    """One sentence that says what to do, and the next search goes on from what was scored before."""
+    session = shared_session("branches")
+    data, programs = source_of(session, 2), candidates(session)
+    path = tmp_path / "journal.sqlite"
+    evaluator(session, path).scores(programs[:2], data, METRIC_LIST, "")
+    executor, count = local_executor(2)
+    with executor:
+        broken = evaluator(session, path)
+        broken.use_executor(executor, count)
+        with pytest.raises(BrokenExecutor):
+            executor.submit(os.kill, executor.submit(os.getpid).result(), signal.SIGKILL).result()
+        with pytest.raises(ToolchainError, match="start again"):
+            broken.scores(programs, data, METRIC_LIST, "")
+    again = evaluator(session, path)
+    again.scores(programs, data, METRIC_LIST, "")
+    assert again.evaluations == len(programs) - 2
 
 
 def test_cluster_gives_the_same_bits() -> None:

@@ -6,9 +6,10 @@ import os
 import pickle
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, wait
 from typing import Any, NamedTuple
 
+from tvm_hquant.errors import ToolchainError
 from tvm_hquant.kernels.interface import KernelRequest
 from tvm_hquant.relax_ir.kernel_calls import is_view
 from tvm_hquant.simulator.chunks import ChunkSample, ChunkScores
@@ -52,9 +53,19 @@ class WorkerRunner:
         """The scores of every piece, in the order in which they are done.
 
         Raises:
-            ToolchainError: kernels cannot be compiled, or a worker cannot run them.
+            ToolchainError: kernels cannot be compiled, a worker cannot run them, or one was ended from outside.
         """
-        waiting = iter(pieces)
+        try:
+            yield from self._run(float_program, metrics, iter(pieces))
+        except BrokenExecutor as error:
+            raise ToolchainError(
+                "a worker process was ended from outside, perhaps for lack of memory: start again, with fewer --workers; "
+                "what the journal holds is not evaluated again"
+            ) from error
+
+    def _run(
+        self, float_program: Program, metrics: Sequence[str], waiting: Iterator[Piece]
+    ) -> Iterator[tuple[Piece, ChunkScores]]:
         running: dict[Future[ChunkScores | MissingParts], tuple[Piece, ChunkTask]] = {}
         programs: tuple[Program, ...] | None = None
         pickled = b""
