@@ -241,7 +241,7 @@ def search_front(
         HQuantError: a subclass that says what is wrong with model, spec, data, options or files.
     """
     folder, options = Path(folder), options or Options()
-    check_strategy(strategy, options.levels is not None, options.ranking)
+    check_strategy(strategy, options.levels is not None, options.settings)
     check_folder(folder, "front")
     session = open_session(model, spec, input_shapes, observer, progress, rounding=rounding)
     roles = assign_roles(calibration, evaluation, session, options)

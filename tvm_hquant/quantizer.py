@@ -38,7 +38,14 @@ from tvm_hquant.search.problem import (
     SearchResult,
     SearchStrategy,
 )
-from tvm_hquant.search.registry import DEFAULT_STRATEGY, StrategyContext, check_strategy, make_strategy
+from tvm_hquant.search.registry import (
+    DEFAULT_STRATEGY,
+    NO_SETTINGS,
+    StrategyContext,
+    StrategySettings,
+    check_strategy,
+    make_strategy,
+)
 from tvm_hquant.sensitivity.measured import SensitivityTable
 from tvm_hquant.sensitivity.single_layers import SingleLayerPlans, suffix_precisions
 from tvm_hquant.session import QuantizationSession
@@ -69,8 +76,7 @@ class Options:
             search chooses from these.
         suffix_precision: what layers behind a measured one compute in while single layers are measured; by default the fastest
             16-bit candidate, or float32 (:func:`~tvm_hquant.sensitivity.single_layers.suffix_precisions`).
-
-        ranking: what the hierarchical strategy ranks layers by (:data:`~tvm_hquant.search.registry.RANKINGS`).
+        settings: what only some strategies know.
 
     Raises:
         BudgetError: the budget is not a number.
@@ -87,7 +93,7 @@ class Options:
     objective: str = "latency"
     levels: Mapping[str, int] | None = None
     suffix_precision: str | None = None
-    ranking: str = "measured"
+    settings: StrategySettings = NO_SETTINGS
 
     def __post_init__(self) -> None:
         if math.isnan(self.max_drop):
@@ -242,8 +248,8 @@ class Quantizer:
             SearchError: no strategy or objective has that name, or no plan has the levels that are asked for.
         """
         if strategy is None or isinstance(strategy, str):
-            check_strategy(strategy or DEFAULT_STRATEGY, self.options.levels is not None, self.options.ranking)
-            context = StrategyContext(self.session, self.table.samples, self.options.seed, front, self.options.ranking)
+            check_strategy(strategy or DEFAULT_STRATEGY, self.options.levels is not None, self.options.settings)
+            context = StrategyContext(self.session, self.table.samples, self.options.seed, front, self.options.settings)
             strategy = make_strategy(strategy or DEFAULT_STRATEGY, context)
         problem = self.problem(isinstance(strategy, CheckingStrategy), front)
         result = strategy.search(problem)

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from tvm_hquant import quickstart
 from tvm_hquant.cli.application import application
-from tvm_hquant.cli.search_command import parse_levels
+from tvm_hquant.cli.search_command import parse_beta, parse_levels
 from tvm_hquant.errors import HQuantError, SearchError
 from tvm_hquant.front import FrontWriter
 from tvm_hquant.plan import load_plan
@@ -144,6 +144,12 @@ def test_wrong_options_say_what_is_right(tmp_path: Path) -> None:
         search(tmp_path / "front", "--strategy", "greedy", "--levels", "a8w8:12")
     with pytest.raises(SearchError, match="a8w4"):
         search(tmp_path / "front", "--levels", "a8w4:6,a8w8:6")
+    with pytest.raises(SearchError, match=r"0\.025, or tuned"):
+        search(tmp_path / "front", "--strategy", "greedy", "--beta", "auto")
+    with pytest.raises(SearchError, match="strategy ilp has no beta"):
+        search(tmp_path / "front", "--beta", "tuned")
+    assert parse_beta("tuned") is None
+    assert parse_beta("0.02") == 0.02
     assert parse_levels("fp32:4, uint8:2") == {"float32": 4, "a8w8": 2}
     assert {"one-shot", "hierarchical", "greedy", "lazy-greedy", "ilp"} <= set(STRATEGIES)
 

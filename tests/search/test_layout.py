@@ -26,7 +26,7 @@ from tvm_hquant.search.layout import (
     squared_perturbation,
 )
 from tvm_hquant.search.problem import SearchProblem
-from tvm_hquant.search.registry import StrategyContext, make_strategy
+from tvm_hquant.search.registry import StrategyContext, StrategySettings, make_strategy
 from tvm_hquant.search.surrogate import largest_error, search_by_prediction, with_levels
 from tvm_hquant.simulator.metrics import METRICS
 
@@ -185,7 +185,9 @@ def test_strategies_on_a_network() -> None:
     assert squared_perturbation(layer, parse_precision("float32")) == 0.0
     errors = [squared_perturbation(layer, parse_precision(p)) for p in ("float16", "bfloat16", "a8w8", "a8w4")]
     assert errors == sorted(errors)
-    ranked = make_strategy("hierarchical", StrategyContext(session, data.samples, ranking="gradient"))
+    ranked = make_strategy(
+        "hierarchical", StrategyContext(session, data.samples, settings=StrategySettings("gradient"))
+    )
     by_gradient = ranked.search(_small_problem(None))
     assert by_gradient.within_budget
     assert all("its gradient predicts" in decision.detail for decision in by_gradient.decisions.values())

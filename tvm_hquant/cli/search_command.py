@@ -71,6 +71,30 @@ def search_command(
             "gradient).",
         ),
     ] = "measured",
+    beta: Annotated[
+        str,
+        typer.Option(
+            "--beta",
+            help="Weight of the number of quantized parameters in the objective of greedy and lazy-greedy: a number, or tuned.",
+        ),
+    ] = "0",
+    stored_bits: Annotated[
+        int, typer.Option("--stored-bits", help="Of all weights in the file, 2 to 8, for the strategy after-storage.")
+    ] = 8,
+    storage_apart: Annotated[
+        bool,
+        typer.Option(
+            "--storage-apart",
+            help="Inputs and weights of a layer get levels of their own in the strategy after-storage.",
+        ),
+    ] = False,
+    complexity: Annotated[
+        float | None,
+        typer.Option(
+            "--complexity",
+            help="The largest cost, in the unit of the objective, for which the strategy multipoint looks for the least loss.",
+        ),
+    ] = None,
     workers: Workers = None,
     observer: Observer = "mean-squared-error",
     rounding: Rounding = "output-error",
@@ -85,7 +109,7 @@ def search_command(
     from tvm_hquant import api
     from tvm_hquant.errors import DataError, SearchError
     from tvm_hquant.quantizer import Options
-    from tvm_hquant.search.registry import DEFAULT_STRATEGY
+    from tvm_hquant.search.registry import DEFAULT_STRATEGY, StrategySettings
 
     if calibration is None:
         raise DataError("a search measures losses: give --calibration DATA.npz")
@@ -94,8 +118,9 @@ def search_command(
     names = None if precisions is None else tuple(p.strip() for p in precisions.split(",") if p.strip())
     if names == ():
         raise SearchError(f"--precisions {precisions!r} names none: write a8w8,a8w4,bfloat16, or leave it out")
+    settings = StrategySettings(ranking, parse_beta(beta), stored_bits, storage_apart, complexity)
     options = Options(
-        metric, max_drop, names, None, seed, False, objective, parse_levels(levels), suffix_precision, ranking
+        metric, max_drop, names, None, seed, False, objective, parse_levels(levels), suffix_precision, settings
     )
     front = api.search_front(
         str(model),
@@ -121,6 +146,22 @@ def search_command(
         sys.stdout.flush()
         typer.echo("hquant: no plan kept the loss budget: best.json is the best one that was found", err=True)
         raise SystemExit(_BUDGET_MISSED)
+
+
+def parse_beta(text: str) -> float | None:
+    """A number, or None for ``tuned``.
+
+    Raises:
+        SearchError: the text is neither.
+    """
+    from tvm_hquant.errors import SearchError
+
+    if text == "tuned":
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        raise SearchError(f"--beta {text!r} is no number: give one, such as 0.025, or tuned") from None
 
 
 def parse_levels(text: str | None) -> dict[str, int] | None:

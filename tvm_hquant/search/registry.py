@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 from tvm_hquant.errors import SearchError
@@ -25,41 +26,96 @@ if TYPE_CHECKING:
     from tvm_hquant.session import QuantizationSession
 
 
+RANKINGS = ("measured", "gradient")
+"""Losses of single layers as measured, or the norms of mean gradients at their inputs times the largest error."""
+
+
+@dataclass(frozen=True)
+class StrategySettings:
+    """What a user can say to some strategies only.
+
+    Attributes:
+        ranking: what ``hierarchical`` ranks layers by (:data:`RANKINGS`).
+        beta: weight of the number of quantized parameters in the objective of ``greedy`` and ``lazy-greedy``; None: tuned.
+        stored_bits: of all weights in the file, 2 to 8, for ``after-storage``.
+        storage_apart: whether inputs and weights get levels of their own in ``after-storage``: its algorithm's second branch.
+        complexity: P₀ of ``multipoint``, in the unit of the objective: the plan with the least predicted loss that costs no
+            more; None: the cheapest plan for the budget.
+
+    Raises:
+        SearchError: a value is none that there is.
+    """
+
+    ranking: str = "measured"
+    beta: float | None = 0.0
+    stored_bits: int = 8
+    storage_apart: bool = False
+    complexity: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.ranking not in RANKINGS:
+            raise SearchError(f"unknown ranking {self.ranking!r}: use one of {', '.join(RANKINGS)}")
+        if self.beta is not None and not math.isfinite(self.beta):
+            raise SearchError(f"beta is {self.beta}: give a number, or have it tuned")
+        if not 2 <= self.stored_bits <= 8:
+            raise SearchError(f"weights cannot be stored in {self.stored_bits} bits: use 2 to 8")
+        if self.complexity is not None and not self.complexity > 0:
+            raise SearchError(f"the complexity limit is {self.complexity}: give a positive number")
+
+
+NO_SETTINGS = StrategySettings()
+"""What holds where nothing is said."""
+
+_KNOWN_BY: Mapping[str, tuple[str, ...]] = {
+    "ranking": ("hierarchical",),
+    "beta": ("greedy", "lazy-greedy"),
+    "stored_bits": ("after-storage",),
+    "storage_apart": ("after-storage",),
+    "complexity": ("multipoint",),
+}
+"""The strategies that each setting is for."""
+
+
 @dataclass(frozen=True, eq=False)
 class StrategyContext:
     """What a strategy may need beyond the problem: the calibrated model, and calibration samples with their gradients.
 
-    ``front`` says whether a whole front is wanted, or one plan for the budget; ``ranking`` what the hierarchical strategy
-    ranks layers by (:data:`RANKINGS`).
+    ``front`` says whether a whole front is wanted, or one plan for the budget; ``settings`` what the user said to it.
     """
 
     session: QuantizationSession
     samples: DataSource
     seed: int = 0
     front: bool = True
-    ranking: str = "measured"
+    settings: StrategySettings = NO_SETTINGS
 
-
-RANKINGS = ("measured", "gradient")
-"""Losses of single layers as measured, or the norms of mean gradients at their inputs times the largest error."""
+    @property
+    def layout_data(self) -> LayoutData:
+        """The model and the samples for gradients."""
+        return LayoutData(self.session, self.samples)
 
 
 def _hierarchical(context: StrategyContext) -> HierarchicalStrategy:
-    if context.ranking == "measured":
+    if context.settings.ranking == "measured":
         return HierarchicalStrategy()
-    return HierarchicalStrategy(GradientStrategy(LayoutData(context.session, context.samples)).predict)
+    return HierarchicalStrategy(GradientStrategy(context.layout_data).predict)
+
+
+def _after_storage(context: StrategyContext) -> AfterStorageStrategy:
+    settings = context.settings
+    return AfterStorageStrategy(context.layout_data, settings.stored_bits, shared=not settings.storage_apart)
 
 
 STRATEGIES: Mapping[str, Callable[[StrategyContext], SearchStrategy]] = {
     "one-shot": lambda _context: OneShotStrategy(),
     "hierarchical": _hierarchical,
-    "greedy": lambda _context: GreedyStrategy(),
-    "lazy-greedy": lambda _context: GreedyStrategy(lazy=True),
-    "gradient": lambda context: GradientStrategy(LayoutData(context.session, context.samples)),
+    "greedy": lambda context: GreedyStrategy(context.settings.beta),
+    "lazy-greedy": lambda context: GreedyStrategy(context.settings.beta, lazy=True),
+    "gradient": lambda context: GradientStrategy(context.layout_data),
     "monotone": lambda _context: MonotoneStrategy(),
-    "after-storage": lambda context: AfterStorageStrategy(LayoutData(context.session, context.samples)),
-    "hawq-v2": lambda context: HessianStrategy(LayoutData(context.session, context.samples), seed=context.seed),
-    "multipoint": lambda context: MultipointStrategy(context.session),
+    "after-storage": _after_storage,
+    "hawq-v2": lambda context: HessianStrategy(context.layout_data, seed=context.seed),
+    "multipoint": lambda context: MultipointStrategy(context.session, context.settings.complexity),
     "ilp": lambda context: IntegerProgramStrategy(context.front),
 }
 """Makes each strategy for a model; one line for each."""
@@ -70,21 +126,22 @@ WITH_LEVELS = frozenset({"gradient", "monotone", "after-storage", "hawq-v2", "mu
 """Strategies that can give each precision to a prescribed number of layers."""
 
 
-def check_strategy(name: str, has_levels: bool = False, ranking: str = "measured") -> None:
-    """Refuses names of no strategy, and levels or rankings for one that does not know them, before any work.
+def check_strategy(name: str, has_levels: bool = False, settings: StrategySettings = NO_SETTINGS) -> None:
+    """Refuses names of no strategy, and levels or settings for one that does not know them, before any work.
 
     Raises:
-        SearchError: no strategy or ranking has that name, or the strategy knows no levels, or ranks nothing.
+        SearchError: no strategy has that name, or the strategy knows no levels, or not that setting.
     """
     if name not in STRATEGIES:
         raise SearchError(f"unknown strategy {name!r}: use one of {', '.join(STRATEGIES)}")
     if has_levels and name not in WITH_LEVELS:
         able = ", ".join(other for other in STRATEGIES if other in WITH_LEVELS)
         raise SearchError(f"strategy {name} cannot prescribe levels: leave them out, or use one of {able}")
-    if ranking not in RANKINGS:
-        raise SearchError(f"unknown ranking {ranking!r}: use one of {', '.join(RANKINGS)}")
-    if ranking != "measured" and name != "hierarchical":
-        raise SearchError(f"strategy {name} has no ranking {ranking}: leave it out, or use hierarchical")
+    for setting in fields(StrategySettings):
+        able_ones, value = _KNOWN_BY[setting.name], getattr(settings, setting.name)
+        if value != setting.default and name not in able_ones:
+            spelled = setting.name.replace("_", " ")
+            raise SearchError(f"strategy {name} has no {spelled}: leave it out, or use {' or '.join(able_ones)}")
 
 
 def make_strategy(name: str, context: StrategyContext) -> SearchStrategy:
