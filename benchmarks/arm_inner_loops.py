@@ -25,7 +25,8 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import tvm
 
@@ -33,7 +34,7 @@ from tvm_hquant.cli.tables import print_table
 from tvm_hquant.kernels.interface import Kernel, KernelRequest, ProvenEnding
 from tvm_hquant.kernels.processor import Processor
 from tvm_hquant.kernels.registry import families_for_target, select_kernel
-from tvm_hquant.operators import Conv2D, Dense, Window
+from tvm_hquant.operators import Conv2D, Dense, Epilogue, Window
 
 ANALYSERS = ("llvm-mca-19", "llvm-mca")
 TRIPLE = "aarch64-linux-gnu"
@@ -134,7 +135,11 @@ class Loop:
 def request_for(operator: Conv2D | Dense, precision: str) -> KernelRequest:
     """A layer from and to codes whose constants prove what those of most layers with a ReLU do, or floats."""
     if precision not in CENTRED_PRODUCTS:
-        return KernelRequest(operator, (precision,), precision, precision)  # type: ignore[arg-type]
+        # Depthwise layers whose padding is left out have no loop over the rows of the window that could be cut out.
+        is_depthwise = isinstance(operator, Conv2D) and operator.is_depthwise
+        operator = operator if is_depthwise else replace(operator, epilogue=Epilogue(lower=0.0))
+        storage: Any = precision
+        return KernelRequest(operator, (storage,), storage, storage, finite_weights=not is_depthwise)
     products, ending = CENTRED_PRODUCTS[precision], ProvenEnding(True, True, True, True)
     return KernelRequest(operator, ("uint8",), "uint8", "int8", centred_products=products, ending=ending)
 

@@ -29,8 +29,8 @@ BOARDS = [
     (("arm_bf16", "arm_fp16fml", "arm_i8mm"), "neoverse-v1"),
 ]
 INSTRUCTIONS = {
-    "cortex-a53": ("smlal2", "smlal ", "chain 2", "chain 4", "depthwise_conv2d[smlal 3x16]", "3x16 chain 3"),
-    "cortex-a76": ("conv2d[sdot", "depthwise_conv2d[sdot 2x"),
+    "cortex-a53": ("smlal2", "smlal ", "chain 2", "chain 4", "depthwise_conv2d[smlal 3x16]", "3x16 chain 3", "sweeps"),
+    "cortex-a76": ("conv2d[sdot", "depthwise_conv2d[sdot 2x", "sweeps"),
     "neoverse-v1": ("usmmla", "sudot", "depthwise_conv2d[usdot 2x", "fmlal", "bfmlal"),
 }
 """What the names of the kernels must tell."""
@@ -66,6 +66,10 @@ def requests() -> list[KernelRequest]:
             operator = replace(CASES[name], epilogue=Epilogue(True, name == "3x3 padded"))
             inputs = (storage, "float32") if operator.epilogue.has_residual else (storage,)
             found.append(KernelRequest(operator, inputs, "float32", storage))
+    # Small maps that are swept, with channels left over when operands are loaded four at a time.
+    for storage in ("float16", "bfloat16"):
+        small = Conv2D((2, 7, 7, 39), 24, Window((3, 3), padding=(1, 1, 1, 1)), 1, Epilogue(True, lower=0.0))
+        found.append(KernelRequest(small, (storage,), storage, storage, finite_weights=True))
     # Channel shuffles, and a sum over its residual.
     for groups, shuffled, storage in (
         (2, 2, "float32"),

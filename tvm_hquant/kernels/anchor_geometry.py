@@ -220,12 +220,17 @@ class AnchorGeometry:
     def _costs(self) -> Sequence[tuple[float, Tile]]:
         """The tiles, each with the instructions of a row of pixels of a group."""
         _, width = self.output_size
+        blocks = {tile: -(-self.group_outputs // (tile.vectors * self.dot.lanes)) for tile in self.tiles_up_to(width)}
+        return sorted((count * self._row_cost(tile), tile) for tile, count in blocks.items())
+
+    def tiles_up_to(self, most_pixels: int) -> Sequence[Tile]:
+        """The tiles of so many pixels or fewer that fit the registers."""
         most_vectors = max(self.group_outputs // self.dot.lanes, 1)
         if self.packs_codes or self.dot.groups > 1:
             # Other sums gain nothing by sharing operands in wider tiles, which a multiply-add reads from memory.
             most_vectors = -(-self.group_outputs // self.dot.lanes)
         found = []
-        for pixels in range(1, min(width, 16) + 1):
+        for pixels in range(1, min(most_pixels, 16) + 1):
             for vectors in range(1, min(most_vectors, self.dot.row_vectors if pixels == 1 else 8) + 1):
                 blocks = -(-self.group_outputs // (vectors * self.dot.lanes))
                 if blocks > 1 and vectors * self.dot.lanes % self.dot.groups:
@@ -243,8 +248,8 @@ class AnchorGeometry:
                 spare = self.dot.spare_registers(groups, vectors, self.chain) + self.operands_of_a_pixel(vectors) - 1
                 if sums + max(spare, shared) > self.dot.registers:
                     continue
-                found.append((blocks * self._row_cost(Tile(pixels, vectors)), Tile(pixels, vectors)))
-        return sorted(found)
+                found.append(Tile(pixels, vectors))
+        return found
 
     def tile_runs(self, tile: Tile) -> tuple[TileRun, ...]:
         """The tiles of a row of output pixels."""

@@ -68,7 +68,8 @@ class DotProduct(Protocol):
         prefetches: whether steps ask for memory that is read later: where they are so fast that what comes from behind the
             second-level cache would come too late.
         sweeps: whether convolutions on small maps may take one position of the kernel after the other, each for all outputs
-            (:mod:`tvm_hquant.kernels.position_sweeps`), where the processor has registers for as many addresses as that takes.
+            (:mod:`tvm_hquant.kernels.position_sweeps`).
+        addresses: pixels of a tile of a sweep, at most: each is read at an address of its own, in a register.
         lookahead: instructions around a tile, most of them its epilogue's, that run beside the products of its neighbours,
             since they have units of their own and a core looks so many ahead; 0 where they add to the time of the products.
         prefetches_outputs: whether tiles ask for what their epilogue reads and writes.
@@ -125,6 +126,8 @@ class DotProduct(Protocol):
     @property
     def sweeps(self) -> bool: ...
     @property
+    def addresses(self) -> int: ...
+    @property
     def lookahead(self) -> int: ...
     @property
     def prefetches_outputs(self) -> bool: ...
@@ -176,6 +179,7 @@ class OnePixel:
     reverses_products: bool = False
     prefetches: bool = False
     sweeps: bool = False
+    addresses: int = 8
     lookahead: int = 0
     prefetches_outputs: bool = True
     starts_late: bool = False

@@ -51,11 +51,6 @@ class PositionSweeps:
         return len(self.tops)
 
     @cached_property
-    def narrowest(self) -> int:
-        """Columns of the narrowest sweep. A tile must not have more pixels: it would run over two ends of rows."""
-        return min((n for n in map(len, self.columns) if n), default=0)
-
-    @cached_property
     def columns(self) -> tuple[range, ...]:
         """For every column of the kernel the columns of the output that it reaches on the map from."""
         return tuple(self.axes[1].positions(column) for column in range(self.axes[1].kernel))

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
 _KEPT_SUM = 3
 """Instructions that a vector of sums costs which is fetched from a buffer and put back there."""
-_ADDRESSES = 8
-"""Pixels of a tile that runs over ends of rows, at most: each is read at an address of its own, in a register."""
 _SHARE = 8
 """Of the second-level cache an eighth is for sums, which stay there from one sweep to the next; activations and weights pass
 through it."""
@@ -41,7 +39,7 @@ class SweepCosts:
         return (
             dot.sweeps
             and dot.pixels == 1
-            and max(geometry.chain, dot.operand_steps) == 1
+            and geometry.chain == 1
             and geometry.conv.groups == 1
             and geometry.passes == 1
             and geometry.patches is None
@@ -63,15 +61,13 @@ class SweepCosts:
         return PositionSweeps(geometry.axes, tile.pixels, size, geometry.processor.l2_bytes // _SHARE, cost)
 
     def cheaper_tiles(self, tiles: Sequence[Tile]) -> Sequence[tuple[float, Tile]]:
-        """Those of ``tiles`` that sweeps may have, each with the instructions of a map, the cheapest first; none where the
-        same tiles along rows take less."""
+        """The tiles that sweeps may have, each with the instructions of a map, the cheapest first; none where ``tiles`` of
+        rows take less."""
         if not self.are_possible:
             return ()
-        found = []
-        for tile in tiles:
-            sweeps = self.sweeps(tile)
-            if tile.pixels <= min(sweeps.narrowest, _ADDRESSES):
-                found.append((self._of_sweeps(sweeps, tile), tile))
+        height, width = self.geometry.output_size
+        candidates = self.geometry.tiles_up_to(min(self.geometry.dot.addresses, height * width))
+        found = [(self._of_sweeps(self.sweeps(tile), tile), tile) for tile in candidates]
         is_cheaper = found and min(found)[0] < min(map(self._in_rows, tiles)) * _WORTHWHILE
         return sorted(found) if is_cheaper else ()
 

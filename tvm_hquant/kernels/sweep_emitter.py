@@ -136,16 +136,31 @@ class SweepEmitter:
             elements, in_one = weights_ahead(geometry.step_weights, self.sweeps.fewest_tiles, line)
             ahead = weight + steps * geometry.step_weights + number * (steps // in_one) * elements
             upcoming = UpcomingWeights(T.bind(ahead), elements, in_one)
-        with T.serial(steps) as step:
+
+        def part(first: Expression, count: int) -> None:
+            """``count`` steps from step ``first``."""
             if upcoming is not None:
-                upcoming.prefetch(self.weights, step, 1)
-            at = T.bind(weight + step * geometry.step_weights)
-            of_vectors = [T.bind(self.weights.vload([at + j * size], weight_type)) for j in range(vectors)]
-            for i, start in enumerate(inputs):
-                (operand,) = dot.operands(self.source, [start + T.Cast("int64", step * dot.products)], 1)
-                operand = T.bind(operand)
-                for j in range(vectors):
-                    value = dot.accumulate(load(accumulators[i, j], 0, lanes), [operand], [of_vectors[j]])
-                    store(accumulators[i, j], 0, value, lanes)
+                upcoming.prefetch(self.weights, first, count)
+            channel = T.Cast("int64", first * dot.products)
+            operands: list[list[Expression]] = []
+            at = T.bind(weight + first * geometry.step_weights)
+            for step in range(count):
+                of_vectors = [
+                    T.bind(self.weights.vload([at + (step * vectors + j) * size], weight_type)) for j in range(vectors)
+                ]
+                for i, start in enumerate(inputs):
+                    if not step:
+                        operands.append([T.bind(x) for x in dot.operands(self.source, [start + channel], count)])
+                    for j in range(vectors):
+                        value = dot.accumulate(load(accumulators[i, j], 0, lanes), [operands[i][step]], [of_vectors[j]])
+                        store(accumulators[i, j], 0, value, lanes)
+
+        full, rest = geometry.parts(steps)
+        with T.serial(full) as full_part:
+            part(full_part * dot.operand_steps, dot.operand_steps)
+        first = full * dot.operand_steps
+        for count in rest:
+            part(T.int32(first), count)
+            first += count
         for (i, j), accumulator in accumulators.items():
             store(sums, outputs[i] + j * lanes, load(accumulator, 0, lanes), lanes)

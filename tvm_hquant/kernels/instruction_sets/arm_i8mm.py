@@ -59,6 +59,7 @@ class UsmmlaDot:
     reverses_products: bool = False
     prefetches: bool = False
     sweeps: bool = False
+    addresses: int = 0
     lookahead: int = 0
     prefetches_outputs: bool = False
     starts_late: bool = False
