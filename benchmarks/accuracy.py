@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+from collections import Counter
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -64,7 +65,7 @@ def measure(model: ZooModel, arguments: argparse.Namespace) -> list[dict[str, An
     options = Options("top1", arguments.max_drop, baselines=False)
     pooled: dict[str, list[list[MetricAccumulator]]] = {}
     shares: dict[str, list[float]] = {}
-    promoted = []
+    plans: list[dict[str, int]] = []
     table: SensitivityTable | None = None
     for search, held_out in (halves, halves[::-1]):
         quantizer = Quantizer(session, DataRoles(model.calibration(), search, held_out, 0), options)
@@ -72,7 +73,7 @@ def measure(model: ZooModel, arguments: argparse.Namespace) -> list[dict[str, An
         table = quantizer.table = table or quantizer.table
         found = quantizer.search()
         plan = quantizer.plan(found.decisions)
-        promoted.append(sum(1 for d in found.decisions.values() if d.reason == "sensitive"))
+        plans.append(dict(Counter(d.precision for d in found.decisions.values()).most_common()))
         uniform = map(parse_precision, arguments.uniform.split(","))
         programs = {f"uniform {p.name}": session.program(session.uniform(p)) for p in uniform}
         programs["searched"] = session.builder.program(plan.precisions(), plan.scales)
@@ -99,8 +100,7 @@ def measure(model: ZooModel, arguments: argparse.Namespace) -> list[dict[str, An
                 "agreement": agreement.value,
                 "sqnr": sqnr.value,
                 "low_bit_macs": min(shares[name]),
-                "promoted": promoted if name == "searched" else [],
-                "layers": len(session.graph.anchors),
+                "plans": plans if name == "searched" else [],
                 "seconds": seconds,
             }
         )
@@ -119,12 +119,12 @@ def _print(rows: list[dict[str, Any]]) -> None:
             f"{r['agreement']:.2%}",
             f"{r['sqnr']:.1f} dB",
             f"{r['low_bit_macs']:.0%}",
-            "/".join(map(str, r["promoted"])) + (f" of {r['layers']}" if r["promoted"] else ""),
+            " / ".join(dict.fromkeys(", ".join(f"{n} {p}" for p, n in plan.items()) for plan in r["plans"])),
         )
         for r in rows
     ]
     columns = ("network", "quantization", "samples", "float", "top-1", "difference (95 %)", "agreement", "SQNR", "≤ 8 bits",
-               "promoted")  # fmt: skip
+               "layers")  # fmt: skip
     print_table(columns, cells)
 
 
