@@ -65,13 +65,16 @@ class PlanScores:
 
     def loss(self, samples: Sequence[int] | None = None) -> float:
         """In the unit of the budget; for top-1 the expected drop. On all samples, or on some by position."""
-        own = self.own if samples is None else tuple(_part(scores, samples) for scores in self.own)
-        return expected_loss(own)
+        return expected_loss((self if samples is None else self.part(samples)).own)
 
     def smooth_loss(self, samples: Sequence[int] | None = None) -> float:
         """The square of the mean root, on all samples or on some by position."""
-        scores = self.smooth.scores if samples is None else [self.smooth.scores[position] for position in samples]
+        scores = (self if samples is None else self.part(samples)).smooth.scores
         return (math.fsum(math.sqrt(score.value) for score in scores) / len(scores)) ** 2
+
+    def part(self, samples: Sequence[int]) -> PlanScores:
+        """Scores on some samples, by position."""
+        return PlanScores(tuple(_part(scores, samples) for scores in self.own), _part(self.smooth, samples))
 
     @property
     def divergence(self) -> float:
