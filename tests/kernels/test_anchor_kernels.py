@@ -29,6 +29,7 @@ from tvm_hquant.kernels.interface import (
 )
 from tvm_hquant.kernels.kernel_function import input_shapes
 from tvm_hquant.kernels.patches import conv_of_patches
+from tvm_hquant.kernels.processor import ASSUMED_PROCESSOR, Processor
 from tvm_hquant.kernels.proven_endings import proven_ending
 from tvm_hquant.kernels.registry import ANCHOR_FAMILIES, families_for_target, host_instruction_sets, select_kernel
 from tvm_hquant.kernels.saturation import centred_products, saturation_free_pairs
@@ -121,12 +122,21 @@ def random_case(rng: np.random.Generator, request: KernelRequest, weight_limit: 
     return replace(request, finite_weights=True), FloatAnchorConstants(weights, bias, lower, 3.5), inputs
 
 
-def check(family: str, request: KernelRequest, seed: int = 0, weight_limit: int = 127) -> Kernel:
+def check(
+    family: str,
+    request: KernelRequest,
+    seed: int = 0,
+    weight_limit: int = 127,
+    processor: Processor = ASSUMED_PROCESSOR,
+) -> Kernel:
     rng = np.random.default_rng(seed)
     request, constants, inputs = random_case(rng, request, weight_limit)
-    kernel = select_kernel(families_for_target((family,)), request)
+    kernel = select_kernel(families_for_target((family,), processor), request)
     actual = run_kernel(kernel, constants, inputs, TARGETS[family])
     expected = numerics.evaluate(request, constants, inputs)
+    if request.shuffled:
+        in_groups = expected.reshape(*expected.shape[:-1], request.shuffled, -1)
+        expected = in_groups.swapaxes(-1, -2).reshape(expected.shape)
     assert actual.dtype == expected.dtype
     np.testing.assert_array_equal(actual, expected, err_msg=kernel.name)
     return kernel

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from tvm.tirx.script import builder as T
@@ -33,6 +34,8 @@ class ActivationCopy:
         fills: the value of padding for every plane, in ``operand_dtype``.
         offset: −128 where codes are made signed on the way, else 0. The fills have it already.
         processor: that work is cut for.
+        source_start: of the activations in the source.
+        plane_rows: rows of the padded map that a plane of the target holds, if not all of all images.
     """
 
     conv: Conv2D
@@ -44,6 +47,8 @@ class ActivationCopy:
     fills: tuple[Expression, ...]
     offset: int = 0
     processor: Processor = ASSUMED_PROCESSOR
+    source_start: Expression = 0
+    plane_rows: int | None = None
 
     @property
     def _pixel(self) -> int:
@@ -71,22 +76,30 @@ class ActivationCopy:
 
     @property
     def _plane_elements(self) -> int:
-        return self.conv.input_shape[0] * self._padded_rows * self._row_elements
+        rows = self.conv.input_shape[0] * self._padded_rows if self.plane_rows is None else self.plane_rows
+        return rows * self._row_elements
 
     def emit(self) -> None:
-        """Writes the loops."""
+        """Writes the loops for the whole map."""
         n, height, width, channels = self.conv.input_shape
         if self.padded_inputs == self._group_inputs and not any(self.conv.window.padding):
             length = n * height * width * channels
             lanes = fitting_lanes(length, COPY_LANES)
             with flat_loop(length, lanes, self._instructions, self.processor) as position:
-                self._copy_vector(position, position, lanes)
+                self._copy_vector(self.source_start + position, position, lanes)
             return
         rows = self._padded_rows
-        instructions = n * rows * vectors(self._row_elements, COPY_LANES) * self._instructions
-        with row_loop(n * rows, instructions, self.processor) as row:
+        with self._row_loop(n * rows) as row:
             image, y = row // rows, row % rows
             self.emit_row(image, y, T.bind(row * self._row_elements))
+
+    def emit_rows(self, image: Expression, first: Expression, count: int) -> None:
+        """Writes the loops for ``count`` rows of the padded map, which go to the start of the target."""
+        with self._row_loop(count) as row:
+            self.emit_row(image, first + row, T.bind(row * self._row_elements))
+
+    def _row_loop(self, rows: int) -> Any:
+        return row_loop(rows, rows * vectors(self._row_elements, COPY_LANES) * self._instructions, self.processor)
 
     def emit_row(self, image: Expression, y: Expression, start: Expression) -> None:
         """Writes the loops for one row of the padded map, which goes to ``start`` of the target."""
@@ -105,7 +118,7 @@ class ActivationCopy:
         """One row of the source with the padding beside it."""
         _, height, width, channels = self.conv.input_shape
         _, left, _, right = self.conv.window.padding
-        source = T.bind((image * height + y) * (width * channels))
+        source = T.bind(self.source_start + (image * height + y) * (width * channels))
         self._fill(start, left * self._pixel)
         if self.padded_inputs == self._group_inputs:
             self._copy(source, start + left * self._pixel, width * channels)

@@ -77,7 +77,10 @@ class AnchorFamily:
                 return None
             dense = as_dense_request(request)
             dot = self.dot(dense) if dense is not None else None
-            return batch_matmul_kernel(request, dot, self.name, self.processor) if dot is not None else None
+            if dot is None:
+                return None
+            # The second matrix is packed when it is there, in the type in which it is multiplied.
+            return batch_matmul_kernel(request, dot.with_wide_weights or dot, self.name, self.processor)
         if is_order_of_constants(request):
             plain = self.kernel(replace(request, shuffled=0), tile)
             return with_shuffled_outputs(plain, request) if plain is not None else None

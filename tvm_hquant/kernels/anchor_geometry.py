@@ -371,7 +371,8 @@ class AnchorGeometry:
     def needs_copy(self, stored_dtype: str) -> bool:
         """Whether activations have to be copied before the steps can read them."""
         return (
-            any(self.copied_padding)
+            self.patches is not None
+            or any(self.copied_padding)
             or self.dot.groups > 1
             or self.planes > 1
             or self.padded_inputs != self.group_inputs
@@ -382,12 +383,6 @@ class AnchorGeometry:
     def copy_offset(self) -> int:
         """What the copy adds to codes: the dot product's offset, if it reads signed bytes."""
         return self.dot.operand_offset if self.dot.operand_dtype == "int8" else 0
-
-    @property
-    def plane_elements(self) -> int:
-        """Elements of one plane of the copied activations."""
-        height, width = self.padded_size
-        return self.conv.input_shape[0] * height * width * self.conv.groups * self.padded_inputs
 
     @property
     def passes(self) -> int:

@@ -13,29 +13,31 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from math import prod
+from typing import Any
 
 import numpy as np
 from tvm.tirx.script import builder as T
 
-from tvm_hquant.kernels.activation_copy import ActivationCopy
 from tvm_hquant.kernels.anchor_constants import float_array_types, integer_array_types, pack_float, pack_integer
 from tvm_hquant.kernels.anchor_geometry import AnchorGeometry, as_conv2d
 from tvm_hquant.kernels.anchor_packing import AnchorPacking
 from tvm_hquant.kernels.conv2d_steps import StepEmitter, register
-from tvm_hquant.kernels.dot_product import DotProduct, units_loaded
+from tvm_hquant.kernels.dot_product import DotProduct
 from tvm_hquant.kernels.epilogue import Epilogue, scale_accumulator
 from tvm_hquant.kernels.group_interleaving import interleave_groups
 from tvm_hquant.kernels.interface import Array, Kernel, KernelRequest, LayerConstants, Tile
-from tvm_hquant.kernels.interleaved_groups import InterleavedGroups
 from tvm_hquant.kernels.kernel_function import Buffer, imported_functions, kernel_function
+from tvm_hquant.kernels.map_bands import MapBands
+from tvm_hquant.kernels.operand_copy import OperandCopy
 from tvm_hquant.kernels.packed_epilogue import PackedEpilogue
-from tvm_hquant.kernels.patches import PatchCopy, conv_of_patches, padded_elements, takes_patches
+from tvm_hquant.kernels.patches import conv_of_patches, takes_patches
 from tvm_hquant.kernels.primitives import Expression, broadcast
 from tvm_hquant.kernels.processor import ASSUMED_PROCESSOR, CACHE_LINE, Processor
 from tvm_hquant.kernels.row_tiles import TileRun
 from tvm_hquant.kernels.sweep_emitter import SweepEmitter
 from tvm_hquant.kernels.tile_order import TileOrder, TilePlace
 from tvm_hquant.kernels.vector_loops import flat, load, prefetch, store
+from tvm_hquant.kernels.wide_weights import wide_weights, widens_weights
 from tvm_hquant.kernels.word_vectors import GROUPS, CodeVectors
 from tvm_hquant.operators import Conv2D, Dense
 from tvm_hquant.tensor_format import STORAGE_DTYPE
@@ -149,7 +151,9 @@ class _Emitter:
     ) -> None:
         self.request = request
         self.geometry = geometry
-        self.order = TileOrder(geometry)
+        needs_copy = geometry.needs_copy(STORAGE_DTYPE[request.inputs[0]])
+        self.bands = MapBands(geometry) if needs_copy else None
+        self.order = TileOrder(geometry, self.bands)
         self.dot = geometry.dot
         self.is_integer = is_integer
         self.inputs = [flat(b) for b in inputs]
@@ -182,7 +186,8 @@ class _Emitter:
             self.packed_epilogue = PackedEpilogue(
                 vectors, residual, limits, self.zero_points, self.output, request.ending
             )
-        self.source: Buffer = self.inputs[0]
+        self.origin: Expression = 0
+        """The first pixel that is in memory in the form of operands."""
 
     def emit(self) -> None:
         """Writes all loops; the last one shuffles what the others could not store shuffled."""
@@ -193,75 +198,37 @@ class _Emitter:
 
     def _convolution(self) -> None:
         geometry = self.geometry
-        if geometry.patches is not None:
-            self._rows_of_patches(geometry.patches)
+        if self.bands is not None:
+            self._in_bands(self.bands)
             return
-        if geometry.needs_copy(STORAGE_DTYPE[self.request.inputs[0]]):
-            size = geometry.plane_elements * geometry.planes
-            # Steps load some more groups than take turns, where these are no power of two.
-            size += (units_loaded(self.dot.groups) - self.dot.groups) * self.dot.products
-            self.source = T.alloc_buffer((size,), self.dot.operand_dtype)
-            if self.dot.groups > 1:
-                InterleavedGroups(
-                    geometry.conv, self.dot, self.request.inputs[0], self.inputs[0], self.source, geometry.processor
-                ).emit()
-            else:
-                self._copy_activations()
         if geometry.sweeps is not None:
             assert self.table is not None
             constants = self.weights, self.starts, self.table
-            SweepEmitter(self.request, geometry, geometry.sweeps, self.source, *constants, self.epilogue).emit()
+            SweepEmitter(self.request, geometry, geometry.sweeps, self.inputs[0], *constants, self.epilogue).emit()
             return
-        self.steps = StepEmitter(geometry, self.weights, self.source)
-        order = self.order
-        loop = T.parallel if geometry.processor.shares(geometry.cost) and order.items > 1 else T.serial
-        with loop(order.items) as item, order.tile_loop(item) as place:
+        self.steps = StepEmitter(geometry, self.weights, self.inputs[0])
+        with self._loop(self.order.items, is_shared=True) as item, self.order.tile_loop(item) as place:
             self._tile_of_row(place, geometry.row_tiles)
 
-    def _rows_of_patches(self, patches: Conv2D) -> None:
-        """Every row of the map of patches from a copy of its own."""
-        geometry = self.geometry
-        assert self.zero_points is not None
-        (_, rows, pixels, _), width = geometry.conv.input_shape, patches.output_shape[2]
-        loop = T.parallel if geometry.processor.shares(geometry.cost) and rows > 1 else T.serial
-        with loop(rows) as row:
-            self.source = T.alloc_buffer((pixels * geometry.padded_inputs,), self.dot.operand_dtype)
-            self.steps = StepEmitter(geometry, self.weights, self.source)
-            padded = padded_elements(patches)
-            copy = PatchCopy(
-                patches,
-                geometry.padded_inputs,
-                self.dot.operand_dtype,
-                self.inputs[0],
-                self.source,
-                T.alloc_buffer((padded,), "uint8") if padded else None,
-                T.Cast("uint8", self.zero_points[2]),
-                geometry.copy_offset,
-            )
-            with T.serial(pixels // width) as part:
-                copy.emit(row * (pixels // width) + part, T.bind(part * (width * geometry.padded_inputs)))
-            with T.serial(geometry.groups * geometry.blocks) as channel_block, T.serial(geometry.tiles) as tile:
-                self._tile_of_row(TilePlace(row, tile, channel_block, number=0, visit=1), geometry.row_tiles)
+    def _in_bands(self, bands: MapBands) -> None:
+        """Copies a band of activations, computes all tiles that read it, and goes on to the next one."""
+        geometry, order = self.geometry, self.order
+        steps, weights = geometry, self.weights
+        if widens_weights(geometry):
+            steps = replace(geometry, dot=self.dot.with_wide_weights or self.dot, chosen_tile=geometry.tile)
+            weights = wide_weights(geometry, self.weights)
+        with self._loop(bands.count, bands.shares_bands) as band:
+            source = T.alloc_buffer((bands.elements,), self.dot.operand_dtype)
+            copy = OperandCopy(geometry, bands, self.request.inputs[0], self.inputs[0], source, self.zero_points)
+            self.origin = copy.emit(band)
+            self.steps = StepEmitter(steps, weights, source)
+            with self._loop(order.items, not bands.shares_bands) as item, order.tile_loop(item, band) as place:
+                self._tile_of_row(place, geometry.row_tiles)
 
-    def _copy_activations(self) -> None:
-        geometry = self.geometry
-        window = replace(geometry.conv.window, padding=geometry.copied_padding)
-        ActivationCopy(
-            replace(geometry.conv, window=window),
-            geometry.padded_inputs,
-            self.dot.operand_dtype,
-            self.request.inputs[0],
-            self.inputs[0],
-            self.source,
-            tuple(self._fill(plane) for plane in range(geometry.planes)),
-            geometry.copy_offset,
-            geometry.processor,
-        ).emit()
-
-    def _fill(self, plane: int) -> Expression:
-        if self.zero_points is None:
-            return T.Cast(self.dot.operand_dtype, T.int32(0))
-        return T.Cast(self.dot.operand_dtype, self.zero_points[2 + plane] + self.geometry.copy_offset)
+    def _loop(self, count: int, is_shared: bool) -> Any:
+        """A loop that threads share, if they are to, where there is work enough."""
+        is_parallel = is_shared and count > 1 and self.geometry.processor.shares(self.geometry.cost)
+        return T.parallel(count) if is_parallel else T.serial(count)
 
     def _tile_of_row(self, place: TilePlace, runs: Sequence[TileRun]) -> None:
         """The tile at that place, which belongs to one of ``runs``."""
@@ -416,13 +383,12 @@ class _Emitter:
             values = zeros if dot.starts_late else load(self.starts, start_at(i, j), dot.lanes)
             store(accumulator, 0, dot.start(values), dot.accumulator_elements)
         top, left = (a - b for a, b in zip(window.padding[:2], geometry.copied_padding[:2], strict=True))
-        # Patches of one row are in memory at a time.
-        first = 0 if geometry.patches is not None else (image * padded_height + (y * sh - top)) * padded_width
-        corner = T.bind(
-            (first + (x * sw - left)) * pixel
-            + group * (dot.groups * geometry.padded_inputs)
-            + plane * geometry.plane_elements
-        )
+        first = (image * padded_height + (y * sh - top)) * padded_width + (x * sw - left)
+        if self.bands is not None and self.bands.count > 1:
+            # The limits change nothing. They tell LLVM that no index overflows, or it extends them to 64 bits in every step.
+            first = T.max(-(top * padded_width + left), T.min(first - self.origin, self.bands.pixels))
+        plane_elements = self.bands.plane_elements if self.bands is not None else 0
+        corner = T.bind(first * pixel + group * (dot.groups * geometry.padded_inputs) + plane * plane_elements)
         step_weights, row_steps = geometry.step_weights, geometry.runs * geometry.steps
         weight_base = T.bind(channel_block * geometry.tile_weights + point * geometry.weight_elements)
         if self.table is not None:

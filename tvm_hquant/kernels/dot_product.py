@@ -75,6 +75,8 @@ class DotProduct(Protocol):
         prefetches_outputs: whether tiles ask for what their epilogue reads and writes.
         starts_late: whether accumulators start at zero, and what sums start at is added to :meth:`rows`.
         llvm_functions: definitions, in LLVM's language, of the functions that ``accumulate`` calls.
+        with_wide_weights: the same for weights in memory in the type in which they are multiplied; None where they are packed
+            so, or nothing is gained by it.
     """
 
     @property
@@ -135,6 +137,8 @@ class DotProduct(Protocol):
     def starts_late(self) -> bool: ...
     @property
     def llvm_functions(self) -> str: ...
+    @property
+    def with_wide_weights(self) -> DotProduct | None: ...
 
     def for_groups(self, groups: int) -> DotProduct | None:
         """The same for lanes that take turns among as many groups of channels; None if there is no such thing."""
@@ -184,6 +188,10 @@ class OnePixel:
     prefetches_outputs: bool = True
     starts_late: bool = False
     llvm_functions: str = ""
+
+    @property
+    def with_wide_weights(self) -> DotProduct | None:
+        return None
 
     @property
     def row_vectors(self) -> int:

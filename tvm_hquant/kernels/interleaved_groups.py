@@ -71,19 +71,19 @@ class InterleavedGroups:
     target: Buffer
     processor: Processor
 
-    def emit(self) -> None:
-        """Writes the loops."""
+    def emit(self, first_pixel: Expression, pixels: int) -> None:
+        """Writes the loops for so many pixels from the first one on, counted over all rows and images."""
         inputs, products, groups = self.conv.in_channels // self.conv.groups, self.dot.products, self.dot.groups
-        n, height, width, channels = self.conv.input_shape
         full, steps = inputs // products, -(-inputs // products)
         at_once = _VECTOR_BYTES // (products * self._element_bytes)
         while at_once > full:
             at_once //= 2
         bundles = self.conv.groups // groups
-        runs = n * height * width * bundles
-        instructions = n * height * width * channels * copying_cost(self._element_bytes)
+        runs = pixels * bundles
+        instructions = pixels * self.conv.in_channels * copying_cost(self._element_bytes)
+        start = T.bind(first_pixel * self.conv.in_channels)
         with row_loop(runs, instructions, self.processor) as run:
-            first, place = T.bind(run * (groups * inputs)), T.bind(run * (steps * groups * products))
+            first, place = T.bind(start + run * (groups * inputs)), T.bind(run * (steps * groups * products))
             if at_once:
                 with vector_loop(full, at_once) as step:
                     parts = [self._units(first + g * inputs + step * products, at_once) for g in range(groups)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from math import prod
 
@@ -12,6 +12,7 @@ from tvm.tirx.script import builder as T
 
 from tvm_hquant.kernels.anchor_geometry import AnchorGeometry
 from tvm_hquant.kernels.kernel_function import Buffer
+from tvm_hquant.kernels.map_bands import MapBands
 from tvm_hquant.kernels.primitives import Expression
 from tvm_hquant.kernels.processor import CACHE_LINE
 from tvm_hquant.kernels.vector_loops import prefetch
@@ -60,14 +61,22 @@ class UpcomingWeights:
 
 @dataclass(frozen=True)
 class TileOrder:
-    """The order of the tiles of a convolution, in items that threads share out among themselves."""
+    """The order of the tiles of a convolution, or of a band of its map, in items that threads share out among themselves."""
 
     geometry: AnchorGeometry
+    bands: MapBands | None = None
 
     @property
     def rows(self) -> int:
         """Rows of output pixels."""
-        return self.geometry.conv.input_shape[0] * self.geometry.output_size[0]
+        if self.bands is None:
+            return self.geometry.conv.input_shape[0] * self.geometry.output_size[0]
+        return 1 if self.bands.is_single_row else self.bands.units
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of a row."""
+        return self.bands.units if self.bands is not None and self.bands.is_single_row else self.geometry.tiles
 
     @property
     def channel_blocks(self) -> int:
@@ -76,8 +85,9 @@ class TileOrder:
     @property
     def _chunks(self) -> int:
         """Items of a row, for one block of channels."""
-        tiles = self.geometry.tiles
-        items = self.geometry.processor.fewest_items
+        tiles = self.tiles
+        is_item_of_a_thread = self.bands is None or not self.bands.shares_bands
+        items = self.geometry.processor.fewest_items if is_item_of_a_thread else 1
         most = max(1, min(_TILES_PER_ITEM, tiles * self.rows * self.channel_blocks // items))
         return -(-tiles // most)
 
@@ -98,9 +108,9 @@ class TileOrder:
         return weights > processor.l2_bytes or (dot.prefetches and activations <= processor.last_share)
 
     @contextmanager
-    def tile_loop(self, item: Expression) -> Iterator[TilePlace]:
+    def tile_loop(self, item: Expression, band: Expression = 0) -> Iterator[TilePlace]:
         """The loop over the tiles of an item; its statements are those of the tile at a place."""
-        tiles, rows, chunks = self.geometry.tiles, self.rows, self._chunks
+        tiles, rows, chunks = self.tiles, self.rows, self._chunks
         per_item = -(-tiles // chunks)
         if self.weights_stay_outside:
             channel_block, rest = T.bind(item // (rows * chunks)), T.bind(item % (rows * chunks))
@@ -110,17 +120,37 @@ class TileOrder:
             row, chunk = T.bind(place // chunks), T.bind(place % chunks)
 
         def place_of(tile: Expression) -> TilePlace:
+            at = self._in_map(row, tile, band)
             if self.weights_stay_outside:
-                return TilePlace(row, tile, channel_block, row * tiles + tile, rows * tiles)
-            return TilePlace(row, tile, channel_block, tile - chunk * per_item, per_item)
+                return TilePlace(*at, channel_block, row * tiles + tile, rows * tiles)
+            return TilePlace(*at, channel_block, tile - chunk * per_item, per_item)
 
-        if per_item == 1:
-            yield place_of(chunk)
-            return
-        first = T.bind(chunk * per_item)
-        last = first + per_item if tiles % per_item == 0 else T.min(first + per_item, tiles)
-        with T.serial(first, last) as tile:
-            yield place_of(tile)
+        ends_early = self.bands is not None and not self.bands.is_even
+        with ExitStack() as conditions:
+            first = T.bind(chunk * per_item)
+            last = first + per_item if tiles % per_item == 0 else T.min(first + per_item, tiles)
+            if self.bands is not None and ends_early:
+                left = T.bind(self.bands.image_units - band % self.bands.per_image * self.bands.units)
+                if self.bands.is_single_row:
+                    last = T.min(last, left)
+                else:
+                    conditions.enter_context(T.If(row < left))
+                    conditions.enter_context(T.Then())
+            if per_item == 1 and not ends_early:
+                yield place_of(chunk)
+                return
+            with T.serial(first, last) as tile:
+                yield place_of(tile)
+
+    def _in_map(self, row: Expression, tile: Expression, band: Expression) -> tuple[Expression, Expression]:
+        """Row and tile of the map for those of a band."""
+        bands = self.bands
+        if bands is None or bands.count == 1:
+            return row, tile
+        first = band % bands.per_image * bands.units
+        if bands.is_single_row:
+            return row, T.bind(first + tile)
+        return T.bind(band // bands.per_image * bands.image_units + first + row), tile
 
     def upcoming_weights(self, place: TilePlace, weights: Expression) -> UpcomingWeights | None:
         """Those of the next block of channels, for a tile whose own begin at ``weights``.

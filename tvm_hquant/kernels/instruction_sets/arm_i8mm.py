@@ -65,6 +65,7 @@ class UsmmlaDot:
     starts_late: bool = False
     latency: int = 12
     llvm_functions: str = ""
+    with_wide_weights: None = None
     accumulator_registers: int = 2
     row_vectors: int = 8
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import prod
 
 from tvm.tirx.script import builder as T
 
@@ -24,7 +23,7 @@ from tvm_hquant.kernels.primitives import Expression, convert
 from tvm_hquant.kernels.processor import Processor
 from tvm_hquant.kernels.winograd import can_transform, saved_products
 from tvm_hquant.kernels.x86_byte_vectors import WordProduct
-from tvm_hquant.operators import Conv2D, Dense
+from tvm_hquant.operators import Conv2D
 
 _LANES = 8
 _REGISTERS = 16
@@ -38,7 +37,7 @@ products are ``vpmaddwd``, and without it narrower weights take less time."""
 
 @dataclass(frozen=True)
 class WordDot(RepeatedOperand):
-    """``vpmaddwd``: two channels a step, activations widened to int16 beforehand; weights too, or when a step loads them."""
+    """``vpmaddwd``: two channels a step. Activations are widened to int16 beforehand; so are weights, or by steps."""
 
     lanes: int = _LANES
     registers: int = _REGISTERS
@@ -46,12 +45,16 @@ class WordDot(RepeatedOperand):
     chain: int = 1
     operand_dtype: str = "int16"
     operand_offset: int = 0
-    weight_dtype: str = "int16"
+    weight_dtype: str = "int8"
     accumulator_dtype: str = "int32"
     name: str = "vpmaddwd"
     splits_pixels: bool = True
     operand_cost: float = 0.5
     groups: int = 1
+
+    @property
+    def with_wide_weights(self) -> DotProduct | None:
+        return replace(self, weight_dtype="int16") if self.weight_dtype == "int8" else None
 
     def for_groups(self, groups: int) -> DotProduct:
         return replace(self, groups=groups)
@@ -144,25 +147,17 @@ def _add_pairs(a: Expression, b: Expression) -> Expression:
 def _dot(request: KernelRequest) -> DotProduct:
     if request.weights == "int8":
         pairs = request.saturation_free_pairs
-        return ByteDot(pairs) if pairs else WordDot(weight_dtype=_word_storage(request))
+        return ByteDot(pairs) if pairs else WordDot()
     if request.weights == "int16":
         return WideDot(4, _REGISTERS)
     # Two operands are loaded in the time of two multiply-adds: tiles of many pixels and one vector wait for them.
     # Their latency is four cycles of two multiply-adds each.
-    sweeps = request.weights == "float32"
+    sweeps = request.weights == request.inputs[0] == "float32"
     return FloatDot(_LANES, _REGISTERS, request.weights, operand_cost=0.75, prefetches=True, sweeps=sweeps, latency=8)
 
 
 def _word_product(request: KernelRequest) -> WordProduct:
     return "vpmaddubsw" if request.saturation_free_pairs else "vpmaddwd"
-
-
-def _word_storage(request: KernelRequest) -> str:
-    """int16 where the weights are no more than the outputs. Widening them for every tile takes 5 % of the time where they come
-    from near caches, and less than it takes to fetch twice the bytes where they are many."""
-    operator = request.operator
-    assert isinstance(operator, (Conv2D, Dense))
-    return "int16" if prod(operator.weight_shape) <= prod(operator.output_shape) else "int8"
 
 
 def _is_faster_transformed(request: KernelRequest, processor: Processor) -> bool:

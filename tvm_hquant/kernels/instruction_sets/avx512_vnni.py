@@ -62,7 +62,8 @@ def _dot(request: KernelRequest) -> DotProduct:
         return VnniDot()
     if request.weights == "int16":
         return WideDot(8, _REGISTERS)
-    return FloatDot(_LANES, _REGISTERS, request.weights, prefetches=True, sweeps=request.weights == "float32")
+    sweeps = request.weights == request.inputs[0] == "float32"
+    return FloatDot(_LANES, _REGISTERS, request.weights, prefetches=True, sweeps=sweeps)
 
 
 INSTRUCTION_SET = InstructionSet(
