@@ -11,7 +11,7 @@ Source: A. Lavin, S. Gray, "Fast Algorithms for Convolutional Neural Networks", 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from typing import Any
@@ -55,6 +55,9 @@ _SUMS = 6
 _VECTORS = 2
 _MOST_WORK = 1.05
 """Times the least work, at most, that blocks for the cores may be: a network may run on fewer of them than it is made for."""
+
+_WORTH_MEMORY = 1.02
+"""Times the least time and work that smaller blocks, which take less memory, may take."""
 
 _TAPS = 3
 """Rows and columns of the window."""
@@ -123,14 +126,18 @@ class WinogradGeometry:
     def block_rows(self) -> int:
         """Rows of tiles that are transformed before they are multiplied.
 
-        As the second-level cache holds at most, and of these as let the cores be done first, but with little more work in all.
-        Blocks that do not stay in the cache take no longer by themselves, since it is read in order; they gain nothing either.
+        With their sums they stay in the second-level cache, and let the cores be done first, or nearly so in less memory; but
+        with little more work in all.
         """
         rows, columns = self.tiles
-        most = min(rows, max(1, self.processor.l2_bytes // (2 * _POSITIONS * columns * self.conv.in_channels)))
+        tile_bytes = _POSITIONS * (2 * self.conv.in_channels + 4 * self.block_channels)
+        most = min(rows, max(1, self.processor.l2_bytes // (columns * tile_bytes)))
         work = {count: self._work(count) for count in range(1, most + 1)}
         allowed = [count for count in work if work[count] <= _MOST_WORK * min(work.values())]
-        return min(allowed, key=lambda count: (self._span(count), work[count], -count))
+        best = min(allowed, key=lambda count: (self._span(count), work[count]))
+        most_work = max(work[best], _WORTH_MEMORY * min(work.values()))
+        most_span = _WORTH_MEMORY * self._span(best)
+        return min(count for count in allowed if self._span(count) <= most_span and work[count] <= most_work)
 
     def _blocks(self, rows: int) -> int:
         """Blocks of so many rows in all images."""
@@ -173,6 +180,11 @@ class WinogradGeometry:
     @property
     def channel_blocks(self) -> int:
         return self.conv.out_channels // self.block_channels
+
+    @property
+    def block_inputs(self) -> int:
+        """Rows of the padded map that the tiles of a block read."""
+        return min(_OUTPUTS * self.block_rows + _INPUTS - _OUTPUTS, self.padded_size[0])
 
     @property
     def block_tiles(self) -> int:
@@ -241,7 +253,10 @@ class _Emitter:
         output: Buffer,
     ) -> None:
         self.request, self.geometry, self.vectors = request, geometry, vectors
-        self.source, *residual = [flat(buffer) for buffer in inputs]
+        self.activations, *residual = [flat(buffer) for buffer in inputs]
+        self.source: Buffer = self.activations
+        self.first_row: Expression = 0
+        """The first row of all images that is in ``source``."""
         self.weights, self.starts, self.multipliers, self.offsets, limits, self.zero_points = arrays
         self.epilogue = PackedEpilogue(
             vectors, residual[0] if residual else None, limits, self.zero_points, flat(output), request.ending
@@ -249,19 +264,15 @@ class _Emitter:
 
     def emit(self) -> None:
         geometry, conv = self.geometry, self.geometry.conv
-        images, channels = conv.input_shape[0], conv.in_channels
-        if any(conv.window.padding):
-            height, width = geometry.padded_size
-            padded = T.alloc_buffer((images * height * width * channels,), "uint8")
-            fill = T.Cast("uint8", self.zero_points[2])
-            ActivationCopy(conv, channels, "uint8", "uint8", self.source, padded, (fill,), 0, geometry.processor).emit()
-            self.source = padded
+        images = conv.input_shape[0]
         per_image = geometry.blocks // images
         by_tiles = geometry.shares_tiles
         with self._shared(geometry.blocks, by_tiles) as number:
             transformed = T.alloc_buffer((_POSITIONS * geometry.source_stride,), "int16")
             image = T.bind(number // per_image)
             first = T.bind(T.min(number % per_image * geometry.block_rows, geometry.tiles[0] - geometry.block_rows))
+            if any(conv.window.padding):
+                self._pad(image, first, replace(geometry.processor, cores=1) if by_tiles else geometry.processor)
             with self._shared(geometry.block_rows, not by_tiles) as row, T.serial(geometry.tiles[1]) as column:
                 self._transform(transformed, image, first, row, column)
             with self._shared(geometry.channel_blocks, not by_tiles) as block:
@@ -272,6 +283,27 @@ class _Emitter:
                     self._multiply(transformed, weights, sums, position)
                 with T.serial(geometry.block_rows) as row, T.serial(geometry.tiles[1]) as column:
                     self._finish(sums, image, first, row, column, block)
+
+    def _pad(self, image: Expression, first: Expression, processor: Processor) -> None:
+        """Copies the rows that a block of tiles reads, with padding around them."""
+        geometry, conv = self.geometry, self.geometry.conv
+        (height, width), rows = geometry.padded_size, geometry.block_inputs
+        self.source = T.alloc_buffer((rows * width * conv.in_channels,), "uint8")
+        self.first_row = T.bind(image * height + T.min(_OUTPUTS * first, height - rows))
+        fill = T.Cast("uint8", self.zero_points[2])
+        copy = ActivationCopy(
+            conv,
+            conv.in_channels,
+            "uint8",
+            "uint8",
+            self.activations,
+            self.source,
+            (fill,),
+            0,
+            processor,
+            plane_rows=rows,
+        )
+        copy.emit_rows(image, self.first_row - image * height, rows)
 
     def _shared(self, count: int, is_wanted: bool) -> Any:
         """A loop that threads share, if wanted, where there is work enough."""
@@ -294,7 +326,7 @@ class _Emitter:
         geometry, channels = self.geometry, self.geometry.conv.in_channels
         height, width = geometry.padded_size
         y, x = self._pixel(first, row, column)
-        start = T.bind(((image * height + y) * width + x) * channels)
+        start = T.bind(((image * height + y - self.first_row) * width + x) * channels)
         tile = T.bind((row * geometry.tiles[1] + column) * channels)
         with T.serial(channels // _LANES) as vector:
             at = T.bind(vector * _LANES)
