@@ -199,8 +199,13 @@ def compare(fronts: list[StrategyFront]) -> list[tuple[str, ...]]:
 
 
 def compare_equally(fronts: list[StrategyFront]) -> list[tuple[str, ...]]:
-    """A row for each strategy but ilp, which comes first: both after the evaluations of the one that makes fewer."""
+    """A row for each strategy but ilp, which comes first: both after the evaluations of the one that makes fewer.
+
+    Fronts from files that do not say when plans were evaluated have none.
+    """
     ours = fronts[0]
+    if not all(plan.number for front in fronts for plan in front.plans):
+        return []
     cheapest = min((plan for front in fronts for plan in front.plans), key=lambda plan: (plan.cost, plan.smooth))
     rows: list[tuple[str, ...]] = []
     for front in fronts[1:]:

@@ -30,7 +30,8 @@ class MeasuredPlan:
 
     ``cost`` is relative to 8 bits everywhere, ``expected`` the loss that the search went by, ``smooth`` the divergence on the
     search samples; on each held-out sample, ``divergence`` is that from the float model in nats, ``top1_lost`` 1 if
-    quantization made it wrong, −1 if right. ``number`` is how many evaluations the search had made with this one.
+    quantization made it wrong, −1 if right. ``number`` is how many evaluations the search had made with this one; 0 where a
+    file does not say.
     """
 
     assignment: dict[str, str]
@@ -39,7 +40,7 @@ class MeasuredPlan:
     smooth: float
     divergence: list[float]
     top1_lost: list[float]
-    number: int
+    number: int = 0
 
 
 @dataclass(frozen=True)
