@@ -37,7 +37,7 @@ SCORES: tuple[Metric, ...] = (SCORED["top1"], SCORED["margin"], SCORED["preferen
 
 def expected_drop(top1: MetricAccumulator, margin: MetricAccumulator, preference: MetricAccumulator) -> float:
     """The expected drop in top-1 of a plan with these scores on the same samples, a fraction; never below 0."""
-    expected = drop_by_margins(np.array(margin.scores, np.float64), np.array(preference.scores, np.float64))
+    expected = drop_by_margins(margin.table, preference.table)
     return max(expected, top1.loss_interval().low)
 
 

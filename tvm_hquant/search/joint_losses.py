@@ -69,12 +69,12 @@ class PlanScores:
 
     def smooth_loss(self, samples: Sequence[int] | None = None) -> float:
         """The square of the mean root, on all samples or on some by position."""
-        scores = (self if samples is None else self.part(samples)).smooth.scores
-        return (math.fsum(math.sqrt(score.value) for score in scores) / len(scores)) ** 2
+        values = (self if samples is None else self.part(samples)).smooth.table[:, 1].tolist()
+        return (math.fsum(map(math.sqrt, values)) / len(values)) ** 2
 
     def part(self, samples: Sequence[int]) -> PlanScores:
         """Scores on some samples, by position."""
-        return PlanScores(tuple(_part(scores, samples) for scores in self.own), _part(self.smooth, samples))
+        return PlanScores(tuple(scores.of(samples) for scores in self.own), self.smooth.of(samples))
 
     @property
     def divergence(self) -> float:
@@ -84,7 +84,7 @@ class PlanScores:
     def upper_bound(self, seed: int = 0) -> float:
         """What :meth:`loss` is below with 90 % confidence: by the bootstrap over samples."""
         own = self.own
-        tables = np.stack([np.array(scores.scores, np.float64) for scores in own], axis=1)
+        tables = np.stack([scores.table for scores in own], axis=1)
         if not np.isfinite(tables).all():
             return float("inf")
         metric = own[0].metric
@@ -184,7 +184,3 @@ class JointLosses:
             max(scores.loss(self._kept_back) if self._kept_back else 0.0, scores.upper_bound(self._seed))
             for scores in self.scores(assignments)
         ]
-
-
-def _part(scores: MetricAccumulator, samples: Sequence[int]) -> MetricAccumulator:
-    return MetricAccumulator(scores.metric, tuple(scores.scores[position] for position in samples))

@@ -12,13 +12,15 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from itertools import islice
 
+import numpy as np
+
 from tvm_hquant.calibration.samples import DataSource, Sample, count_samples
 from tvm_hquant.progress import Progress, silent_progress
 from tvm_hquant.simulator.chunks import ChunkScores, ProgramSet, chunk_samples
 from tvm_hquant.simulator.engine import SimulationEngine
 from tvm_hquant.simulator.journal import EvaluationJournal, Floats
 from tvm_hquant.simulator.machine import Array
-from tvm_hquant.simulator.metrics import Metric, MetricAccumulator, Score
+from tvm_hquant.simulator.metrics import Metric, MetricAccumulator
 from tvm_hquant.simulator.program import Program
 from tvm_hquant.simulator.runner import Piece, WorkerRunner, available_cores, local_executor
 
@@ -111,8 +113,8 @@ class ProgramEvaluator:
                 pass
         return [
             [
-                MetricAccumulator(metric).with_scores(
-                    Score(*row) for number in range(chunks) for row in found[number][p.digest, metric.name].tolist()
+                MetricAccumulator(
+                    metric, np.concatenate([found[number][p.digest, metric.name] for number in range(chunks)])
                 )
                 for metric in metrics
             ]

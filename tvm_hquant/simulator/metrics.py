@@ -28,7 +28,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -215,12 +215,20 @@ def make_metric(name: str | None = None, has_labels: bool = True) -> Metric:
     return metric
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class MetricAccumulator:
-    """A metric over samples. Keeps the two numbers of each sample's score, for confidence intervals."""
+    """A metric over samples. Keeps the two numbers of each sample's score, for confidence intervals.
+
+    ``table`` is float64 [samples, 2], columns as in :class:`Score`: a search keeps one for each of thousands of plans.
+    """
 
     metric: Metric
-    scores: tuple[Score, ...] = ()
+    table: Floats = field(default_factory=lambda: np.empty((0, 2)))
+
+    @property
+    def scores(self) -> tuple[Score, ...]:
+        """The rows of the table."""
+        return tuple(Score(*row) for row in self.table.tolist())
 
     def with_sample(self, float_outputs: Outputs, outputs: Outputs, label: int | None = None) -> MetricAccumulator:
         """With one more sample. See :meth:`Metric.score` for what it raises."""
@@ -228,18 +236,23 @@ class MetricAccumulator:
 
     def with_scores(self, scores: Iterable[Score]) -> MetricAccumulator:
         """With more samples whose scores are known."""
-        return MetricAccumulator(self.metric, (*self.scores, *scores))
+        added = np.array(list(scores), np.float64).reshape(-1, 2)
+        return MetricAccumulator(self.metric, np.concatenate([self.table, added]))
+
+    def of(self, samples: Sequence[int]) -> MetricAccumulator:
+        """Some of the samples, by position."""
+        return MetricAccumulator(self.metric, self.table[list(samples)])
 
     def merge(self, other: MetricAccumulator) -> MetricAccumulator:
         """With the samples of another accumulator of the same metric."""
         if type(self.metric) is not type(other.metric):
             raise ValueError(f"{self.metric.name} and {other.metric.name} cannot be merged")
-        return self.with_scores(other.scores)
+        return MetricAccumulator(self.metric, np.concatenate([self.table, other.table]))
 
     @property
     def count(self) -> int:
         """How many samples there are."""
-        return len(self.scores)
+        return len(self.table)
 
     @property
     def value(self) -> float:
@@ -256,9 +269,9 @@ class MetricAccumulator:
         return self.metric.loss_interval(self._table(), level, seed)
 
     def _table(self) -> Floats:
-        if not self.scores:
+        if not len(self.table):
             raise DataError(f"{self.metric.name} of no samples: evaluate at least one")
-        return np.array(self.scores, np.float64)
+        return self.table
 
 
 def log_probabilities(float_outputs: Outputs, outputs: Sequence[Outputs]) -> tuple[Floats, Floats]:
