@@ -25,6 +25,8 @@ What each operator looks like afterwards, in NCHW:
 
 - convolution: ``R.nn.conv2d(x, W)``, then ``R.add(…, bias of shape (1, C, 1, 1))``; padding is explicit;
 - convolutions and pools of sequences [N, C, W]: those of maps [N, C, 1, W], reshaped before and behind them;
+- transposed convolution: ``R.nn.conv2d``, whose channels are laid out as pixels by reshape, permute_dims, reshape and, where
+  pixels are cut off, ``R.strided_slice``; scales, shifts and clamps of these pixels stand before that;
 - dense layer: ``R.matmul(x, W [in, out])``, then ``R.add(…, bias [out])``;
 - batch norm and per-channel constants: folded into the layer before, else a depthwise 1×1 convolution with bias (on
   tensors of other than four axes ``R.multiply`` and ``R.add``);
@@ -52,7 +54,15 @@ from typing import Any
 import tvm
 from tvm import IRModule
 
-from tvm_hquant.relax_ir.canonical_rules import affine, clamps, elementwise, movement, sequences, windows
+from tvm_hquant.relax_ir.canonical_rules import (
+    affine,
+    clamps,
+    elementwise,
+    movement,
+    sequences,
+    upsampling,
+    windows,
+)
 from tvm_hquant.relax_ir.graph_rewriting import rewrite
 
 RULES = (
@@ -66,6 +76,9 @@ RULES = (
     sequences.spell_convolution_of_sequences,
     sequences.spell_pool_of_sequences,
     sequences.move_sequence_behind_operator,
+    upsampling.spell_transposed_convolution_of_sequences,
+    upsampling.spell_transposed_convolution,
+    upsampling.move_operator_before_pixels,
     movement.spell_channel_shuffle,
     movement.spell_reshape,
     movement.merge_permutations,

@@ -25,8 +25,8 @@ After::
 
 An anchor (convolution or dense layer with constant weights) takes its bias, then one residual addition, then one clamp,
 each only where nothing else reads the value in between. An addition takes a clamp. A product of two activations takes
-the permutations around it and a factor. Local response normalization and
-activations such as HardSwish, which come as chains of elementwise operators, are one layer each. Every other operator is
+the permutations around it and a factor. Local response normalization, activations such as HardSwish, which come as chains
+of elementwise operators, and channels that are laid out as pixels are one layer each. Every other operator is
 a layer of its own. ``FuseOpsByPattern`` matches the same shapes, but merges equal functions into one; a layer must keep
 its own.
 """
@@ -50,11 +50,13 @@ from tvm_hquant.operators import (
     BatchMatmul,
     Epilogue,
     LocalResponseNormalization,
+    Movement,
     Opaque,
     Operator,
     Unary,
 )
 from tvm_hquant.relax_ir.batch_matmuls import find_batch_matmuls
+from tvm_hquant.relax_ir.depth_to_space import find_depth_to_space
 from tvm_hquant.relax_ir.describe import (
     clip_bounds,
     describe_anchor,
@@ -148,6 +150,7 @@ class _Partitioner:
         chains += [(f.indices, f.inputs, f.operator) for f in find_batch_matmuls(pairs, self.users)]
         chains += [(f.indices, (f.data,), f.operator) for f in find_local_response_normalizations(pairs)]
         chains += [(f.indices, (f.data,), f.operator) for f in find_activations(pairs)]
+        chains += [(f.indices, (f.data,), f.operator) for f in find_depth_to_space(pairs, self.users)]
         for positions, inputs, operator in chains:
             if self._is_closed(positions) and not self.grouped.intersection(positions):
                 indices, group = self._finish(list(positions), inputs, operator, None)
@@ -236,6 +239,8 @@ class _Partitioner:
             kind = "local_response_normalization"
         if isinstance(operator, Unary) and chain_length > 1:
             kind = operator.function_name
+        if isinstance(operator, Movement) and chain_length > 1:
+            kind = operator.function
         number = self.counters.get(kind, 0)
         self.counters[kind] = number + 1
         return f"{kind}_{number}"

@@ -27,7 +27,6 @@ class NetworkCase:
 
 _LEFT_TO_TVM = {
     "transformer": "nn.layer_norm",
-    "unet": "nn.conv2d_transpose",
     "sqrt": "sqrt",
     "prelu": "nn.prelu",
     "log_softmax": "nn.log_softmax",

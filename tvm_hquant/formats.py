@@ -133,6 +133,10 @@ def _follow_makers(graph: LayerGraph, anchors: Mapping[str, Precision]) -> dict[
 def _why_float_only(layer: Layer, wanted: Precision) -> str:
     operator, name = layer.operator, layer.operator_kind
     if isinstance(operator, Opaque):
+        if operator.name.startswith("relax.nn.conv") and len(operator.input_shapes) > 1:
+            return (
+                f"{operator.name.removeprefix('relax.')} whose weights other layers compute is left to TVM, in float32"
+            )
         return f"{operator.name.removeprefix('relax.')} is an operator that only TVM computes, in float32"
     if isinstance(operator, Unary):
         name = operator.function_name

@@ -319,6 +319,9 @@ class Movement:
     - ``strided_slice``: (axis, begin, stride) for each sliced axis, one after the other, begin not negative, stride
       positive; the length follows from the output shape.
     - ``take``: the axis, then the indices along it.
+    - ``depth_to_space``: groups, rows and columns of a block, and rows and columns cut off in front. Channel
+      ((g · rows + r) · columns + c) · depth + d of a pixel is channel g · depth + d of row r and column c of its block
+      (ONNX's DCR has one group, CRD a depth of 1).
     - ``pad``: (before, after) for each axis, one after the other; ``fill`` is the real value put in (constant mode).
     """
 

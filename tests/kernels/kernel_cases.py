@@ -300,7 +300,9 @@ def concats(draw: st.DrawFn) -> Case:
 def _movement_operators(draw: st.DrawFn) -> Movement:
     shape = draw(shapes)
     rank = len(shape)
-    name = draw(st.sampled_from(["reshape", "permute_dims", "strided_slice", "take", "shuffle", "pad"]))
+    name = draw(st.sampled_from(["reshape", "permute_dims", "strided_slice", "take", "shuffle", "pad", "pixels"]))
+    if name == "pixels":
+        return draw(_depth_to_space_operators())
     if name == "reshape":
         return Movement(name, shape, (math.prod(shape[:-1]), 1, shape[-1]))
     if name == "permute_dims":
@@ -326,6 +328,19 @@ def _movement_operators(draw: st.DrawFn) -> Movement:
         indices = draw(st.lists(st.integers(0, shape[axis] - 1), min_size=1, max_size=12))
     output = [*shape[:axis], len(indices), *shape[axis + 1 :]]
     return Movement("take", shape, tuple(output), (axis, *indices))
+
+
+@st.composite
+def _depth_to_space_operators(draw: st.DrawFn) -> Movement:
+    """Blocks of up to 3×3 pixels, of all channels or of groups of them, whole or cut."""
+    batch, height, width, groups, depth = (draw(st.integers(1, most)) for most in (2, 4, 5, 3, 20))
+    rows, columns = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    top, left = draw(st.integers(0, rows - 1)), draw(st.integers(0, columns - 1))
+    out_height = draw(st.integers(1, height * rows - top))
+    out_width = draw(st.one_of(st.just(width * columns - left), st.integers(1, width * columns - left)))
+    shape = (batch, height, width, groups * rows * columns * depth)
+    output = (batch, out_height, out_width, groups * depth)
+    return Movement("depth_to_space", shape, output, (groups, rows, columns, top, left))
 
 
 @st.composite

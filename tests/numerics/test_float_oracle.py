@@ -239,6 +239,7 @@ MOVES = [
     Movement("permute_dims", (2, 3, 4, 5), (5, 2, 4, 3), (3, 0, 2, 1)),
     Movement("strided_slice", (2, 3, 4, 5), (2, 1, 4, 2), (1, 1, 1, 3, 0, 3)),
     Movement("take", (2, 3, 4, 5), (2, 3, 4, 4), (3, 4, 0, 0, 2)),
+    Movement("depth_to_space", (2, 2, 2, 24), (2, 3, 5, 4), (2, 2, 3, 1, 1)),
     Movement("pad", (2, 3, 4, 5), (2, 6, 4, 6), (0, 0, 1, 2, 0, 0, 0, 1), 1.5),
 ]
 
@@ -254,6 +255,10 @@ def source_index(function: str, i: tuple[int, ...]) -> tuple[int, ...]:
         return i[0], 1, i[2], 3 * i[3]
     if function == "take":
         return i[0], i[1], i[2], (4, 0, 0, 2)[i[3]]
+    if function == "depth_to_space":
+        # Two groups of two channels, blocks of 2×3 pixels, one row and one column cut off.
+        row, column = divmod(i[1] + 1, 2), divmod(i[2] + 1, 3)
+        return i[0], row[0], column[0], 12 * (i[3] // 2) + 6 * row[1] + 2 * column[1] + i[3] % 2
     return i[0], i[1] - 1, i[2], i[3]
 
 

@@ -85,6 +85,7 @@ CASES: list[tuple[Operator, str, LayerConstants]] = [
     (Movement("permute_dims", MAP, (1, 6, 5, 4), (0, 3, 1, 2)), "uint8", NoConstants()),
     (Movement("take", MAP, (1, 5, 4, 3), (3, 5, 0, 1)), "uint8", NoConstants()),
     (Movement("strided_slice", MAP, (1, 2, 4, 6), (1, 1, 2)), "uint8", NoConstants()),
+    (Movement("depth_to_space", MAP, (1, 14, 8, 1), (1, 3, 2, 1, 0)), "uint8", NoConstants()),
     (Movement("pad", MAP, (1, 7, 4, 6), (0, 0, 1, 1, 0, 0, 0, 0)), "uint8", FillConstants(9)),
     (BatchMatmul(((1, 3, 4), (1, 5, 4)), ((0, 1, 2), (0, 2, 1)), (0, 1, 2), 0.5), "float32", NoConstants()),
     (BatchMatmul(((1, 3, 4), (1, 5, 4)), ((0, 1, 2), (0, 2, 1)), (0, 2, 1)), "uint8", PRODUCTS),

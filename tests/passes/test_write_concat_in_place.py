@@ -23,7 +23,7 @@ from tvm_hquant.artifact import compile_artifact
 from tvm_hquant.compilation import lower
 from tvm_hquant.kernels.interface import KernelRequest, LayerConstants, NoConstants, Placement
 from tvm_hquant.kernels.registry import families_for_target, select_kernel
-from tvm_hquant.operators import Concat, Conv2D, Window
+from tvm_hquant.operators import Concat, Conv2D, Movement, Window
 from tvm_hquant.passes.partition_layers import partition_layers
 from tvm_hquant.session import QuantizationSession
 from tvm_hquant.verification import verify_artifact
@@ -143,7 +143,7 @@ def test_the_module_keeps_its_outputs(precision: str) -> None:
 @st.composite
 def _placed_cases(draw: st.DrawFn) -> tuple[str, KernelRequest, LayerConstants, list[np.ndarray]]:
     family = draw(st.sampled_from([f for f in ("avx512_vnni", "avx2", "portable") if f in anchors.HOST]))
-    kind = draw(st.sampled_from(["conv", "depthwise", "grouped", "pool", "concat"]))
+    kind = draw(st.sampled_from(["conv", "depthwise", "grouped", "pool", "concat", "pixels"]))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     channels = draw(st.sampled_from([6, 24, 48]))
     shape = (1, draw(st.integers(2, 6)), draw(st.integers(2, 6)), channels)
@@ -153,6 +153,11 @@ def _placed_cases(draw: st.DrawFn) -> tuple[str, KernelRequest, LayerConstants, 
         return family, case.request, case.constants, case.inputs()
     if kind == "concat":
         request = KernelRequest(Concat((shape,), 3), (storage,), storage)
+        return family, request, NoConstants(), [anchors.random_activations(rng, shape, storage)]
+    if kind == "pixels":
+        height, width = draw(st.integers(1, 2 * shape[1])), draw(st.integers(1, 3 * shape[2]))
+        pixels = Movement("depth_to_space", shape, (1, height, width, channels // 6), (1, 2, 3, 0, 0))
+        request = KernelRequest(pixels, (storage,), storage)
         return family, request, NoConstants(), [anchors.random_activations(rng, shape, storage)]
     groups = {"conv": 1, "depthwise": channels, "grouped": 2}[kind]
     conv = Conv2D(shape, channels, Window((2, 2), padding=(1, 0, 0, 1)), groups)

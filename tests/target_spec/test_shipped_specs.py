@@ -161,7 +161,7 @@ def test_every_layer_has_a_kind_that_specs_know() -> None:
     kinds = {kind(object.__new__(c)) for c in plain}  # the class alone decides their kind
     shape = (1, 8, 8, 4)
     kinds |= {kind(Conv2D(shape, 4, Window((3, 3)), groups)) for groups in (1, 2, 4)}
-    functions = ("reshape", "permute_dims", "strided_slice", "take", "pad")
+    functions = ("reshape", "permute_dims", "strided_slice", "take", "depth_to_space", "pad")
     kinds |= {kind(Movement(function, shape, shape)) for function in functions}
     assert kinds == set(OPERATOR_KINDS)
 

@@ -12,7 +12,7 @@ from tvm_hquant.kernels.normalization import normalization_kernel
 from tvm_hquant.kernels.pooling import pool_kernel
 from tvm_hquant.kernels.processor import ASSUMED_PROCESSOR, Processor
 from tvm_hquant.kernels.resizing import resize_kernel
-from tvm_hquant.operators import AveragePool2D, Concat, MaxPool2D
+from tvm_hquant.operators import AveragePool2D, Concat, MaxPool2D, Movement, Operator
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class CommonFamily:
         """The kernel for a request; None for convolutions, dense and opaque layers, and combinations of storages that no
         precision makes (such as a max-pool that changes its storage)."""
         vector_bytes, processor = 4 * self.lanes, self.processor
-        if request.placement is not None and not isinstance(request.operator, MaxPool2D | AveragePool2D | Concat):
+        if request.placement is not None and not _places(request.operator):
             return None
         if request.overwritten is not None:
             return elementwise_kernel(request, self.lanes, processor)
@@ -52,3 +52,10 @@ class CommonFamily:
             or resize_kernel(request, self.lanes, processor)
             or normalization_kernel(request, self.lanes, processor)
         )
+
+
+def _places(operator: Operator) -> bool:
+    """Whether there are kernels that write the operator's output into a wider buffer."""
+    if isinstance(operator, Movement):
+        return operator.function == "depth_to_space"
+    return isinstance(operator, MaxPool2D | AveragePool2D | Concat)

@@ -34,6 +34,7 @@ from tvm_hquant.kernels.vector_loops import (
     vector_loop,
     vectors,
 )
+from tvm_hquant.numerics.movement import unknown_movement
 from tvm_hquant.operators import Concat, Movement, Shape
 from tvm_hquant.tensor_format import STORAGE_DTYPE
 
@@ -69,16 +70,13 @@ def movement_kernel(
                     take_types(operator),
                     take_pack(request, operator),
                 )
+            case "depth_to_space":
+                emit = _depth_to_space(request, operator, copies)
             case "pad":
                 emit, constants, pack = _pad(request, operator, copies), FILL_TYPES, fill_pack(request, operator)
             case _:
                 raise unknown_movement(name)
     return Kernel(request, f"common.{name}[{copies.lanes}]", kernel_function(request, constants, emit), pack)
-
-
-def unknown_movement(name: str) -> KernelError:
-    """The error for a movement that no kernel knows."""
-    return KernelError(f"no movement {name!r}: use reshape, permute_dims, strided_slice, take or pad")
 
 
 FILL_TYPES: tuple[ArrayType, ...] = (((1,), "float32"),)
@@ -229,8 +227,9 @@ def _reshape(operator: Movement, copies: _Copies) -> Emit:
     return emit
 
 
-def _strided(output_shape: Shape, strides: Sequence[int], base: int, copies: _Copies) -> Emit:
-    """output[i₀, i₁, …] = flat input[base + Σ iₖ · strideₖ]; neighbours along the last axis move together if they are."""
+def _strided(shape: Shape, steps: Sequence[int], base: int, copies: _Copies) -> Emit:
+    """output[i₀, i₁, …] = flat input[base + Σ iₖ · stepₖ]; neighbours along the last axis move together if they are."""
+    output_shape, strides = _merged(shape, steps)
     target_strides = strides_of(output_shape)
     run = output_shape[-1] if strides[-1] == 1 else 1
     loops = output_shape if run == 1 else output_shape[:-1]
@@ -244,21 +243,25 @@ def _strided(output_shape: Shape, strides: Sequence[int], base: int, copies: _Co
     return emit
 
 
-def _permute(operator: Movement, copies: _Copies) -> Emit:
-    axes, shape, strides = operator.parameters, operator.input_shape, strides_of(operator.input_shape)
+def _merged(shape: Shape, steps: Sequence[int]) -> tuple[Shape, tuple[int, ...]]:
+    """Axes that are one run of equal steps become one, axes of one element vanish."""
     sizes: list[int] = []
-    steps: list[int] = []
-    # Axes that stay neighbours become one, axes of one element vanish.
-    for axis in axes:
-        if shape[axis] == 1:
+    kept: list[int] = []
+    for size, step in zip(shape, steps, strict=True):
+        if size == 1:
             continue
-        if sizes and steps[-1] == strides[axis] * shape[axis]:
-            sizes[-1] *= shape[axis]
-            steps[-1] = strides[axis]
+        if sizes and kept[-1] == step * size:
+            sizes[-1] *= size
+            kept[-1] = step
         else:
-            sizes.append(shape[axis])
-            steps.append(strides[axis])
-    return _strided(tuple(sizes) or (1,), steps or [1], 0, copies)
+            sizes.append(size)
+            kept.append(step)
+    return tuple(sizes) or (1,), tuple(kept) or (1,)
+
+
+def _permute(operator: Movement, copies: _Copies) -> Emit:
+    axes, strides = operator.parameters, strides_of(operator.input_shape)
+    return _strided(tuple(operator.input_shape[axis] for axis in axes), [strides[axis] for axis in axes], 0, copies)
 
 
 def _slice(operator: Movement, copies: _Copies) -> Emit:
@@ -301,6 +304,35 @@ def _take(request: KernelRequest, operator: Movement, copies: _Copies) -> Emit:
         with copies.nest((outer, len(indices)), inner) as (row, position):
             source_start = (row * shape[axis] + constants[0][position]) * inner
             _copy(source, source_start, target, (row * len(indices) + position) * inner, inner, copies.lanes)
+
+    return emit
+
+
+def _depth_to_space(request: KernelRequest, operator: Movement, copies: _Copies) -> Emit:
+    groups, block_rows, block_columns, top, left = operator.parameters
+    _, height, width, channels = operator.input_shape
+    batch, out_height, out_width, out_channels = operator.output_shape
+    depth, stored_channels = out_channels // groups, request.output_shape[-1]
+    # Where columns of a block lie side by side in the output, too, they move as one run.
+    is_run = groups == 1 and left == 0 and out_width == width * block_columns and stored_channels == out_channels
+    parts, run, columns = (width, block_columns * depth, 1) if is_run else (out_width, depth, block_columns)
+    rows = batch * out_height
+
+    def emit(inputs: Sequence[Buffer], _: Sequence[Buffer], output: Buffer) -> None:
+        source, target = flat(inputs[0]), flat(output)
+        with copies.rows(rows, copies.instructions(rows * parts * groups, run)) as row:
+            y = T.floormod(row, out_height) + top
+            line = T.floordiv(row, out_height) * height + T.floordiv(y, block_rows)
+            first = line * (width * channels) + T.floormod(y, block_rows) * (block_columns * depth)
+            start = row * (out_width * stored_channels) + request.output_offset
+            with T.serial(parts) as part:
+                x = part + left
+                pixel = first + T.floordiv(x, columns) * channels + T.floormod(x, columns) * depth
+                pixel_start = start + part * (run if is_run else stored_channels)
+                with ExitStack() as stack:
+                    group = stack.enter_context(T.serial(groups)) if groups > 1 else T.int32(0)
+                    group_start = pixel + group * (block_rows * block_columns * depth)
+                    _copy(source, group_start, target, pixel_start + group * depth, run, copies.lanes)
 
     return emit
 

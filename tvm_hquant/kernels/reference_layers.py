@@ -17,7 +17,6 @@ from tvm_hquant.kernels.movement import (
     stored_fill,
     take_pack,
     take_types,
-    unknown_movement,
 )
 from tvm_hquant.kernels.multiplication import reference_multiplication
 from tvm_hquant.kernels.normalization import normalized
@@ -26,6 +25,7 @@ from tvm_hquant.kernels.primitives import Expression, Primitives, centred, conve
 from tvm_hquant.kernels.reference_batch_matmul import reference_batch_matmul
 from tvm_hquant.kernels.reference_blocks import Axes, accumulate, block, inside, intermediate, within_map
 from tvm_hquant.kernels.resizing import reference_resize
+from tvm_hquant.numerics.movement import unknown_movement
 from tvm_hquant.operators import (
     AveragePool2D,
     BatchMatmul,
@@ -184,6 +184,8 @@ def _movement(request: KernelRequest, operator: Movement, p: Primitives) -> Kern
             source_of = lambda axes, constants: [  # noqa: E731
                 constants[0][a] if k == taken else a for k, a in enumerate(axes)
             ]
+        case "depth_to_space":
+            source_of = _blocks(operator)
         case "pad":
             types, pack = FILL_TYPES, fill_pack(request, operator)
             source_of = lambda axes, _: [  # noqa: E731
@@ -216,6 +218,20 @@ def _reshaped(operator: Movement) -> Callable[[Axes, Sequence[Buffer]], Axes]:
             indices.insert(0, T.floormod(position, size))
             position = T.floordiv(position, size)
         return indices
+
+    return source
+
+
+def _blocks(operator: Movement) -> Callable[[Axes, Sequence[Buffer]], Axes]:
+    """The pixel and channel that :class:`Movement` ``depth_to_space`` takes an element from."""
+    groups, rows, columns, top, left = operator.parameters
+    depth = operator.output_shape[-1] // groups
+
+    def source(axes: Axes, _: Sequence[Buffer]) -> Axes:
+        batch, y, x, channel = axes[0], axes[1] + top, axes[2] + left, axes[3]
+        block = T.floordiv(channel, depth) * rows + T.floormod(y, rows)
+        within = (block * columns + T.floormod(x, columns)) * depth + T.floormod(channel, depth)
+        return [batch, T.floordiv(y, rows), T.floordiv(x, columns), within]
 
     return source
 

@@ -29,6 +29,17 @@ def move(operator: Movement, x: Array, fill: Any) -> Array:
                 last = begin + (operator.output_shape[axis] - 1) * stride
                 slices[axis] = slice(begin, last + 1, stride)
             return x[tuple(slices)]
+        case "depth_to_space":
+            groups, rows, columns, top, left = p
+            batch, height, width, channels = operator.output_shape
+            blocks = x.reshape(*x.shape[:3], groups, rows, columns, channels // groups)
+            pixels = blocks.transpose(0, 1, 4, 2, 5, 3, 6).reshape(batch, x.shape[1] * rows, -1, channels)
+            return pixels[:, top : top + height, left : left + width]
         case "pad":
             return np.pad(x, list(zip(p[::2], p[1::2], strict=True)), constant_values=fill)
-    raise KernelError(f"no movement {operator.function!r}: use reshape, permute_dims, strided_slice, take or pad")
+    raise unknown_movement(operator.function)
+
+
+def unknown_movement(name: str) -> KernelError:
+    """The error for a movement that nothing knows."""
+    return KernelError(f"no movement {name!r}: use reshape, permute_dims, strided_slice, take, depth_to_space or pad")

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from tvm import relax
 
+from tvm_hquant.operators import Shape
 from tvm_hquant.relax_ir.describe import operator_name, permutation, shape_of
 from tvm_hquant.stored_tensors import CHANNELS_LAST, StoredTensor, TensorMap
 
@@ -224,10 +225,10 @@ def _along_axis(var: Any, call: Any, tensors: TensorMap, readers: Readers) -> St
 def _permute_dims(var: Any, call: Any, tensors: TensorMap, readers: Readers) -> StoredTensor | None:
     """No values move where the result may just be called stored in another order."""
     tensor, axes = tensors.of(call.args[0]), permutation(call)
-    if tensor.features is not None or tensor.rank != 4:
+    if tensor.features is not None or (tensor.rank != 4 and tensor.is_plain):
         return None
     order = tuple(axes.index(axis) for axis in tensor.order)
-    if order in (CHANNELS_LAST, (0, 1, 2, 3)):
+    if tensor.rank != 4 or order in (CHANNELS_LAST, (0, 1, 2, 3)):
         return StoredTensor(tensor.expression, order)
     moved = relax.op.permute_dims(tensor.expression, [tensor.stored_axis(a) for a in axes])
     return _emitted(moved, (0, 1, 2, 3), tensors)
@@ -241,7 +242,7 @@ def _reshape(var: Any, call: Any, tensors: TensorMap, readers: Readers) -> Store
             stored = tuple(target[a] for a in CHANNELS_LAST)
             return _emitted(relax.op.reshape(tensor.expression, stored), CHANNELS_LAST, tensors)
     if tensor.order != CHANNELS_LAST:
-        return None
+        return None if tensor.is_plain or tensor.features is not None else _merged(tensor, target, tensors)
     batch, channels, height, width = tensor.model_shape
     plain_order = tuple(range(len(target)))
     if channels == 1 or height * width == 1:
@@ -254,7 +255,44 @@ def _reshape(var: Any, call: Any, tensors: TensorMap, readers: Readers) -> Store
         features = np.arange(target[1]).reshape(channels, height, width).transpose(1, 2, 0).reshape(-1)
         flattened = tensors.graph.emit(relax.op.reshape(tensor.expression, target))
         return StoredTensor(flattened, plain_order, features)
-    return None
+    return _split(tensor, target, tensors)
+
+
+def _split(tensor: StoredTensor, target: Shape, tensors: TensorMap) -> StoredTensor | None:
+    """Each axis of the model becomes one or more: those lie where the axis lay, and no value moves."""
+    parts = _parts(tensor.model_shape, target)
+    if parts is None:
+        return None
+    order = tuple(axis for stored in tensor.order for axis in parts[stored])
+    return _emitted(relax.op.reshape(tensor.expression, [target[axis] for axis in order]), order, tensors)
+
+
+def _merged(tensor: StoredTensor, target: Shape, tensors: TensorMap) -> StoredTensor | None:
+    """Axes of the model become a feature map of four: they are moved to where channels-last wants them, then merged."""
+    parts = _parts(target, tensor.model_shape) if len(target) == 4 else None
+    if parts is None:
+        return None
+    wanted = [axis for merged in CHANNELS_LAST for axis in parts[merged]]
+    moved = tensors.graph.emit(relax.op.permute_dims(tensor.expression, [tensor.stored_axis(a) for a in wanted]))
+    return _emitted(relax.op.reshape(moved, [target[axis] for axis in CHANNELS_LAST]), CHANNELS_LAST, tensors)
+
+
+def _parts(whole: Shape, split: Shape) -> list[list[int]] | None:
+    """The axes of ``split`` that each axis of ``whole`` was split into; None where axes were split in no such way."""
+    parts: list[list[int]] = []
+    position = 0
+    for size in whole:
+        own: list[int] = []
+        while position < len(split) and (not own or math.prod(split[axis] for axis in own) < size):
+            own.append(position)
+            position += 1
+        if not own or math.prod(split[axis] for axis in own) != size:
+            return None
+        parts.append(own)
+    while position < len(split) and split[position] == 1:
+        parts[-1].append(position)
+        position += 1
+    return parts if position == len(split) else None
 
 
 def _is_dense_on(call: Any, var: Any, tensors: TensorMap) -> bool:

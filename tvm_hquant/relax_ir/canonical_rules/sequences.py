@@ -42,7 +42,7 @@ def spell_convolution_of_sequences(call: Any, graph: Graph) -> Any | None:
     if weights is None or (str(attributes.data_layout), str(attributes.kernel_layout)) != ("NCW", "OIW"):
         return None
     convolution = relax.op.nn.conv2d(
-        _map_of(call.args[0], graph),
+        map_of_sequence(call.args[0], graph),
         graph.constant_like(weights[:, :, None, :], [call.args[1]]),
         strides=_row_of(attributes.strides),
         padding=_padding(attributes.padding),
@@ -59,7 +59,7 @@ def spell_pool_of_sequences(call: Any, graph: Graph) -> Any | None:
         return None
     attributes = call.attrs
     pool = make(
-        _map_of(call.args[0], graph),
+        map_of_sequence(call.args[0], graph),
         pool_size=_row_of(attributes.pool_size),
         strides=_row_of(attributes.strides),
         padding=_padding(attributes.padding),
@@ -102,7 +102,7 @@ def _elementwise(call: Any, graph: Graph) -> Any | None:
 def _operand(tensor: Any, graph: Graph) -> Any:
     values = graph.array(tensor)
     if values is None:
-        return _map_of(tensor, graph)
+        return map_of_sequence(tensor, graph)
     if values.ndim < 2:
         return tensor  # broadcast along the sequence as along the row
     shape = (1,) * (3 - values.ndim) + values.shape
@@ -124,7 +124,7 @@ def _concat(call: Any, graph: Graph) -> Any | None:
     fields = list(call.args[0].fields)
     if not all(_known_map(field, graph) is not None for field in fields):
         return None
-    return relax.op.concat([_map_of(field, graph) for field in fields], axis=(0, 1, 3)[axis])
+    return relax.op.concat([map_of_sequence(field, graph) for field in fields], axis=(0, 1, 3)[axis])
 
 
 def _batch_norm(element: Any, graph: Graph) -> Any | None:
@@ -147,7 +147,7 @@ def _known_map(tensor: Any, graph: Graph) -> Any | None:
     return reshape.args[0] if shape_of(reshape.args[0]) == (batch, channels, 1, width) else None
 
 
-def _map_of(tensor: Any, graph: Graph) -> Any:
+def map_of_sequence(tensor: Any, graph: Graph) -> Any:
     """A sequence [N, C, W] as [N, C, 1, W]."""
     known = _known_map(tensor, graph)
     if known is not None:

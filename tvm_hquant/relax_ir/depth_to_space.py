@@ -1,0 +1,101 @@
+"""Finds channels that are laid out as pixels in a channels-last ``main``.
+
+DepthToSpace, PixelShuffle and, after ``canonicalize`` and ``convert_layout``, transposed convolutions have this chain; axes of
+one element may be missing, and so may the slice::
+
+    lv = R.reshape(x, (N, H, W, groups, rows, columns, depth))
+    lv1 = R.permute_dims(lv, [0, 1, 4, 2, 5, 3, 6])
+    lv2 = R.reshape(lv1, (N, H · rows, W · columns, groups · depth))
+    lv3 = R.strided_slice(lv2, axes=[1, 2], begin=[top, left], ...)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tvm_hquant.operators import Movement
+from tvm_hquant.relax_ir.canonical_rules.movement import slice_ranges
+from tvm_hquant.relax_ir.describe import is_float32, operator_name, permutation, shape_of
+
+
+@dataclass(frozen=True, eq=False)
+class FoundDepthToSpace:
+    """One chain: the positions of its bindings in ascending order, the tensor that flows in, and what it computes."""
+
+    indices: tuple[int, ...]
+    data: Any
+    operator: Movement
+
+
+def find_depth_to_space(
+    bindings: Sequence[tuple[Any, Any]], readers: Mapping[Any, Sequence[int]]
+) -> list[FoundDepthToSpace]:
+    """All chains among the (variable, value) pairs of ``main``, each to where its tensors are read by something else.
+
+    ``readers`` gives the positions of the bindings that read a variable.
+    """
+    found = [_starting_at(index, bindings, readers) for index in range(len(bindings))]
+    return [chain for chain in found if chain is not None]
+
+
+def _starting_at(
+    index: int, bindings: Sequence[tuple[Any, Any]], readers: Mapping[Any, Sequence[int]]
+) -> FoundDepthToSpace | None:
+    indices = [index]
+
+    def following(operator: str) -> Any | None:
+        own = readers.get(bindings[indices[-1]][0], ())
+        if len(own) != 1 or own[0] >= len(bindings) or operator_name(bindings[own[0]][1]) != operator:
+            return None
+        indices.append(own[0])
+        return bindings[own[0]][1]
+
+    split = bindings[index][1]
+    if operator_name(split) != "relax.reshape" or not is_float32(split) or len(shape_of(split.args[0])) != 4:
+        return None
+    if (permute := following("relax.permute_dims")) is None or (merge := following("relax.reshape")) is None:
+        return None
+    block = _block(shape_of(split.args[0]), shape_of(split), permutation(permute), shape_of(merge))
+    if block is None:
+        return None
+    output, top, left = shape_of(merge), 0, 0
+    cut = following("relax.strided_slice")
+    if cut is not None:
+        ranges = slice_ranges(cut)
+        if ranges is not None and _cuts_pixels(ranges, output):
+            output, top, left = shape_of(cut), ranges[1].start, ranges[2].start
+        else:
+            indices.pop()
+    operator = Movement("depth_to_space", shape_of(split.args[0]), output, (*block, top, left))
+    return FoundDepthToSpace(tuple(indices), split.args[0], operator)
+
+
+def _block(
+    before: Sequence[int], split: Sequence[int], axes: Sequence[int], after: Sequence[int]
+) -> tuple[int, int, int] | None:
+    """Groups, rows and columns; None where axes change places in another way."""
+    if len(after) != 4 or len(split) < 5 or tuple(split[:3]) != tuple(before[:3]) or axes[:2] != (0, 1):
+        return None
+    column = axes.index(2)
+    # Behind the rows stand those of a block, behind the columns those of a block and then what stays a channel.
+    of_rows = [axis for axis in axes[2:column] if split[axis] > 1]
+    others = [axis for axis in axes[column + 1 :] if split[axis] > 1]
+    for of_columns, kept in ((others[:1], others[1:]), ([], others)):
+        sizes = [math.prod(split[a] for a in part) for part in ((0,), (1, *of_rows), (2, *of_columns), kept)]
+        if tuple(sizes) != tuple(after) or len(of_rows) > 1 or not (of_rows or of_columns):
+            continue
+        block = [*of_rows, *of_columns]
+        behind = [axis for axis in kept if axis > block[-1]]
+        in_front = [axis for axis in kept if axis < block[0]]
+        if [*in_front, *block, *behind] == sorted([*kept, *block]) and kept == sorted(kept):
+            rows, columns = (math.prod(split[a] for a in part) for part in (of_rows, of_columns))
+            return math.prod(split[a] for a in in_front), rows, columns
+    return None
+
+
+def _cuts_pixels(ranges: Sequence[range], shape: Sequence[int]) -> bool:
+    whole = [range(size) for size in shape]
+    return ranges[0] == whole[0] and ranges[3] == whole[3] and ranges[1].step == ranges[2].step == 1
