@@ -8,11 +8,13 @@ Typical layers are compiled for each core, the innermost loop with the most mult
 ``llvm-mca`` says how many cycles an iteration takes on its model of the core, loads hitting the first-level cache.
 
 The *peak* is what the same model says of the multiply-adds alone, with the additions that widen their sums: on registers, none
-waiting for another. The *bound* is what the busiest part of the core needs for the loop's work, ``llvm-mca``'s block reciprocal
-throughput: multiply-adds, loads and stores of activations, weights and outputs, conversions and the epilogue, without moves,
-stack, addresses and jumps. Dense layers with one row load each weight for one product, and depthwise kernels, unrolled over the
-window, hold the epilogue of nine products: they cannot come near the peak, but they can come near the bound. Where an
-instruction multiplies by zeros (a word of four rows for a window of three), these are no products.
+waiting for another. The *bound* is what the busiest part of the core needs for the loop's work: multiply-adds, loads and stores
+of activations, weights and outputs, conversions and the epilogue, without moves, stack, addresses and jumps. A part is also a
+set of units that share work: of two vector pipes, one of which multiplies, neither may have too much for itself and both too
+much together, which ``llvm-mca``'s block reciprocal throughput does not see. Dense layers
+with one row load each weight for one product, and depthwise kernels, unrolled over the window, hold the epilogue of nine
+products: they cannot come near the peak, but they can come near the bound. Where an instruction multiplies by zeros (a word of
+four rows for a window of three), these are no products.
 
 Models of LLVM: the Cortex-A72 is modelled as a Cortex-A57, and the Cortex-A76 less precisely than the Neoverse N1, which
 has the same vector units.
@@ -21,6 +23,7 @@ has the same vector units.
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import shutil
 import subprocess
@@ -94,7 +97,8 @@ FORMS = (
 
 
 _WIDENING = r"(sadalp|saddw2?)\b"
-_NO_WORK = r"(mov\s+v|b\.|cb|tb|b\s|(add|sub|subs|cmp|and|orr|lsl|mul|madd|cset|csel|mov|sxtw|uxtw|movi)\s+[xw]|(add|sub)\s+sp)"
+_ADDRESSES = r"(add|sub|subs|cmp|and|orr|lsl|mul|madd|cset|csel|mov|sxtw|uxtw|movi)\s+[xw]|(add|sub)\s+sp"
+_NO_WORK = rf"(movi?\s+v|b\.|cb|tb|b\s|{_ADDRESSES})"
 """Instructions that another register allocation, or addresses of another form, would not need."""
 
 
@@ -182,19 +186,40 @@ def cycles(instructions: tuple[str, ...], core: str) -> float:
 
 def least_cycles(instructions: tuple[str, ...], core: str) -> float:
     """Cycles that the busiest part of the core needs for an iteration if nothing waits."""
-    return _analysed(instructions, core, r"Block RThroughput:\s+([\d.]+)")
+    used = _used_units(instructions, core)
+    sets = {frozenset(units) for units in used}
+    # What a set of units does is that of instructions which none other may take.
+    parts = sets | {a | b for a in sets for b in sets} - {frozenset()}
+    shared = (sum(sum(units.values()) for units in used if units.keys() <= part) / len(part) for part in parts)
+    return max(_analysed(instructions, core, r"Block RThroughput:\s+([\d.]+)"), *shared)
+
+
+def _used_units(instructions: tuple[str, ...], core: str) -> list[dict[int, float]]:
+    """For each instruction the units of the core that may take it, with the cycles for which it has them, alone."""
+    forms = sorted(set(instructions))
+    regions = (f"# LLVM-MCA-BEGIN {i}\n{form}\n# LLVM-MCA-END {i}\n" for i, form in enumerate(forms))
+    used: dict[str, dict[int, float]] = {}
+    for region in json.loads(_analyse("".join(regions), core, "--json"))["CodeRegions"]:
+        usage = region["ResourcePressureView"]["ResourcePressureInfo"]
+        used[forms[int(region["Name"])]] = {
+            entry["ResourceIndex"]: entry["ResourceUsage"] for entry in usage if entry["InstructionIndex"] == 0
+        }
+    return [used[instruction] for instruction in instructions]
 
 
 def _analysed(instructions: tuple[str, ...], core: str, pattern: str) -> float:
+    number = re.search(pattern, _analyse("\n".join(instructions), core))
+    assert number is not None
+    return float(number[1])
+
+
+def _analyse(source: str, core: str, *options: str) -> str:
     analyser = next((found for name in ANALYSERS if (found := shutil.which(name))), None)
     if analyser is None:
         sys.exit("llvm-mca is not installed: apt install llvm-19")
     features = "-mattr=+dotprod,+i8mm,+bf16,+fp16fml"
-    command = [analyser, f"-mtriple={TRIPLE}", f"-mcpu={core}", features, f"-iterations={ITERATIONS}"]
-    result = subprocess.run(command, input="\n".join(instructions), capture_output=True, text=True, check=True)
-    number = re.search(pattern, result.stdout)
-    assert number is not None
-    return float(number[1])
+    command = [analyser, f"-mtriple={TRIPLE}", f"-mcpu={core}", features, f"-iterations={ITERATIONS}", *options]
+    return subprocess.run(command, input=source, capture_output=True, text=True, check=True).stdout
 
 
 def row(layer: str, operator: Conv2D | Dense, core: str, precision: str) -> list[str]:
