@@ -252,7 +252,9 @@ def search_front(
     if measure and options.objective == "latency":
         candidates = {layer.name: quantizer.rules.of(layer) for layer in session.graph.anchors}
         sample = next(iter(roles.calibration))
-        quantizer.layer_times = remembered_layer_times(folder / "layer_times.json", session, candidates, sample)
+        times = remembered_layer_times(folder / "layer_times.json", session, candidates, sample)
+        quantizer.layer_times = times.microseconds
+        session.spec = session.spec.at_clocks(times.clocks_ghz)
     writer = FrontWriter(quantizer, folder, strategy, measure)
     quantizer.archive.on_change = writer.write_partial
     return writer.write(quantizer.search(strategy, front=True))

@@ -54,7 +54,10 @@ def test_times_are_measured_once_for_a_model_and_a_target(tmp_path: Path, monkey
     monkeypatch.setattr(measured, "measure_layer_times", measure)
     sample = Sample(one_sample(session))
     first = remembered_layer_times(path, session, candidates(session), sample)
-    assert remembered_layer_times(path, session, candidates(session), sample) == first
+    faster = session.spec.at_clocks({unit.name: 2 * unit.clock_ghz for unit in session.spec.units})
+    again = QuantizationSession(session.mod, faster, session.engine.families, session.engine.target)
+    assert remembered_layer_times(path, again, candidates(session), sample) == first
+    assert faster.at_clocks(first.clocks_ghz) == session.spec, "what is predicted beside them is the same, too"
     other = QuantizationSession(
         session.mod, load_target_spec("cortex-a76"), session.engine.families, session.engine.target
     )

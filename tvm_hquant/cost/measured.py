@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import tvm
@@ -51,9 +52,18 @@ def _one_thread() -> Iterator[None]:
         configure(_FASTEST_CORES, threads)
 
 
+@dataclass(frozen=True)
+class LayerTimes:
+    """Microseconds of layers in precisions, and the clocks, GHz, that units had then: what is predicted beside measured times
+    is for these."""
+
+    microseconds: Mapping[LayerPrecision, float]
+    clocks_ghz: Mapping[str, float]
+
+
 def remembered_layer_times(
     path: Path, session: QuantizationSession, candidates: Mapping[str, tuple[str, ...]], sample: Sample
-) -> dict[LayerPrecision, float]:
+) -> LayerTimes:
     """The same, measured once: kept in a file, so that a search that goes on has the same times and finds the same plans.
 
     Times of another model or target are measured anew.
@@ -68,12 +78,13 @@ def remembered_layer_times(
             document = json.loads(path.read_text(encoding="utf-8"))
             times = {(layer, p): float(t) for layer, own in document["microseconds"].items() for p, t in own.items()}
             if {key: document.get(key) for key in owner} == owner and wanted <= times.keys():
-                return times
+                return LayerTimes(times, {name: float(clock) for name, clock in document["clocks_ghz"].items()})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise JournalError(f"{path} does not hold times of layers ({error}); remove it") from None
+    clocks = {unit.name: unit.clock_ghz for unit in session.spec.units}
     times = measure_layer_times(session, candidates, sample)
     table: dict[str, dict[str, float]] = {}
     for (layer, precision), microseconds in times.items():
         table.setdefault(layer, {})[precision] = microseconds
-    write_at_once(path, json.dumps({**owner, "microseconds": table}, indent=1) + "\n")
-    return times
+    write_at_once(path, json.dumps({**owner, "clocks_ghz": clocks, "microseconds": table}, indent=1) + "\n")
+    return LayerTimes(times, clocks)

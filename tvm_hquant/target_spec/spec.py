@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from fnmatch import fnmatchcase
 from typing import Annotated, Any, Literal
 
@@ -237,6 +237,11 @@ class TargetSpec(Table):
             unit["macs_per_cycle"] = list(unit["macs_per_cycle"].items())
         text = json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
+
+    def at_clocks(self, clocks_ghz: Mapping[str, float]) -> TargetSpec:
+        """The spec with the clocks of some units, by name, in place of its own: a detection measures them anew each time."""
+        units = tuple(u.model_copy(update={"clock_ghz": clocks_ghz.get(u.name, u.clock_ghz)}) for u in self.units)
+        return self.model_copy(update={"units": units})
 
     def bit_exact_part(self) -> TargetSpec:
         """What is left of the spec without units and instruction sets that are not bit-exact.
