@@ -107,7 +107,7 @@ def test_cores_share_what_is_work_enough(names: tuple[str, ...]) -> None:
     for name, kernel in _kernels(128, Processor(cores=8), *names).items():
         assert max(_items(kernel), default=0) > 1, name
     for name, kernel in _kernels(2, Processor(cores=8), *names).items():
-        assert not _items(kernel), name
+        assert not _items(kernel) or kernel.name.startswith("portable"), name
 
 
 @pytest.mark.parametrize("name", ["add", "tanh", "reshape", "winograd", "patches"])
@@ -129,6 +129,13 @@ def test_winograd_blocks_fit_the_second_level_cache(l2_kib: int, cores: int) -> 
         assert geometry.work <= 1.05 * geometry.blocks * (geometry.block_tiles + 2)
         shared = geometry.blocks if geometry.shares_tiles else geometry.channel_blocks
         assert shared >= min(cores, 2)
+
+
+def test_copies_are_shared_with_the_layer() -> None:
+    """Protects layers whose activations are copied first: what one core has copied comes slowly to the others."""
+    request = _codes(Conv2D((1, 13, 13, 512), 24, Window((1, 1))))
+    families = families_for_target(("avx2", "portable"), Processor(cores=2))
+    assert len(_items(select_kernel(families, request))) == 2
 
 
 def test_smaller_caches_have_smaller_pieces() -> None:

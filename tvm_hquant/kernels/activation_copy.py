@@ -11,7 +11,8 @@ from tvm.tirx.script import builder as T
 from tvm_hquant.kernels.kernel_function import Buffer
 from tvm_hquant.kernels.primitives import Expression, broadcast, convert, lanes_of, widen
 from tvm_hquant.kernels.processor import ASSUMED_PROCESSOR, Processor
-from tvm_hquant.kernels.vector_loops import MOVE, fitting_lanes, flat_loop, load, row_loop, store, vector_loop, vectors
+from tvm_hquant.kernels.vector_loops import fitting_lanes, flat_loop, load, row_loop, store, vector_loop
+from tvm_hquant.kernels.work import of_bytes
 from tvm_hquant.operators import Conv2D
 
 COPY_LANES = 32
@@ -59,10 +60,10 @@ class ActivationCopy:
     def _group_inputs(self) -> int:
         return self.conv.in_channels // self.conv.groups
 
-    @property
-    def _instructions(self) -> int:
-        """Those that move a vector: it takes several registers where elements become wider."""
-        return MOVE * len(self.fills) * np.dtype(self.operand_dtype).itemsize
+    def _work(self, elements: int) -> float:
+        """That of copying so many elements. What one core has copied comes slowly to others."""
+        written = len(self.fills) * np.dtype(self.operand_dtype).itemsize
+        return of_bytes(elements * (np.dtype(str(self.source.dtype)).itemsize + written))
 
     @property
     def _padded_rows(self) -> int:
@@ -85,7 +86,7 @@ class ActivationCopy:
         if self.padded_inputs == self._group_inputs and not any(self.conv.window.padding):
             length = n * height * width * channels
             lanes = fitting_lanes(length, COPY_LANES)
-            with flat_loop(length, lanes, self._instructions, self.processor) as position:
+            with flat_loop(length, lanes, self._work(length), self.processor) as position:
                 self._copy_vector(self.source_start + position, position, lanes)
             return
         rows = self._padded_rows
@@ -99,7 +100,7 @@ class ActivationCopy:
             self.emit_row(image, first + row, T.bind(row * self._row_elements))
 
     def _row_loop(self, rows: int) -> Any:
-        return row_loop(rows, rows * vectors(self._row_elements, COPY_LANES) * self._instructions, self.processor)
+        return row_loop(rows, self._work(rows * self._row_elements), self.processor)
 
     def emit_row(self, image: Expression, y: Expression, start: Expression) -> None:
         """Writes the loops for one row of the padded map, which goes to ``start`` of the target."""

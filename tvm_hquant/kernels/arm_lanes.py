@@ -27,6 +27,7 @@ from tvm_hquant.kernels.row_tiles import TileRun, cut_row, split_at_borders
 from tvm_hquant.kernels.tile_costs import of_depthwise
 from tvm_hquant.kernels.vector_loops import flat, load, store
 from tvm_hquant.kernels.window_axis import WindowAxis, window_axes
+from tvm_hquant.kernels.work import work
 from tvm_hquant.operators import Conv2D
 
 _CHANNELS = 16
@@ -56,7 +57,7 @@ def lanes_depthwise_kernel(
         return None
     chain = min(request.centred_products, max(conv.window.kernel[1], _ALWAYS_FIT))
     geometry = LanesGeometry(conv, chain)
-    is_shared = processor.shares(of_depthwise(conv, _PRODUCTS))
+    is_shared = processor.shares(work(request, of_depthwise(conv, _PRODUCTS)))
     count, lanes = geometry.blocks * elements * _CHANNELS, len(geometry.channel_rows)
     types = integer_array_types(count, "int8", lanes, 1, 1, "int32", len(geometry.window_parts))
     types[OFFSETS] = ((_PIXELS * lanes,), "float32")

@@ -46,6 +46,7 @@ from tvm_hquant.kernels.primitives import (
 )
 from tvm_hquant.kernels.processor import ASSUMED_PROCESSOR, Processor
 from tvm_hquant.kernels.vector_loops import fitting_lanes, flat, load, store, vector_loop
+from tvm_hquant.kernels.work import work
 from tvm_hquant.operators import BatchMatmul, Dense
 from tvm_hquant.tensor_format import STORAGE_DTYPE
 
@@ -122,7 +123,7 @@ class _Emitter:
         self.right, self.right_view = flat(inputs[1]), input_view(self.operator, 1)
         self.batch = math.prod(self.operator.batch_shape)
         self.vectors = -(-self.operator.columns // self.dot.lanes)
-        self.is_parallel = geometry.processor.shares(self.batch * geometry.cost)
+        self.is_parallel = geometry.processor.shares(work(request, self.batch * geometry.cost))
 
     def emit(self) -> None:
         """Writes the loops: the copy of the first matrices where steps cannot read them, the packing, the tiles."""

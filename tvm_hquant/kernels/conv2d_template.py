@@ -39,6 +39,7 @@ from tvm_hquant.kernels.tile_order import TileOrder, TilePlace
 from tvm_hquant.kernels.vector_loops import flat, load, prefetch, store
 from tvm_hquant.kernels.wide_weights import wide_weights, widens_weights
 from tvm_hquant.kernels.word_vectors import GROUPS, CodeVectors
+from tvm_hquant.kernels.work import work
 from tvm_hquant.operators import Conv2D, Dense
 from tvm_hquant.tensor_format import STORAGE_DTYPE
 
@@ -154,6 +155,7 @@ class _Emitter:
         needs_copy = geometry.needs_copy(STORAGE_DTYPE[request.inputs[0]])
         self.bands = MapBands(geometry) if needs_copy else None
         self.order = TileOrder(geometry, self.bands)
+        self.work = work(request, geometry.cost)
         self.dot = geometry.dot
         self.is_integer = is_integer
         self.inputs = [flat(b) for b in inputs]
@@ -194,7 +196,9 @@ class _Emitter:
         self._convolution()
         if self.is_shuffled_last:
             groups, channels = self.request.shuffled, self.request.operator.output_shape[-1]
-            interleave_groups(self.output, self.shuffled, groups, channels // groups, self.geometry.processor)
+            interleave_groups(
+                self.output, self.shuffled, groups, channels // groups, self.work, self.geometry.processor
+            )
 
     def _convolution(self) -> None:
         geometry = self.geometry
@@ -227,7 +231,7 @@ class _Emitter:
 
     def _loop(self, count: int, is_shared: bool) -> Any:
         """A loop that threads share, if they are to, where there is work enough."""
-        is_parallel = is_shared and count > 1 and self.geometry.processor.shares(self.geometry.cost)
+        is_parallel = is_shared and count > 1 and self.geometry.processor.shares(self.work)
         return T.parallel(count) if is_parallel else T.serial(count)
 
     def _tile_of_row(self, place: TilePlace, runs: Sequence[TileRun]) -> None:

@@ -43,10 +43,8 @@ class DepthwiseGeometry:
     processor: Processor = ASSUMED_PROCESSOR
 
     @property
-    def is_shared(self) -> bool:
-        """Whether threads share the work."""
-        passes = self.planes * self.points
-        return self.processor.shares(passes * of_depthwise(self.conv, self.lanes, self.dot.products))
+    def instructions(self) -> float:
+        return self.planes * self.points * of_depthwise(self.conv, self.lanes, self.dot.products)
 
     # Channels.
 

@@ -21,6 +21,7 @@ from tvm_hquant.kernels.kernel_function import Buffer, kernel_function
 from tvm_hquant.kernels.primitives import STACK, Expression
 from tvm_hquant.kernels.processor import ASSUMED_PROCESSOR, Processor
 from tvm_hquant.kernels.vector_loops import fitting_lanes, flat, load, store
+from tvm_hquant.kernels.work import work
 from tvm_hquant.operators import Conv2D
 
 
@@ -76,7 +77,11 @@ class _Emitter:
         geometry, conv, lanes = self.geometry, self.geometry.conv, self.geometry.lanes
         items = conv.input_shape[0] * geometry.groups
         height = geometry.output_size[0]
-        loop = T.parallel if geometry.is_shared and items > 1 else T.serial
+        loop = (
+            T.parallel
+            if geometry.processor.shares(work(self.request, geometry.instructions)) and items > 1
+            else T.serial
+        )
         with loop(items) as item:
             words = T.alloc_buffer((geometry.planes * geometry.plane_elements,), "int32")
             image = T.bind(item // geometry.groups)

@@ -44,7 +44,18 @@ from tvm_hquant.kernels.primitives import (
     widen,
 )
 from tvm_hquant.kernels.processor import ASSUMED_PROCESSOR, Processor
-from tvm_hquant.kernels.vector_loops import ARITHMETIC, MOVE, elements, fitting_lanes, flat, flat_loop, load, store
+from tvm_hquant.kernels.vector_loops import (
+    ARITHMETIC,
+    MOVE,
+    elements,
+    fitting_lanes,
+    flat,
+    flat_loop,
+    load,
+    store,
+    vectors,
+)
+from tvm_hquant.kernels.work import work
 from tvm_hquant.operators import Add, Convert, Unary
 from tvm_hquant.tensor_format import STORAGE_DTYPE
 
@@ -237,7 +248,8 @@ def elementwise_kernel(request: KernelRequest, lanes: int, processor: Processor 
 
     def emit(inputs: Sequence[Buffer], constants: Sequence[Buffer], output: Buffer) -> None:
         sources, target = [flat(buffer) for buffer in inputs], flat(output)
-        with flat_loop(length, width, width // vector * form.instructions, processor) as first:
+        instructions = vectors(length, vector) * form.instructions
+        with flat_loop(length, width, work(request, instructions), processor) as first:
             for start in (first + offset for offset in range(0, width, vector)):
                 values = [load(buffer, start, vector) for buffer in sources]
                 store(target, start, form.value(LlvmPrimitives(), values, constants), vector)

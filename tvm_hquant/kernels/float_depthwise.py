@@ -25,6 +25,7 @@ from tvm_hquant.kernels.processor import ASSUMED_PROCESSOR, Processor
 from tvm_hquant.kernels.row_tiles import TileRun, cut_row, split_at_borders
 from tvm_hquant.kernels.vector_loops import fitting_lanes, flat, load, store
 from tvm_hquant.kernels.window_axis import window_axes
+from tvm_hquant.kernels.work import work
 from tvm_hquant.operators import Conv2D
 
 _TILE = 4
@@ -83,7 +84,11 @@ class _Emitter:
         geometry, lanes = self.geometry, self.geometry.lanes
         height, width = geometry.output_size
         rows = self.conv.input_shape[0] * height
-        loop = T.parallel if geometry.is_shared and rows > 1 else T.serial
+        loop = (
+            T.parallel
+            if geometry.processor.shares(work(self.request, geometry.instructions)) and rows > 1
+            else T.serial
+        )
         with loop(rows) as row:
             image, y = T.bind(row // height), T.bind(row % height)
             for run in self.runs:

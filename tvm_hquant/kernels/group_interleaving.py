@@ -10,17 +10,7 @@ from tvm.tirx.script import builder as T
 from tvm_hquant.kernels.kernel_function import Buffer
 from tvm_hquant.kernels.primitives import Expression, lanes_of
 from tvm_hquant.kernels.processor import Processor
-from tvm_hquant.kernels.vector_loops import (
-    MOVE,
-    elements,
-    fitting_lanes,
-    load,
-    row_loop,
-    shape_of,
-    store,
-    vector_loop,
-    vectors,
-)
+from tvm_hquant.kernels.vector_loops import elements, fitting_lanes, load, row_loop, shape_of, store, vector_loop
 
 MOST_GROUPS = 16
 """More are moved element by element."""
@@ -38,14 +28,17 @@ def interleaved(parts: Sequence[Expression]) -> Expression:
     return T.bind(T.Shuffle(parts, [source * count + lane for lane in range(count) for source in range(len(parts))]))
 
 
-def interleave_groups(source: Buffer, target: Buffer, groups: int, length: int, processor: Processor) -> None:
-    """Writes the loops that copy rows of ``groups`` times ``length`` elements, flat: element i of group g to i · groups + g."""
+def interleave_groups(
+    source: Buffer, target: Buffer, groups: int, length: int, work: float, processor: Processor
+) -> None:
+    """Writes the loops that copy rows of ``groups`` times ``length`` elements, flat: element i of group g to i · groups + g.
+
+    It is shared among threads as the kernel is whose ``work`` that belongs to.
+    """
     rows = elements(shape_of(source)) // (groups * length)
     size = np.dtype(str(source.dtype)).itemsize
     lanes = fitting_lanes(length, min(_BYTES // size, _NEIGHBOURS))
-    # A shuffle for every move.
-    instructions = rows * groups * vectors(length, lanes) * 2 * MOVE
-    with row_loop(rows, instructions, processor) as row:
+    with row_loop(rows, work, processor) as row:
         base = T.bind(row * (groups * length))
         with vector_loop(length, lanes) as position:
             parts = [T.bind(load(source, base + g * length + position, lanes)) for g in range(groups)]

@@ -23,6 +23,7 @@ from tvm_hquant.kernels.processor import ASSUMED_PROCESSOR, Processor
 from tvm_hquant.kernels.tile_costs import of_depthwise
 from tvm_hquant.kernels.vector_loops import flat, load, store
 from tvm_hquant.kernels.word_vectors import GROUPS, WordVectors
+from tvm_hquant.kernels.work import work
 from tvm_hquant.operators import Conv2D
 
 _WORD_ROWS = 4
@@ -197,7 +198,9 @@ class _Emitter:
         output: Buffer,
     ) -> None:
         self.output_channels, self.output_offset = request.output_shape[-1], request.output_offset
-        self.geometry, self.vectors, self.processor = geometry, geometry.vectors, processor
+        self.geometry, self.vectors = geometry, geometry.vectors
+        in_all = work(request, of_depthwise(geometry.conv, self.vectors.words, _WORD_ROWS))
+        self.is_shared = processor.shares(in_all)
         self.source, self.output = flat(source), flat(output)
         self.weights, self.starts, self.multipliers, self.offsets, limits, self.zero_points = arrays
         self.adds_columns = _adds_columns(request, geometry)
@@ -207,8 +210,7 @@ class _Emitter:
         geometry, conv = self.geometry, self.geometry.conv
         width, channels, height = self.vectors.width, conv.in_channels, geometry.output_size[0]
         items = conv.input_shape[0] * geometry.groups
-        is_shared = self.processor.shares(of_depthwise(conv, self.vectors.words, _WORD_ROWS))
-        loop = T.parallel if is_shared and items > 1 else T.serial
+        loop = T.parallel if self.is_shared and items > 1 else T.serial
         with loop(items) as item:
             words = T.alloc_buffer((geometry.padded_width * geometry.column_elements,), self.vectors.operand_dtype)
             image = T.bind(item // geometry.groups)

@@ -24,6 +24,7 @@ from tvm_hquant.kernels.kernel_function import Buffer
 from tvm_hquant.kernels.primitives import Expression, convert, lanes_of, vector_type, widen
 from tvm_hquant.kernels.processor import Processor
 from tvm_hquant.kernels.vector_loops import load, row_loop, store, vector_loop
+from tvm_hquant.kernels.work import of_bytes
 from tvm_hquant.operators import Conv2D
 
 _VECTOR_BYTES = 16
@@ -80,9 +81,9 @@ class InterleavedGroups:
             at_once //= 2
         bundles = self.conv.groups // groups
         runs = pixels * bundles
-        instructions = pixels * self.conv.in_channels * copying_cost(self._element_bytes)
+        moved = of_bytes(2 * pixels * self.conv.in_channels * self._element_bytes)
         start = T.bind(first_pixel * self.conv.in_channels)
-        with row_loop(runs, instructions, self.processor) as run:
+        with row_loop(runs, moved, self.processor) as run:
             first, place = T.bind(start + run * (groups * inputs)), T.bind(run * (steps * groups * products))
             if at_once:
                 with vector_loop(full, at_once) as step:

@@ -34,6 +34,7 @@ from tvm_hquant.kernels.vector_loops import (
     vector_loop,
     vectors,
 )
+from tvm_hquant.kernels.work import work
 from tvm_hquant.numerics.movement import unknown_movement
 from tvm_hquant.operators import Concat, Movement, Shape
 from tvm_hquant.tensor_format import STORAGE_DTYPE
@@ -50,7 +51,7 @@ def movement_kernel(
     operator = request.operator
     if not isinstance(operator, Concat | Movement) or {*request.inputs} != {request.output}:
         return None
-    copies = _Copies(vector_bytes // np.dtype(STORAGE_DTYPE[request.output]).itemsize, processor)
+    copies = _Copies(request, vector_bytes // np.dtype(STORAGE_DTYPE[request.output]).itemsize, processor)
     constants: tuple[ArrayType, ...] = ()
     pack = pack_only(request, NoConstants)
     if isinstance(operator, Concat):
@@ -134,6 +135,7 @@ def strides_of(shape: Shape) -> tuple[int, ...]:
 class _Copies:
     """Copies of runs of neighbours, in vectors of ``lanes``."""
 
+    request: KernelRequest
     lanes: int
     processor: Processor
 
@@ -145,12 +147,12 @@ class _Copies:
     def flat(self, length: int) -> Iterator[tuple[Expression, int]]:
         """A loop over the vectors of a long run: where they begin, and their lanes."""
         lanes = fitting_lanes(length, self.lanes)
-        with flat_loop(length, lanes, MOVE, self.processor) as start:
+        with flat_loop(length, lanes, work(self.request, self.instructions(1, length)), self.processor) as start:
             yield start, lanes
 
     def rows(self, count: int, instructions: int) -> Any:
         """A loop over rows that take so many instructions in all."""
-        return row_loop(count, instructions, self.processor)
+        return row_loop(count, work(self.request, instructions), self.processor)
 
     @contextmanager
     def nest(self, shape: Shape, length: int) -> Iterator[list[Expression]]:
@@ -290,7 +292,9 @@ def _take(request: KernelRequest, operator: Movement, copies: _Copies) -> Emit:
     if groups and groups <= MOST_GROUPS and inner == 1:
 
         def interleave(inputs: Sequence[Buffer], _: Sequence[Buffer], output: Buffer) -> None:
-            interleave_groups(flat(inputs[0]), flat(output), groups, shape[axis] // groups, copies.processor)
+            interleave_groups(
+                flat(inputs[0]), flat(output), groups, shape[axis] // groups, work(request, 0), copies.processor
+            )
 
         return interleave
     if groups:

@@ -46,6 +46,7 @@ from tvm_hquant.kernels.vector_loops import (
     vector_loop,
     vectors,
 )
+from tvm_hquant.kernels.work import work
 from tvm_hquant.operators import Multiply, Shape
 
 _INTEGER_TYPES: tuple[ArrayType, ...] = (((1,), "float32"), ((2,), "float32"), ((3,), "int32"))
@@ -72,12 +73,12 @@ def multiplication_kernel(
             ]
             store(target, row * geometry.run + start, _product(request, LlvmPrimitives(), values, constants), width)
 
+        in_all = work(request, geometry.rows * vectors(geometry.run, width) * ARITHMETIC)
         if geometry.rows == 1:
-            with flat_loop(geometry.run, width, ARITHMETIC, processor) as start:
+            with flat_loop(geometry.run, width, in_all, processor) as start:
                 finish(T.int32(0), start)
             return
-        instructions = geometry.rows * vectors(geometry.run, width) * ARITHMETIC
-        with row_loop(geometry.rows, instructions, processor) as row, vector_loop(geometry.run, width) as start:
+        with row_loop(geometry.rows, in_all, processor) as row, vector_loop(geometry.run, width) as start:
             finish(row, start)
 
     return _kernel(request, f"common.multiply[{width}]", emit)

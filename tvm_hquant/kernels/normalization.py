@@ -34,6 +34,7 @@ from tvm_hquant.kernels.vector_loops import (
     vector_start,
     vectors,
 )
+from tvm_hquant.kernels.work import work
 from tvm_hquant.operators import LocalResponseNormalization, Softmax
 
 _LINES = 8
@@ -73,7 +74,7 @@ def _softmax(request: KernelRequest, operator: Softmax, lanes: int, processor: P
     def emit(inputs: Sequence[Buffer], _: Sequence[Buffer], output: Buffer) -> None:
         source, target = flat(inputs[0]), flat(output)
         instructions = outer * vectors(inner, width) * length * _EXPONENTIAL
-        with row_loop(outer, instructions, processor) as row:
+        with row_loop(outer, work(request, instructions), processor) as row:
             scratch = T.alloc_buffer((length * width,), "float32")
             with vector_loop(inner, width) as column:
                 base = row * (length * inner) + column
@@ -123,7 +124,7 @@ def _softmax_of_rows(request: KernelRequest, operator: Softmax, rows: int, width
     def emit(inputs: Sequence[Buffer], _: Sequence[Buffer], output: Buffer) -> None:
         source, target = flat(inputs[0]), flat(output)
         instructions = rows * vectors(length, width) * _EXPONENTIAL
-        with row_loop(vectors(rows, lines), instructions, processor) as group:
+        with row_loop(vectors(rows, lines), work(request, instructions), processor) as group:
             first = T.bind(vector_start(group, rows, lines))
             powers = T.alloc_buffer((lines * length,), "float32")
             with T.serial(lines) as line:
@@ -190,7 +191,7 @@ def _local_response_normalization(
     def emit(inputs: Sequence[Buffer], _: Sequence[Buffer], output: Buffer) -> None:
         source, target = flat(inputs[0]), flat(output)
         instructions = rows * vectors(channels, width) * _SIDE_BY_SIDE * _POWER
-        with row_loop(vectors(rows, lines), instructions, processor) as group:
+        with row_loop(vectors(rows, lines), work(request, instructions), processor) as group:
             first_row = T.bind(vector_start(group, rows, lines))
             line = T.alloc_buffer((lines * padded,), "float32")
             with T.serial(lines) as k:

@@ -31,6 +31,7 @@ from tvm_hquant.kernels.primitives import (
 from tvm_hquant.kernels.processor import ASSUMED_PROCESSOR, Processor
 from tvm_hquant.kernels.vector_loops import ARITHMETIC, fitting_lanes, flat, load, row_loop, store, vector_loop, vectors
 from tvm_hquant.kernels.window_axis import window_axes
+from tvm_hquant.kernels.work import work
 from tvm_hquant.operators import AveragePool2D, MaxPool2D
 from tvm_hquant.tensor_format import STORAGE_DTYPE
 
@@ -119,7 +120,7 @@ class _PoolLoops:
         rows, columns = window_axes(self.operator.input_shape, self.operator.window)
         outputs = batch * out_h * out_w * vectors(channels, self.lanes)
         instructions = outputs * (rows.kernel * columns.kernel * _STEP + ARITHMETIC)
-        with row_loop(batch * out_h, instructions, self.processor) as line:
+        with row_loop(batch * out_h, work(self.request, instructions), self.processor) as line:
             image, row = T.floordiv(line, out_h), T.floormod(line, out_h)
             row_begin, row_end = rows.steps(row)
             with T.serial(out_w) as column:

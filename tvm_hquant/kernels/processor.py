@@ -50,9 +50,9 @@ class Processor:
         same time."""
         return max(_FEWEST_ITEMS, _ITEMS_OF_A_CORE * self.cores)
 
-    def shares(self, instructions: float) -> bool:
-        """Whether threads share work of so many instructions on vectors."""
-        return self.cores > 1 and instructions > _SHARED_INSTRUCTIONS
+    def shares(self, work: float) -> bool:
+        """Whether threads share a kernel of so many instructions (:func:`tvm_hquant.kernels.work.work`)."""
+        return self.cores > 1 and work > _SHARED_INSTRUCTIONS
 
 
 ASSUMED_PROCESSOR = Processor()

@@ -25,6 +25,7 @@ from tvm_hquant.kernels.primitives import (
 from tvm_hquant.kernels.processor import ASSUMED_PROCESSOR, Processor
 from tvm_hquant.kernels.reference_blocks import block
 from tvm_hquant.kernels.vector_loops import ARITHMETIC, fitting_lanes, flat, load, row_loop, store, vector_loop, vectors
+from tvm_hquant.kernels.work import work
 from tvm_hquant.operators import Positions, Resize2D
 
 _INTEGER_TYPES: tuple[ArrayType, ...] = (((1,), "float32"), ((2,), "float32"), ((2,), "int32"))
@@ -46,7 +47,7 @@ def resize_kernel(request: KernelRequest, lanes: int, processor: Processor = ASS
     def emit(inputs: Sequence[Buffer], constants: Sequence[Buffer], output: Buffer) -> None:
         source, target, p = flat(inputs[0]), flat(output), LlvmPrimitives()
         instructions = batch * out_height * out_width * vectors(channels, vector) * _PIXELS * ARITHMETIC
-        with row_loop(batch * out_height, instructions, processor) as line:
+        with row_loop(batch * out_height, work(request, instructions), processor) as line:
             image, row = T.floordiv(line, out_height), T.floormod(line, out_height)
             rows = _between(p, operator.rows, row, height)
             with T.serial(out_width) as column:

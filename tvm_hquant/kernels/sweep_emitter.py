@@ -19,6 +19,7 @@ from tvm_hquant.kernels.primitives import Expression, vector_type
 from tvm_hquant.kernels.processor import CACHE_LINE
 from tvm_hquant.kernels.tile_order import UpcomingWeights, weights_ahead
 from tvm_hquant.kernels.vector_loops import load, prefetch, store
+from tvm_hquant.kernels.work import work
 
 _PIXELS_AHEAD = 8
 """Pixels whose residuals and outputs are asked for while one is finished."""
@@ -50,7 +51,7 @@ class SweepEmitter:
         images, bands = geometry.conv.input_shape[0], sweeps.bands
         height, width = geometry.output_size
         items = geometry.blocks * images * bands
-        loop = T.parallel if geometry.processor.shares(geometry.cost) and items > 1 else T.serial
+        loop = T.parallel if geometry.processor.shares(work(self.request, geometry.cost)) and items > 1 else T.serial
         with loop(items) as item:
             channel_block, image = T.bind(item // (images * bands)), T.bind(item // bands % images)
             band = T.bind(item % bands)

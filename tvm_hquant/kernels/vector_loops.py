@@ -92,13 +92,13 @@ def vector_loop(length: int, lanes: int) -> Iterator[Expression]:
 
 
 @contextmanager
-def flat_loop(length: int, lanes: int, instructions: float, processor: Processor) -> Iterator[Expression]:
-    """As :func:`vector_loop`, shared out to threads where vectors that take so many ``instructions`` each are work enough.
+def flat_loop(length: int, lanes: int, work: float, processor: Processor) -> Iterator[Expression]:
+    """As :func:`vector_loop`, shared out to threads where a kernel has ``work`` enough (:mod:`tvm_hquant.kernels.work`).
 
     Only where ``lanes`` does not divide ``length`` it comes to some elements more than once.
     """
     count = vectors(length, lanes)
-    if not processor.shares(count * instructions):
+    if not processor.shares(work):
         with vector_loop(length, lanes) as start:
             yield start
         return
@@ -109,6 +109,6 @@ def flat_loop(length: int, lanes: int, instructions: float, processor: Processor
             yield T.bind(vector_start(first + index, length, lanes))
 
 
-def row_loop(rows: int, instructions: float, processor: Processor) -> Any:
-    """A loop over rows, shared out to threads where they are work enough, in ``instructions`` of all together."""
-    return T.parallel(rows) if rows > 1 and processor.shares(instructions) else T.serial(rows)
+def row_loop(rows: int, work: float, processor: Processor) -> Any:
+    """A loop over rows, shared out to threads where a kernel has ``work`` enough."""
+    return T.parallel(rows) if rows > 1 and processor.shares(work) else T.serial(rows)

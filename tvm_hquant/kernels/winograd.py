@@ -32,6 +32,7 @@ from tvm_hquant.kernels.primitives import Expression, convert, int_like
 from tvm_hquant.kernels.processor import ASSUMED_PROCESSOR, CACHE_LINE, Processor
 from tvm_hquant.kernels.row_tiles import TileRun, cut_row
 from tvm_hquant.kernels.vector_loops import flat, load, store
+from tvm_hquant.kernels.work import work
 from tvm_hquant.kernels.x86_byte_vectors import ByteVectors
 from tvm_hquant.operators import Conv2D, Window
 
@@ -158,9 +159,9 @@ class WinogradGeometry:
 
     @property
     def shares_tiles(self) -> bool:
-        """Whether cores share the blocks of tiles, not the channels of each."""
+        """Whether cores share the blocks of tiles, not the channels of each. Of equal ways it is that of more parts."""
         by_tiles, by_channels = self._turns(self.block_rows)
-        return by_tiles <= by_channels
+        return (by_tiles, -self.blocks) <= (by_channels, -self.channel_blocks)
 
     @property
     def work(self) -> int:
@@ -307,7 +308,9 @@ class _Emitter:
 
     def _shared(self, count: int, is_wanted: bool) -> Any:
         """A loop that threads share, if wanted, where there is work enough."""
-        is_shared = is_wanted and count > 1 and self.geometry.processor.shares(self.geometry.instructions)
+        is_shared = (
+            is_wanted and count > 1 and self.geometry.processor.shares(work(self.request, self.geometry.instructions))
+        )
         return T.parallel(count) if is_shared else T.serial(count)
 
     def _pixel(self, first: Expression, row: Expression, column: Expression) -> tuple[Expression, Expression]:

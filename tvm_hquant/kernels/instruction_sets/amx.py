@@ -35,6 +35,7 @@ from tvm_hquant.kernels.primitives import Expression
 from tvm_hquant.kernels.processor import ASSUMED_PROCESSOR, Processor
 from tvm_hquant.kernels.shuffled_outputs import is_order_of_constants, with_shuffled_outputs
 from tvm_hquant.kernels.vector_loops import flat, load, store
+from tvm_hquant.kernels.work import work
 from tvm_hquant.operators import Conv2D, Dense
 
 LANES = 16
@@ -215,6 +216,10 @@ class _Emitter:
     arrays: Sequence[Buffer]
     output: Buffer
 
+    @property
+    def work(self) -> float:
+        return work(self.request, self.geometry.instructions)
+
     def emit(self) -> None:
         geometry, conv = self.geometry, self.geometry.conv
         T.evaluate(T.call_extern("int32", "hquant_amx_permission"))
@@ -223,7 +228,7 @@ class _Emitter:
         rows, pixels = conv.input_shape[0] * height, geometry.pixels_in_all
         tiles = -(-width // pixels)
         items = rows * tiles * geometry.blocks
-        is_shared = items > 1 and geometry.processor.shares(geometry.instructions)
+        is_shared = items > 1 and geometry.processor.shares(self.work)
         with (T.parallel if is_shared else T.serial)(items) as item:
             if geometry.weights_stay_outside:
                 block, place = T.bind(item // (rows * tiles)), T.bind(item % (rows * tiles))
