@@ -26,8 +26,9 @@ from tvm_hquant.artifact import compile_artifact
 from tvm_hquant.cli.tables import print_table
 from tvm_hquant.plan import load_plan
 from tvm_hquant.runtime import load_artifact
-from tvm_hquant.tuning.measure import tune_artifact
-from tvm_hquant.tuning.records import append_records, read_records
+from tvm_hquant.tuning.bench import open_bench
+from tvm_hquant.tuning.records import TuningRecord, append_records, read_records
+from tvm_hquant.tuning.tiles import tune_tiles
 
 _PRECISIONS = {"avx512-vnni": "a8w8", "avx2": "float32,a8w7"}
 
@@ -80,7 +81,8 @@ class TuningFiles:
         if not self.untuned.exists():
             self.network.make_artifacts(self.instruction_set, TARGETS[self.instruction_set], (self.precision,))
         start = time.perf_counter()
-        found = tune_artifact(load_artifact(self.untuned))
+        untuned = load_artifact(self.untuned)
+        found = tune_tiles(untuned, open_bench(untuned))
         self.seconds.write_text(f"{time.perf_counter() - start:.1f}\n", encoding="utf-8")
         self.records.unlink(missing_ok=True)
         append_records(self.records, found)
@@ -102,7 +104,7 @@ class TuningFiles:
             for name, path in (("untuned", self.untuned), ("tuned", self.tuned))
         ]
         untuned, tuned = time_contestants(self.network, contestants, 1, visits, runs)
-        records = read_records(self.records)
+        records = [r for r in read_records(self.records) if isinstance(r, TuningRecord)]
         changed = sum(record.tile != record.expected for record in records)
         seconds = float(self.seconds.read_text(encoding="utf-8"))
         return Gain(

@@ -34,7 +34,7 @@ from tvm_hquant.search.uniform import UniformStrategy
 from tvm_hquant.session import QuantizationSession
 from tvm_hquant.simulator.runner import available_cores
 from tvm_hquant.target_spec import TargetSpec, detect_host, load_target_spec
-from tvm_hquant.tuning.records import TuningRecord, records_for
+from tvm_hquant.tuning.records import Record, records_for
 
 
 def open_session(
@@ -174,15 +174,15 @@ def compile(
 ) -> Artifact:
     """Compiles a quantized model for its target.
 
-    ``tuning_records`` is a file of measured tiles (:func:`tvm_hquant.tuning.measure.tune_artifact`); the module computes the
-    same with and without.
+    ``tuning_records`` is a file of measured tiles and schedules (:mod:`tvm_hquant.tuning`); the module computes the same with
+    and without.
 
     Raises:
         ToolchainError: a compiler or linker for the target is missing.
         TuningError: the file cannot be read, or holds no records of the target's CPU.
     """
     label = name or (result.report.model if result.report else "model")
-    tuning: tuple[TuningRecord, ...] = ()
+    tuning: tuple[Record, ...] = ()
     if tuning_records is not None:
         here = cpu_identity() if result.spec.is_host_compatible() else None
         tuning = records_for(Path(tuning_records), here)

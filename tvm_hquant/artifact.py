@@ -26,6 +26,7 @@ from tvm_hquant.formats import assign_formats
 from tvm_hquant.kernels.registry import families_for_target
 from tvm_hquant.layer_record import graph_record, save_weights
 from tvm_hquant.layers import LayerGraph, read_layers
+from tvm_hquant.opaque_functions import opaque_functions, save_opaque_functions
 from tvm_hquant.operator_codec import to_jsonable
 from tvm_hquant.passes.expose_layers import expose_layers, exposed_functions
 from tvm_hquant.passes.lift_weights import lift_weights
@@ -37,7 +38,7 @@ from tvm_hquant.rounding.weight_rounding import rounding_for
 from tvm_hquant.runtime import LIBRARY_NAME, MANIFEST_VERSION, PACKED_WEIGHTS_NAME, Artifact
 from tvm_hquant.stored_weights import StoredWeights
 from tvm_hquant.target_spec import TargetSpec
-from tvm_hquant.tuning.records import TuningRecord, tuned_families
+from tvm_hquant.tuning.records import Record, measured_traces, tuned_families
 from tvm_hquant.weight_storage import packed_weights
 
 _CODE_BYTES = 8 * 2**20
@@ -51,17 +52,18 @@ def compile_artifact(
     report: QuantizationReport | None = None,
     name: str = "model",
     observe: StageObserver | None = None,
-    tuning: Sequence[TuningRecord] = (),
+    tuning: Sequence[Record] = (),
 ) -> Artifact:
     """Compiles a partitioned module under a plan for a target.
 
-    ``tuning`` holds measured tiles for the target's CPU; they change no result.
+    ``tuning`` holds measured tiles and schedules for the target's CPU; they change no result.
 
     The files are in a temporary folder that goes with the object: :meth:`Artifact.save` keeps them.
 
     Raises:
         PlanError, PrecisionError: the plan does not fit the model or the target.
         ToolchainError: the target's compiler or linker is missing, or TVM cannot generate code for it.
+        TuningError: a measured schedule does not fit its function.
     """
     graph = read_layers(module)
     plan = plan.completed(graph, rounding_for(spec.rules))
@@ -70,7 +72,7 @@ def compile_artifact(
     stored = packed_weights(lowered, plan, families)
     deployed = expose_layers()(lift_weights(tuple(stored))(lowered) if stored else lowered)
     with source_kept():
-        executable = build_module(deployed, spec.tvm_target(), spec.name)
+        executable = build_module(deployed, spec.tvm_target(), spec.name, measured_traces(tuning))
     folder = Path(tempfile.mkdtemp(prefix="tvm_hquant_"))
     try:
         _check_space(folder, graph)
@@ -80,6 +82,8 @@ def compile_artifact(
         plan.save(folder)
         floats = [n for n, d in plan.layers.items() if d.weight_precision.arithmetic is Arithmetic.FLOAT]
         save_weights(folder / "weights.npz", graph, floats)
+        if spec.tvm_target().kind.name == "llvm":
+            save_opaque_functions(folder, opaque_functions(deployed, spec.tvm_target()))
         if stored:
             (folder / PACKED_WEIGHTS_NAME).write_bytes(b"".join(w.data for w in stored.values()))
         manifest = _manifest(graph, lowered, plan, spec, report, name, folder, exposed_functions(deployed), stored)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import tvm
@@ -13,7 +13,9 @@ from tvm_hquant.cpu_pipeline import CPU_PIPELINE
 from tvm_hquant.errors import ToolchainError
 from tvm_hquant.gpu_schedule import SumsInRegisters
 from tvm_hquant.kernels.interface import KernelFamily
+from tvm_hquant.opaque_functions import legalization
 from tvm_hquant.passes.annotate_precision import annotate_precision
+from tvm_hquant.passes.apply_schedules import apply_schedules
 from tvm_hquant.passes.exact_float_constants import exact_float_constants
 from tvm_hquant.passes.insert_casts import insert_casts
 from tvm_hquant.passes.lower_layers import lower_layers
@@ -27,14 +29,15 @@ StageObserver = Callable[[str, IRModule], None]
 """Called with the name of a stage and the module after it."""
 
 
-def build_pipeline(target: Any) -> Any:
+def build_pipeline(target: Any, schedules: Mapping[str, str] | None = None) -> Any:
     """The build passes for modules whose layers are lowered.
 
     These are those of TVM's default build pipeline (tvm/relax/pipeline.py), with four differences. Private layer
     functions are inlined first, so that memory is planned over the whole graph. A pass of our own plans it, in blocks that
     tensors of all dtypes share. Reshapes stay reshapes, which the runtime does without copying: TVM's own way there,
     ``RewriteDataflowReshape``, only looks into functions made of blocks. Nothing is fused: every operator that TVM
-    legalizes compiles by itself, as in the simulator. For a GPU, functions get their threads from TVM's dlight and a rule
+    legalizes compiles by itself, as in the simulator, with the loops that TVM gives it or with a measured schedule out of
+    ``schedules`` (a trace for each function's digest). For a GPU, functions get their threads from TVM's dlight and a rule
     of our own for it; for C source, constants are written so that no digit is lost.
     """
     transform = relax.transform
@@ -43,9 +46,8 @@ def build_pipeline(target: Any) -> Any:
         [
             transform.InlinePrivateFunctions(),
             transform.DeadCodeElimination(),
-            relax.backend.DispatchSampling(),
-            relax.backend.DispatchSortScan(),
-            transform.LegalizeOps(skip_ops=["relax.reshape"]),
+            *legalization(),
+            *([apply_schedules(schedules)] if schedules and kind == "llvm" else []),
             *([dlight.ApplyDefaultSchedule(SumsInRegisters(), dlight.gpu.Fallback())] if kind == "cuda" else []),
             *([exact_float_constants()] if kind == "c" else []),
             transform.ToNonDataflow(),
@@ -63,16 +65,19 @@ def build_pipeline(target: Any) -> Any:
     )
 
 
-def build_module(mod: IRModule, target: Any, target_name: str) -> Any:
+def build_module(mod: IRModule, target: Any, target_name: str, schedules: Mapping[str, str] | None = None) -> Any:
     """An executable of a module whose layers are lowered.
 
     Raises:
         ToolchainError: TVM cannot generate code for the target.
+        TuningError: a measured schedule does not fit its function.
     """
     try:
         with tvm.transform.PassContext(opt_level=3), target:
             passes = CPU_PIPELINE if target.kind.name == "llvm" else "default"
-            return relax.build(mod, target=target, relax_pipeline=build_pipeline(target), tir_pipeline=passes)
+            return relax.build(
+                mod, target=target, relax_pipeline=build_pipeline(target, schedules), tir_pipeline=passes
+            )
     except (RuntimeError, ValueError, TypeError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ToolchainError(f"TVM cannot generate code for {target_name}: {lines[-1]}") from error

@@ -16,7 +16,7 @@ from tvm_hquant.errors import TuningError
 from tvm_hquant.kernels.interface import KernelRequest, Tile
 from tvm_hquant.kernels.registry import ANCHOR_FAMILIES, families_for_target
 from tvm_hquant.operators import Conv2D, Window
-from tvm_hquant.tuning.measure import tune_artifact
+from tvm_hquant.tuning.bench import open_bench
 from tvm_hquant.tuning.records import (
     TunedFamily,
     TuningRecord,
@@ -26,6 +26,8 @@ from tvm_hquant.tuning.records import (
     records_for,
     tuned_families,
 )
+from tvm_hquant.tuning.schedules import tune_schedules
+from tvm_hquant.tuning.tiles import tune_tiles
 from tvm_hquant.verification import verify_artifact
 
 FAMILY = ANCHOR_FAMILIES["avx2"]
@@ -79,17 +81,20 @@ def test_family_follows_the_last_record() -> None:
     assert tuned_families([FAMILY], [replace(RECORD, family="avx512_vnni")]) == (FAMILY,)
 
 
-def test_tiles_are_measured_over_rpc() -> None:
+def test_functions_are_measured_over_rpc() -> None:
     """A server has several libraries of one network loaded at once; records name the target, not the machine that asks."""
     model, spec = "branches", host_spec()
     artifact = compile_artifact(partitioned(model), named_plan(model, "a8w8"), spec)
     server = rpc.Server("127.0.0.1", port=19300, port_end=19500, silent=True)
     try:
-        measured = tune_artifact(artifact, candidates=2, repeat=1, rpc=f"127.0.0.1:{server.port}")
+        bench = open_bench(artifact, f"127.0.0.1:{server.port}")
+        measured = tune_tiles(artifact, bench, candidates=2, repeat=1)
+        (scheduled,), _ = tune_schedules(artifact, bench, count=2, repeat=1)
     finally:
         server.terminate()
     assert len(measured) > 1
-    assert all(record.cpu == spec.name for record in measured)
+    assert scheduled.name == "power"
+    assert all(record.cpu == spec.name for record in (*measured, scheduled))
 
 
 @pytest.mark.parametrize("plan", ["a8w8", "float32"])
@@ -98,7 +103,7 @@ def test_tuned_network_computes_the_same_bits(plan: str) -> None:
     model = "branches"
     session, spec = shared_session(model), host_spec()
     untuned = compile_artifact(partitioned(model), named_plan(model, plan), spec)
-    measured = tune_artifact(untuned, candidates=2, repeat=1)
+    measured = tune_tiles(untuned, open_bench(untuned), candidates=2, repeat=1)
     assert measured
     assert all(record.cpu == cpu_identity() for record in measured)
     tiled = {f.name: f for f in families_for_target(spec.instruction_sets) if is_tiled(f)}

@@ -55,7 +55,7 @@ def compile_command(
     suffix_precision: SuffixPrecision = None,
     workers: Workers = None,
     tuning_records: Annotated[
-        Path | None, typer.Option("--tuning-records", help="Use the tiles that 'hquant tune' wrote to this file.")
+        Path | None, typer.Option("--tuning-records", help="Use what 'hquant tune' wrote to this file.")
     ] = None,
     observer: Observer = "mean-squared-error",
     rounding: Rounding = "output-error",

@@ -1,1 +1,1 @@
-"""Measured choices among the tiles that kernel templates have, and the file that keeps them."""
+"""Measured choices: tiles of kernel templates, schedules of what TVM computes; and the file that keeps them."""

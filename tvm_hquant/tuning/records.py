@@ -1,7 +1,9 @@
-"""The database of tuning: JSON lines, one for each measured kernel, appended and never changed.
+"""The database of tuning: JSON lines, one for each measured function, appended and never changed.
 
-A line names what was measured (the kernel's request), with which kernel family, on which CPU, and which tile was fastest. A
-later line for the same three replaces an earlier one. A tile decides how fast a kernel is, never what it computes.
+There are two kinds of lines. One names a kernel of this project (its request), its family, the CPU, and which tile was
+fastest. The other names a function that TVM made of an operator without such a kernel, the CPU, and the trace of the fastest
+schedule. A later line for the same function on the same CPU replaces an earlier one. Tiles and schedules decide how fast a
+function is, never what it computes.
 """
 
 from __future__ import annotations
@@ -53,7 +55,35 @@ class TuningRecord:
         }
 
 
-def read_records(path: Path) -> tuple[TuningRecord, ...]:
+@dataclass(frozen=True)
+class ScheduleRecord:
+    """The fastest schedule for a function that TVM made.
+
+    Attributes:
+        function: its digest (:func:`tvm_hquant.opaque_functions.function_digest`).
+        name: what TVM calls it.
+        cpu: as in :class:`TuningRecord`.
+        trace: of the fastest schedule (:mod:`tvm_hquant.passes.apply_schedules`); empty where TVM's own loops are.
+        microseconds: its median time.
+        expected_microseconds: that of TVM's own loops.
+    """
+
+    function: str
+    name: str
+    cpu: str
+    trace: str
+    microseconds: float
+    expected_microseconds: float
+
+    def to_jsonable(self) -> dict[str, Any]:
+        """The record as plain data."""
+        return {**vars(self), "version": RECORDS_VERSION}
+
+
+Record = TuningRecord | ScheduleRecord
+
+
+def read_records(path: Path) -> tuple[Record, ...]:
     """All records of a file, in order; none of one that does not exist yet.
 
     Raises:
@@ -68,7 +98,7 @@ def read_records(path: Path) -> tuple[TuningRecord, ...]:
     return tuple(_from_line(path, number, line) for number, line in enumerate(lines, 1) if line.strip())
 
 
-def append_records(path: Path, records: Iterable[TuningRecord]) -> None:
+def append_records(path: Path, records: Iterable[Record]) -> None:
     """Adds records to a file, which is made if it does not exist.
 
     Raises:
@@ -81,8 +111,8 @@ def append_records(path: Path, records: Iterable[TuningRecord]) -> None:
         raise TuningError(f"cannot write the tuning records {path}: {error.strerror or error}") from None
 
 
-def record_from_jsonable(document: Mapping[str, Any]) -> TuningRecord:
-    """The inverse of :meth:`TuningRecord.to_jsonable`.
+def record_from_jsonable(document: Mapping[str, Any]) -> Record:
+    """The inverse of ``to_jsonable`` of both kinds.
 
     Raises:
         ValueError, KeyError, TypeError, AttributeError: it is no record of this version.
@@ -91,13 +121,15 @@ def record_from_jsonable(document: Mapping[str, Any]) -> TuningRecord:
     version = fields.pop("version")
     if version != RECORDS_VERSION:
         raise ValueError(f"version {version!r}, this release reads {RECORDS_VERSION}")
+    if "trace" in fields:
+        return ScheduleRecord(**fields)
     request = from_jsonable(fields.pop("request"))
     for name in ("tile", "expected"):
         fields[name] = Tile(*map(int, fields[name]))
     return TuningRecord(request, **fields)
 
 
-def _from_line(path: Path, number: int, line: str) -> TuningRecord:
+def _from_line(path: Path, number: int, line: str) -> Record:
     try:
         return record_from_jsonable(json.loads(line))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -123,15 +155,21 @@ class TunedFamily:
         return self.base.kernel(request, tile if tile is not None and tile in self.base.tiles(request) else None)
 
 
-def tuned_families(families: Sequence[KernelFamily], records: Sequence[TuningRecord]) -> tuple[KernelFamily, ...]:
+def tuned_families(families: Sequence[KernelFamily], records: Sequence[Record]) -> tuple[KernelFamily, ...]:
     """The families of a target with what was measured on its CPU (:func:`records_for`)."""
     chosen: dict[str, dict[KernelRequest, Tile]] = {}
     for record in records:
-        chosen.setdefault(record.family, {})[record.request] = record.tile
+        if isinstance(record, TuningRecord):
+            chosen.setdefault(record.family, {})[record.request] = record.tile
     return tuple(
         TunedFamily(family, chosen[family.name]) if is_tiled(family) and family.name in chosen else family
         for family in families
     )
+
+
+def measured_traces(records: Sequence[Record]) -> dict[str, str]:
+    """The trace of each function whose schedule was measured, by the function's digest; empty for TVM's own loops."""
+    return {record.function: record.trace for record in records if isinstance(record, ScheduleRecord)}
 
 
 def families_of_manifest(manifest: Mapping[str, Any], spec: TargetSpec) -> tuple[KernelFamily, ...]:
@@ -154,7 +192,7 @@ def is_tiled(family: KernelFamily | TiledFamily) -> TypeGuard[TiledFamily]:
     return hasattr(family, "tiles")
 
 
-def records_for(path: Path, here: str | None) -> tuple[TuningRecord, ...]:
+def records_for(path: Path, here: str | None) -> tuple[Record, ...]:
     """The records of a file for the target's CPU: for this machine's, if it is the target, else for the only one in the file.
 
     Args:
