@@ -12,12 +12,15 @@ from __future__ import annotations
 
 import concurrent.futures
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import tvm
+from loky import ProcessPoolExecutor
+from loky.backend import get_context
 
 from tvm_hquant.opaque_functions import OpaqueFunction, load_opaque_functions
 from tvm_hquant.passes.apply_schedules import scheduled_function
@@ -73,35 +76,48 @@ def tune_schedules(
     """
     functions = load_opaque_functions(artifact.folder)
     records, left = [], []
-    for function in progress("tuning what TVM computes", functions, len(functions)):
-        traces = _sampled(sampler, function, bench, count)
-        if isinstance(traces, str):
-            left.append(LeftFunction(function, traces))
-        else:
-            records.append(_measured(bench, function, traces, repeat))
+    with closing(_SamplingProcess(sampler, bench)) as process:
+        for function in progress("tuning what TVM computes", functions, len(functions)):
+            traces = process.traces(function, count)
+            if isinstance(traces, str):
+                left.append(LeftFunction(function, traces))
+            else:
+                records.append(_measured(bench, function, traces, repeat))
     return tuple(records), tuple(left)
 
 
-def _sampled(sampler: Sampler, function: OpaqueFunction, bench: Bench, count: int) -> list[str] | str:
-    """Traces for a function; why there are none if there are none."""
-    from loky import ProcessPoolExecutor
-    from loky.backend import get_context
+class _SamplingProcess:
+    """Calls a sampler in another process, a new one after each that ended or took too long."""
 
-    target = str(bench.spec.tvm_target())
-    executor = ProcessPoolExecutor(1, context=get_context("loky"))
-    try:
-        future = executor.submit(sampler, function.script, target, bench.spec.processor.cores, count)
-        traces: list[str] = future.result(timeout=_SAMPLING_SECONDS)
-    except concurrent.futures.BrokenExecutor:
-        return "MetaSchedule ended its process"
-    except concurrent.futures.TimeoutError:
-        return f"MetaSchedule proposed nothing in {_SAMPLING_SECONDS:.0f} s"
-    except Exception as error:  # whatever a rule of TVM raises concerns this function alone
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        return f"MetaSchedule says: {lines[-1]}"
-    finally:
-        executor.shutdown(wait=True, kill_workers=True)
-    return traces or "MetaSchedule has no other schedule for it"
+    def __init__(self, sampler: Sampler, bench: Bench) -> None:
+        self._sampler = sampler
+        self._target = str(bench.spec.tvm_target())
+        self._cores = bench.spec.processor.cores
+        self._executor: Any = None
+
+    def traces(self, function: OpaqueFunction, count: int) -> list[str] | str:
+        """Traces for a function; why there are none if there are none."""
+        if self._executor is None:
+            self._executor = ProcessPoolExecutor(1, context=get_context("loky"))
+        try:
+            future = self._executor.submit(self._sampler, function.script, self._target, self._cores, count)
+            traces: list[str] = future.result(timeout=_SAMPLING_SECONDS)
+        except concurrent.futures.BrokenExecutor:
+            self.close()
+            return "MetaSchedule ended its process"
+        except concurrent.futures.TimeoutError:
+            self.close()
+            return f"MetaSchedule proposed nothing in {_SAMPLING_SECONDS:.0f} s"
+        except Exception as error:  # whatever a rule of TVM raises concerns this function alone
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            return f"MetaSchedule says: {lines[-1]}"
+        return traces or "MetaSchedule has no other schedule for it"
+
+    def close(self) -> None:
+        """Ends the process."""
+        if self._executor is not None:
+            self._executor.shutdown(wait=True, kill_workers=True)
+            self._executor = None
 
 
 def _measured(bench: Bench, function: OpaqueFunction, traces: list[str], repeat: int) -> ScheduleRecord:
