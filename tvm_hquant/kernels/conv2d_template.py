@@ -31,6 +31,7 @@ from tvm_hquant.kernels.map_bands import MapBands
 from tvm_hquant.kernels.operand_copy import OperandCopy
 from tvm_hquant.kernels.packed_epilogue import PackedEpilogue
 from tvm_hquant.kernels.patches import conv_of_patches, takes_patches
+from tvm_hquant.kernels.position_sweeps import PositionSweeps
 from tvm_hquant.kernels.primitives import Expression, broadcast
 from tvm_hquant.kernels.processor import ASSUMED_PROCESSOR, CACHE_LINE, Processor
 from tvm_hquant.kernels.row_tiles import TileRun
@@ -206,13 +207,17 @@ class _Emitter:
             self._in_bands(self.bands)
             return
         if geometry.sweeps is not None:
-            assert self.table is not None
-            constants = self.weights, self.starts, self.table
-            SweepEmitter(self.request, geometry, geometry.sweeps, self.inputs[0], *constants, self.epilogue).emit()
+            self._in_sweeps(geometry.sweeps, self.inputs[0])
             return
         self.steps = StepEmitter(geometry, self.weights, self.inputs[0])
         with self._loop(self.order.items, is_shared=True) as item, self.order.tile_loop(item) as place:
             self._tile_of_row(place, geometry.row_tiles)
+
+    def _in_sweeps(self, sweeps: PositionSweeps, source: Buffer) -> None:
+        """Takes one position of the kernel after the other, each for all of the map."""
+        assert self.table is not None
+        constants = self.weights, self.starts, self.table
+        SweepEmitter(self.request, self.geometry, sweeps, source, *constants, self.epilogue).emit()
 
     def _in_bands(self, bands: MapBands) -> None:
         """Copies a band of activations, computes all tiles that read it, and goes on to the next one."""
@@ -225,6 +230,9 @@ class _Emitter:
             source = T.alloc_buffer((bands.elements,), self.dot.operand_dtype)
             copy = OperandCopy(geometry, bands, self.request.inputs[0], self.inputs[0], source, self.zero_points)
             self.origin = copy.emit(band)
+            if geometry.sweeps is not None:
+                self._in_sweeps(geometry.sweeps, source)
+                return
             self.steps = StepEmitter(steps, weights, source)
             with self._loop(order.items, not bands.shares_bands) as item, order.tile_loop(item, band) as place:
                 self._tile_of_row(place, geometry.row_tiles)

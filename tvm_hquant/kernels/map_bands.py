@@ -49,6 +49,8 @@ class MapBands:
         """Units of a band: as many as the cache holds, in bands that are about equal."""
         if self.geometry.patches is not None:
             return 1
+        if self.geometry.sweeps is not None:
+            return self.image_units
         item = np.dtype(self.geometry.dot.operand_dtype).itemsize * self.geometry.planes
         most = self.geometry.processor.l2_bytes // (_CACHE_SHARE * item)
         fewest = min(_FEWEST_TILES if self.is_single_row else 1, self.image_units)

@@ -34,13 +34,15 @@ class SweepCosts:
     @property
     def are_possible(self) -> bool:
         """Whether the positions of the kernel can be taken one after the other: where no step belongs to several of them,
-        and the activations are read where they lie, without padding."""
+        and the activations are read without padding, where they lie or from a copy of the map."""
         geometry, dot = self.geometry, self.geometry.dot
         return (
             dot.sweeps
             and dot.pixels == 1
             and geometry.chain == 1
             and geometry.conv.groups == 1
+            # Those of 16-bit storage are widened first, image by image.
+            and (geometry.conv.input_shape[0] == 1 or dot.operand_steps == 1)
             and geometry.passes == 1
             and geometry.patches is None
             and geometry.group_inputs % dot.products == 0
