@@ -8,7 +8,7 @@ tensor is called by the name of the layer that makes it, or by the name of the g
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -138,6 +138,32 @@ class LayerGraph:
     @property
     def anchors(self) -> tuple[Layer, ...]:
         return tuple(layer for layer in self.layers if layer.is_anchor)
+
+    def around(self, names: Iterable[str]) -> LayerGraph:
+        """The part of the graph that precisions of some layers with weights can change, where all others keep theirs.
+
+        A layer without weights takes after its neighbours, one with weights does not: so the part is what is reached from the
+        tensors of ``names`` without going through other layers with weights. These are in it where they make or read a tensor
+        of it; whatever else they read is an input of the part, in float32.
+        """
+        reached: set[str] = set(names)
+        waiting = [tensor for name in reached for tensor in (*self.by_name[name].inputs, name)]
+        tensors: set[str] = set()
+        while waiting:
+            tensor = waiting.pop()
+            if tensor in tensors:
+                continue
+            tensors.add(tensor)
+            touching = [name for name, _ in self.consumers[tensor]] + [tensor] * (tensor in self.by_name)
+            reached.update(touching)
+            for name in touching:
+                if not self.by_name[name].is_anchor:
+                    waiting += (*self.by_name[name].inputs, name)
+        layers = tuple(layer for layer in self.layers if layer.name in reached)
+        read = [tensor for layer in layers for tensor in layer.inputs if tensor not in reached]
+        inputs = {name: self.inputs.get(name, GraphTensor(self.tensor_shape(name))) for name in dict.fromkeys(read)}
+        leaving = [(t, n) for t, n in zip(self.outputs, self.output_names, strict=True) if t in reached]
+        return LayerGraph(inputs, layers, tuple(t for t, _ in leaving), tuple(n for _, n in leaving))
 
     @cached_property
     def fingerprint(self) -> str:

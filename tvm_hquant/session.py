@@ -161,10 +161,13 @@ class QuantizationSession:
         return self._scales
 
     def all_precisions(
-        self, anchors: Mapping[str, Precision], fixed: Mapping[str, Precision] | None = None
+        self,
+        anchors: Mapping[str, Precision],
+        fixed: Mapping[str, Precision] | None = None,
+        part: LayerGraph | None = None,
     ) -> dict[str, Precision]:
-        """Precisions of all layers when those with weights have the given ones."""
-        followed = follow_consumers(self.graph, anchors, fixed or {}, self.output_precision)
+        """Precisions of all layers, or those of a part of the graph, when those with weights have the given ones."""
+        followed = follow_consumers(self.graph if part is None else part, anchors, fixed or {}, self.output_precision)
         return {**{name: f.precision for name, f in followed.items()}, **anchors}
 
     @property
@@ -175,15 +178,19 @@ class QuantizationSession:
         offered = [parse_precision(p) for p in self.spec.offered_precisions("average_pool2d")]
         return max(offered, key=lambda p: p.activation_bits, default=FLOAT32)
 
-    def program(self, anchors: Mapping[str, Precision], stored_bits: int | None = None) -> Program:
+    def program(
+        self, anchors: Mapping[str, Precision], stored_bits: int | None = None, part: LayerGraph | None = None
+    ) -> Program:
         """The program in which layers with weights have the given precisions.
 
-        ``stored_bits`` are those of all weights in the artifact, where a precision has more.
+        ``stored_bits`` are those of all weights in the artifact, where a precision has more; ``part`` is a part of the graph to
+        look at alone.
         """
-        precisions = self.all_precisions({name: precision.computed for name, precision in anchors.items()})
+        computed = {name: precision.computed for name, precision in anchors.items()}
+        precisions = self.all_precisions(computed, part=part)
         stored = {name: precision for name, precision in anchors.items() if precision.computed != precision}
         weights = partial(self._stored_weights, stored, stored_bits) if stored or stored_bits is not None else None
-        return self.builder.program(precisions, self.scales(precisions.values()), weights)
+        return self.builder.program(precisions, self.scales(precisions.values()), weights, part)
 
     def _stored_weights(
         self, stored: Mapping[str, Precision], bits: int | None, layer: Layer, precision: Precision
@@ -209,8 +216,9 @@ class QuantizationSession:
         if self.ranges is None and precision.needs_calibration:
             return "it needs calibration data"
         try:
-            anchors = {other.name: FLOAT32 for other in self.graph.anchors}
-            self.program({**anchors, layer.name: precision})
+            part = self.graph.around([layer.name])
+            anchors = {other.name: FLOAT32 for other in part.anchors}
+            self.program({**anchors, layer.name: precision}, part=part)
         except PrecisionError as error:
             return str(error)
         return None

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.onnx_models import node, onnx_model
 from tests.planned_models import shared_session
 from tvm_hquant.cost.plan_costs import computed_precision, neighbours, plan_costs, weighted_macs
 from tvm_hquant.cost.predicted import predicted_cycles, weight_bytes
 from tvm_hquant.errors import SearchError
+from tvm_hquant.layers import LayerGraph, read_layers
 from tvm_hquant.precision import A8W8, parse_precision
+from tvm_hquant.preparation import prepare_module
 
 PRECISIONS = ("a8w8", "a16w8", "bfloat16", "float32")
 BRANCHES = ("stem", "left", "right", "merge")
@@ -38,6 +42,40 @@ def test_model_is_near_the_exact_time(names: tuple[str, ...]) -> None:
     exact = costs.total(plan)
     tolerance = 1e-9 if len(changed) <= 1 or changed in ({"stem", "left"}, {"left", "right"}) else 0.2
     assert costs.predicted(plan) == pytest.approx(exact, rel=tolerance)
+
+
+def chain_of_blocks(count: int) -> LayerGraph:
+    """Dense blocks: what each convolution makes is joined to all before it, and a block ends in a convolution."""
+    nodes, weights, tensor, channels = [], {}, "x", 4
+    for block in range(count):
+        joined = [tensor]
+        for layer in range(3):
+            name = f"b{block}l{layer}"
+            source = tensor if layer == 0 else f"{name}j"
+            if layer:
+                nodes.append(node("Concat", " ".join(joined), source, axis=1))
+            nodes.append(node("Conv", f"{source} {name}w", name))
+            weights[f"{name}w"] = np.zeros((4, channels + 4 * layer, 1, 1), np.float32)
+            joined.append(name)
+        nodes += [
+            node("Concat", " ".join(joined), f"b{block}j", axis=1),
+            node("Conv", f"b{block}j b{block}w", f"b{block}"),
+        ]
+        weights[f"b{block}w"] = np.zeros((4, channels + 12, 1, 1), np.float32)
+        tensor = f"b{block}"
+    return read_layers(prepare_module(onnx_model(nodes, weights, outputs=tensor)))
+
+
+def test_only_what_a_layer_can_change_is_looked_at() -> None:
+    """Protects large graphs: the parts around layers end where a dense block does, so all of them grow with the graph alone."""
+    sizes = []
+    for count in (2, 4):
+        graph = chain_of_blocks(count)
+        parts = {layer.name: graph.around([layer.name]).layers for layer in graph.anchors}
+        sizes.append(sum(map(len, parts.values())))
+        assert max(map(len, parts.values())) < len(chain_of_blocks(2).layers)
+    first, second = sizes
+    assert second < 2.4 * first
 
 
 def test_exact_time_is_the_sum_of_what_runs() -> None:

@@ -87,8 +87,13 @@ class _Latency:
 
     def of(self, assignment: Assignment) -> float:
         """The time of a whole plan."""
-        session, graph = self._session, self._session.graph
-        precisions = session.all_precisions({name: parse_precision(p) for name, p in assignment.items()})
+        return self.of_part(assignment, self._session.graph)
+
+    def of_part(self, assignment: Assignment, graph: LayerGraph) -> float:
+        """The time of a part of the graph."""
+        session = self._session
+        anchors = {name: parse_precision(p) for name, p in assignment.items()}
+        precisions = session.all_precisions(anchors, part=graph)
         formats = assign_formats(graph, precisions, session.scales(precisions.values()))
         total = sum(self.of_layer(layer.name, precisions[layer.name].name) for layer in graph.layers)
         for conversion in formats.conversions(graph):
@@ -111,18 +116,37 @@ class _Latency:
         return predicted_cycles(spec, layer, computed) / (1e3 * clock)
 
 
+class _Changes:
+    """What other precisions of some layers add to the time of a plan; it is enough to look around these layers."""
+
+    def __init__(self, session: QuantizationSession, latency: _Latency, base: Assignment) -> None:
+        self._graph, self._latency, self._base = session.graph, latency, base
+        self._around = lru_cache(maxsize=None)(self._part)
+
+    def added(self, changes: Assignment) -> float:
+        """Microseconds."""
+        part, own, time = self._around(tuple(changes))
+        return self._latency.of_part({**own, **changes}, part) - time
+
+    def _part(self, names: tuple[str, ...]) -> tuple[LayerGraph, Assignment, float]:
+        part = self._graph.around(names)
+        own = {layer.name: self._base[layer.name] for layer in part.anchors}
+        return part, own, self._latency.of_part(own, part)
+
+
 def _expanded(session: QuantizationSession, candidates: Mapping[str, tuple[str, ...]], latency: _Latency) -> CostModel:
     base = {layer: precisions[0] for layer, precisions in candidates.items()}
     of_base = latency.of(base)
+    changes = _Changes(session, latency, base)
     added = {
-        (n, p): latency.of({**base, n: p}) - of_base if p != base[n] else 0.0
+        (n, p): changes.added({n: p}) if p != base[n] else 0.0
         for n, precisions in candidates.items()
         for p in precisions
     }
     pairs = {}
     for first, second in neighbours(session.graph):
         if first in candidates and second in candidates:
-            extra = _pair(base, first, second, candidates, added, lambda plan: latency.of(plan) - of_base)
+            extra = _pair(base, first, second, candidates, added, changes.added)
             if extra:
                 pairs[first, second] = extra
     own = {layer: latency.of_layer(layer, precision) for layer, precision in base.items()}
@@ -148,7 +172,7 @@ def _pair(
             if kinds[0] == _format_kind(base[first]) or kinds[1] == _format_kind(base[second]):
                 continue
             if kinds not in known:
-                known[kinds] = added_by({**base, first: p, second: q}) - added[first, p] - added[second, q]
+                known[kinds] = added_by({first: p, second: q}) - added[first, p] - added[second, q]
             if abs(known[kinds]) > 1e-9:
                 extra[p, q] = known[kinds]
     return extra

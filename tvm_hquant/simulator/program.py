@@ -75,19 +75,25 @@ class ProgramBuilder:
         self._realized: dict[object, tuple[KernelRequest, LayerConstants]] = {}
 
     def program(
-        self, precisions: Mapping[str, Precision], scales: TensorScales, weights: WeightSource | None = None
+        self,
+        precisions: Mapping[str, Precision],
+        scales: TensorScales,
+        weights: WeightSource | None = None,
+        part: LayerGraph | None = None,
     ) -> Program:
         """The steps under a precision for every layer.
 
-        ``weights`` gives the codes of a plan that brings its own, in place of the builder's.
+        ``weights`` gives the codes of a plan that brings its own, in place of the builder's; ``part`` is a part of the graph
+        to look at alone.
 
         Raises:
             PrecisionError: a precision is impossible for a layer, or a scale is missing.
         """
-        formats = assign_formats(self.graph, precisions, scales)
+        graph = self.graph if part is None else part
+        formats = assign_formats(graph, precisions, scales)
         steps: list[Step] = []
         keys: dict[tuple[str, TensorFormat], int] = {}
-        for number, name in enumerate(self.graph.inputs):
+        for number, name in enumerate(graph.inputs):
             keys[name, FLOAT32_FORMAT] = number
 
         def read(tensor: str, wanted: TensorFormat) -> int:
@@ -96,15 +102,15 @@ class ProgramBuilder:
                 keys[tensor, wanted] = steps[-1].key
             return keys[tensor, wanted]
 
-        for layer in self.graph.layers:
+        for layer in graph.layers:
             required = tuple(formats.required[layer.name, i] for i in range(len(layer.inputs)))
             inputs = tuple(read(t, f) for t, f in zip(layer.inputs, required, strict=True))
             produced = formats.produced[layer.name]
             codes = self._layer_codes(layer, precisions[layer.name], weights)
             steps.append(self._layer(layer, precisions[layer.name], codes, required, produced, inputs))
             keys[layer.name, produced] = steps[-1].key
-        outputs = tuple(read(tensor, FLOAT32_FORMAT) for tensor in self.graph.outputs)
-        return Program(tuple(steps), outputs, formats, formats.conversions(self.graph))
+        outputs = tuple(read(tensor, FLOAT32_FORMAT) for tensor in graph.outputs)
+        return Program(tuple(steps), outputs, formats, formats.conversions(graph))
 
     def _conversion(
         self, tensor: str, source: TensorFormat, target: TensorFormat, keys: Mapping[tuple[str, TensorFormat], int]
