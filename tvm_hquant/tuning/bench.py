@@ -130,14 +130,11 @@ class Bench:
                 times += one.seconds(repeat) if self._session is None else one.seconds_there(repeat, self._device)
         return [1e6 * statistics.median(times) for times in seconds]
 
-    def argument_lists(
-        self, activations: Sequence[Array], constants: Sequence[Array], output: Array
-    ) -> list[list[Any]]:
+    def argument_lists(self, activations: Sequence[Any], constants: Sequence[Array], output: Any) -> list[list[Any]]:
         """Arguments for calls one after the other: the same activations and output, copies of the constants."""
         size = max(1, sum(array.nbytes for array in constants))
         copies = min(_MOST_COPIES, -(-_NEAR_CACHES // size)) if self._session is None else 1
-        before, after = [self.tensor(a) for a in activations], self.tensor(output)
-        return [[*before, *(self.tensor(a) for a in constants), after] for _ in range(copies)]
+        return [[*activations, *(self.tensor(a) for a in constants), output] for _ in range(copies)]
 
     def library(self, functions: Mapping[str, Any]) -> Any:
         """Compiled functions by their symbols, loaded where they are timed."""
