@@ -16,6 +16,7 @@ from tests.onnx_models import node, onnx_model, onnxruntime_outputs, random_inpu
 from tests.passes.test_canonicalize import verify
 from tests.pipeline_checks import assert_deployed_as_simulated, import_model, uniform_plan
 from tests.small_models import run_module, with_weights
+from tvm_hquant.errors import ModelError
 from tvm_hquant.frontend import import_onnx
 from tvm_hquant.layers import LayerGraph, read_layers
 from tvm_hquant.operators import Conv2D, Movement, Opaque
@@ -193,6 +194,13 @@ def test_unet_is_8_bits_inside() -> None:
     assert report.holds
     kernels = {check.layer: check.kernel for check in report.checks}
     assert [kernels["concat_0"], kernels["concat_1"]] == ["in place", "in place"]
+
+
+def test_shapes_that_the_importer_leaves_out_are_refused() -> None:
+    """TVM's importer would give an output of another size without a word."""
+    upsampled = node("ConvTranspose", "x w", "y", strides=[2, 2], output_shape=[16, 16])
+    with pytest.raises(ModelError, match=r"output_shape of ConvTranspose \(node node_y\)"):
+        import_onnx(onnx_model([upsampled], random_weights(w=(4, 3, 3, 3))))
 
 
 def test_applying_it_twice_changes_nothing() -> None:

@@ -85,6 +85,20 @@ def check_structure(model: Any, label: str) -> None:
         raise ModelError(f"{label} is no valid ONNX model: {_first_line(str(error))}") from error
 
 
+def check_output_shapes(model: Any, label: str) -> None:
+    """Refuses transposed convolutions that are told by ``output_shape``: TVM's importer would take no notice of it.
+
+    Raises:
+        ModelError: there is one.
+    """
+    for node in model.graph.node:
+        if node.op_type == "ConvTranspose" and any(a.name == "output_shape" for a in node.attribute):
+            raise ModelError(
+                f"{label}: TVM's importer leaves out the attribute output_shape of ConvTranspose (node {node_label(node)}): "
+                "give pads and output_padding in its place"
+            )
+
+
 def _parse(path: Path) -> Any:
     if not path.exists():
         raise ModelError(f"{path}: there is no such file")

@@ -17,7 +17,7 @@ from tvm import IRModule
 from tvm.relax.frontend.onnx import from_onnx
 
 from tvm_hquant.errors import ModelError
-from tvm_hquant.frontend.onnx_file import check_structure, model_inputs, node_label, read_onnx
+from tvm_hquant.frontend.onnx_file import check_output_shapes, check_structure, model_inputs, node_label, read_onnx
 from tvm_hquant.frontend.onnx_folding import fold_shape_computations
 from tvm_hquant.frontend.onnx_shapes import fixed_input_shapes, with_fixed_inputs
 from tvm_hquant.frontend.relax_import import check_static
@@ -44,6 +44,7 @@ def import_onnx(
     shapes = fixed_input_shapes(proto, label, input_shapes, batch)
     with_fixed_inputs(proto, shapes)
     check_structure(proto, label)
+    check_output_shapes(proto, label)
     fold_shape_computations(proto)
     _sort_weights_from_constants(proto.graph)
     inputs = [i.name for i in model_inputs(proto.graph)]
