@@ -1,7 +1,8 @@
 """What ``hquant tune`` gains: whole networks with the tiles that the model expects to be fastest, and with measured ones.
 
-The untuned and the tuned artifact of a network run in processes of their own that take turns; a figure is the median of all
-runs, at batch 1.
+The untuned and the tuned artifact of a network run in processes of their own that take turns, at batch 1. Where a process has
+its memory may change its times by some percent, so there are several pairs of processes: a time is the median of those of the
+pairs, the gain follows from the median of the pairs' ratios.
 
     python -m benchmarks.tuning [--instruction-set avx2] [--precisions float32,a8w7] [--networks squeezenet] [--json out.json]
 
@@ -17,6 +18,7 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 
 from benchmarks.engine_models import NETWORKS, NetworkFiles, process_environment
 from benchmarks.engines import TARGETS, Contestant, time_contestants
@@ -35,7 +37,8 @@ _PRECISIONS = {"avx512-vnni": "a8w8", "avx2": "float32,a8w7"}
 
 @dataclass(frozen=True)
 class Gain:
-    """A network in a precision: kernels that were measured and that got another tile, seconds of tuning, times in ms."""
+    """A network in a precision: kernels that were measured and that got another tile, seconds of tuning, times in ms, and the
+    ratio of each pair."""
 
     network: str
     precision: str
@@ -44,11 +47,12 @@ class Gain:
     tuning_seconds: float
     untuned: float
     tuned: float
+    ratios: tuple[float, ...]
 
     @property
     def gain(self) -> float:
         """The part of the untuned time that is saved."""
-        return 1 - self.tuned / self.untuned
+        return 1 - median(self.ratios)
 
 
 @dataclass(frozen=True)
@@ -97,18 +101,26 @@ class TuningFiles:
         )
         tuned.save(self.tuned)
 
-    def time(self, visits: int, runs: int) -> Gain:
-        """The two artifacts in turns."""
+    def time(self, visits: int, runs: int, pairs: int) -> Gain:
+        """The two artifacts in turns, in each of some pairs of processes."""
         contestants = [
             Contestant(name, sys.executable, "tvm_hquant", path, process_environment())
             for name, path in (("untuned", self.untuned), ("tuned", self.tuned))
         ]
-        untuned, tuned = time_contestants(self.network, contestants, 1, visits, runs)
+        found = [time_contestants(self.network, contestants, 1, visits, runs) for _ in range(pairs)]
+        untuned, tuned = zip(*([timing.milliseconds for timing in pair] for pair in found), strict=True)
         records = [r for r in read_records(self.records) if isinstance(r, TuningRecord)]
         changed = sum(record.tile != record.expected for record in records)
         seconds = float(self.seconds.read_text(encoding="utf-8"))
         return Gain(
-            self.network.name, self.precision, len(records), changed, seconds, untuned.milliseconds, tuned.milliseconds
+            self.network.name,
+            self.precision,
+            len(records),
+            changed,
+            seconds,
+            median(untuned),
+            median(tuned),
+            tuple(t / u for u, t in zip(untuned, tuned, strict=True)),
         )
 
 
@@ -118,8 +130,9 @@ def main() -> None:
     parser.add_argument("--networks", default="squeezenet,mobilenetv2,resnet50")
     parser.add_argument("--instruction-set", choices=TARGETS, default="avx2")
     parser.add_argument("--precisions", help="by default a8w8 on avx512-vnni, float32 and a8w7 on avx2")
-    parser.add_argument("--visits", type=int, default=7, help="how often each artifact has its turn")
+    parser.add_argument("--visits", type=int, default=3, help="how often each artifact has its turn")
     parser.add_argument("--runs", type=int, default=20, help="timed runs in a turn")
+    parser.add_argument("--pairs", type=int, default=7, help="pairs of processes")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "hquant-engines")
     parser.add_argument("--step", choices=("all", "prepare", "time"), default="all")
     parser.add_argument("--json", type=Path)
@@ -135,7 +148,7 @@ def main() -> None:
             each.prepare()
     if arguments.step == "prepare":
         return
-    gains = [each.time(arguments.visits, arguments.runs) for each in files]
+    gains = [each.time(arguments.visits, arguments.runs, arguments.pairs) for each in files]
     rows = [
         (
             NETWORKS[g.network], g.precision, f"{g.changed} of {g.kernels}", f"{g.tuning_seconds:.0f}",
