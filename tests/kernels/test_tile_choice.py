@@ -1,11 +1,16 @@
 """Which tile the model of the processor expects to be fastest."""
 
+from dataclasses import replace
+
 import pytest
 
 from tvm_hquant.kernels.anchor_geometry import AnchorGeometry
 from tvm_hquant.kernels.conv2d_template import conv2d_geometry
+from tvm_hquant.kernels.dot_product import FloatDot
+from tvm_hquant.kernels.instruction_sets import avx512_vnni
 from tvm_hquant.kernels.instruction_sets.avx512_vnni import VnniDot
 from tvm_hquant.kernels.interface import KernelRequest
+from tvm_hquant.kernels.processor import Processor
 from tvm_hquant.kernels.x86_byte_vectors import ByteVectors
 from tvm_hquant.operators import Conv2D, Epilogue, Window
 
@@ -32,3 +37,29 @@ def test_tiles_do_not_overlap_where_others_fit() -> None:
     """512 channels are no multiple of three vectors, which would take the fewest loads on rows of seven pixels."""
     geometry = vnni_geometry(Conv2D((1, 7, 7, 512), 512, Window((3, 3), padding=(1, 1, 1, 1))))
     assert not geometry.overlaps
+
+
+def float_geometry(operator: Conv2D, processor: Processor, **costs: int) -> AnchorGeometry:
+    """Of float32 on AVX-512, with some costs replaced."""
+    request = KernelRequest(operator, ("float32",), "float32", "float32", finite_weights=True)
+    dot = avx512_vnni.INSTRUCTION_SET.families[0].dot(request)
+    assert isinstance(dot, FloatDot)
+    return conv2d_geometry(request, replace(dot, **costs), processor=processor)
+
+
+def test_sums_of_floats_leave_time_for_their_epilogue() -> None:
+    """As above: a core that does not see the end of an epilogue gets a smaller tile, where the sums have few products."""
+    operator = Conv2D((1, 56, 56, 64), 256, Window((1, 1)))
+    sums = [
+        tile.pixels * tile.vectors
+        for tile in (float_geometry(operator, Processor(), lookahead=size).tile for size in (176, 2000))
+    ]
+    assert 12 <= sums[0] < sums[1]
+
+
+def test_weights_stay_in_the_second_level_cache() -> None:
+    """Four vectors of weights of 3×3×256 channels fill more than half of one of 1 MiB, and would come again for every row."""
+    operator = Conv2D((1, 14, 14, 256), 256, Window((3, 3), padding=(1, 1, 1, 1)), epilogue=Epilogue(True, lower=0.0))
+    small, large = (float_geometry(operator, Processor(l2_bytes=size)) for size in (2**20, 2**23))
+    assert small.tile.vectors < large.tile.vectors
+    assert 2 * small.tile_weights * 4 <= 2**20

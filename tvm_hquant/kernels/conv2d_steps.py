@@ -16,7 +16,7 @@ from tvm_hquant.kernels.anchor_geometry import AnchorGeometry
 from tvm_hquant.kernels.dot_product import ShortSums
 from tvm_hquant.kernels.kernel_function import Buffer
 from tvm_hquant.kernels.primitives import STACK, Expression, vector_type
-from tvm_hquant.kernels.tile_order import UpcomingWeights
+from tvm_hquant.kernels.tile_order import UpcomingElements
 from tvm_hquant.kernels.vector_loops import load, store
 
 
@@ -58,7 +58,7 @@ class StepEmitter:
         activation: Expression,
         weight: Expression,
         steps: int,
-        upcoming: UpcomingWeights | None,
+        upcoming: Sequence[UpcomingElements],
         done: Expression,
         between: Callable[[Expression], None] | None = None,
     ) -> None:
@@ -76,8 +76,8 @@ class StepEmitter:
         def part(first: Expression, count: int) -> None:
             """``count`` steps from step ``first``."""
             at = activation + first * (dot.products * dot.groups)
-            if upcoming is not None:
-                upcoming.prefetch(self.weights, done + first, count)
+            for elements in upcoming:
+                elements.prefetch(done + first, count)
             self._steps(pixels, accumulators, at, weight + first * step_weights, count)
 
         if between is not None:

@@ -406,7 +406,7 @@ class _Emitter:
         if self.table is not None:
             self.steps.in_table_order(self.table, accumulators, corner, weight_base, channel_block)
             return
-        upcoming = self.order.upcoming_weights(place, weight_base)
+        upcoming = self.order.upcoming(place, run, (self.weights, weight_base), (self.steps.source, corner))
         with ExitStack() as loops:
             first_row, end_row = geometry.axes[0].steps(y) if geometry.skips_padding else (0, kh)
             ky = loops.enter_context(T.serial(first_row, end_row)) if kh > 1 or geometry.skips_padding else 0

@@ -291,8 +291,10 @@ class FloatDot(RepeatedOperand):
     operand_offset: int = 0
     accumulator_dtype: str = "float32"
     operand_cost: float = 0.5
+    weight_cost: float = 1.0
     prefetches: bool = False
     sweeps: bool = False
+    lookahead: int = 0
     latency: int = 12
     groups: int = 1
 

@@ -40,6 +40,11 @@ class Processor:
     cores: int = 4
 
     @property
+    def l1_ways(self) -> int:
+        """Lines that a set of the first-level cache holds."""
+        return self.l1_bytes // (CACHE_LINE * self.l1_sets)
+
+    @property
     def last_share(self) -> int:
         """Bytes of the last cache for each core, while all of them work."""
         return max(self.l2_bytes, self.last_bytes // self.cores)

@@ -21,7 +21,7 @@ _KEPT_SUM = 3
 _SHARE = 8
 """Of the second-level cache an eighth is for sums, which stay there from one sweep to the next; activations and weights pass
 through it."""
-_WORTHWHILE = 0.985
+_WORTHWHILE = 0.99
 """Sweeps have to take this much less time than tiles of a row."""
 
 

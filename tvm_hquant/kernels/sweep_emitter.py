@@ -17,7 +17,7 @@ from tvm_hquant.kernels.kernel_function import Buffer
 from tvm_hquant.kernels.position_sweeps import PositionSweeps
 from tvm_hquant.kernels.primitives import Expression, vector_type
 from tvm_hquant.kernels.processor import CACHE_LINE
-from tvm_hquant.kernels.tile_order import UpcomingWeights, weights_ahead
+from tvm_hquant.kernels.tile_order import UpcomingElements, elements_ahead
 from tvm_hquant.kernels.vector_loops import load, prefetch, store
 from tvm_hquant.kernels.work import work
 
@@ -134,14 +134,14 @@ class SweepEmitter:
         upcoming = None
         if dot.prefetches:
             line = CACHE_LINE // np.dtype(str(dot.weight_dtype)).itemsize
-            elements, in_one = weights_ahead(geometry.step_weights, self.sweeps.fewest_tiles, line)
+            elements, in_one = elements_ahead(geometry.step_weights, self.sweeps.fewest_tiles, line)
             ahead = weight + steps * geometry.step_weights + number * (steps // in_one) * elements
-            upcoming = UpcomingWeights(T.bind(ahead), elements, in_one)
+            upcoming = UpcomingElements(self.weights, T.bind(ahead), elements, in_one)
 
         def part(first: Expression, count: int) -> None:
             """``count`` steps from step ``first``."""
             if upcoming is not None:
-                upcoming.prefetch(self.weights, first, count)
+                upcoming.prefetch(first, count)
             channel = T.Cast("int64", first * dot.products)
             operands: list[list[Expression]] = []
             at = T.bind(weight + first * geometry.step_weights)

@@ -23,15 +23,18 @@ _EPILOGUE = 8
 _PACKED_EPILOGUE = {4: 6, 2: 7, 1: 10}
 """The same where as many vectors of a pixel are packed together: fewer of them take more shuffles and stores."""
 _RESIDUAL = 4
-"""Instructions that add a residual to a vector of sums."""
+"""Instructions that add a residual of codes to a vector of sums. Floats are added as they are loaded."""
 _AT_A_TIME = 3
 """Of what is not hidden behind the products of other tiles, instructions that take as long as a product."""
 _PERMUTATION = 0.5
 """Cost of bringing the activations of several groups to the lanes of an operand."""
+_FAR_WEIGHT = 0.1
+"""Cost of a vector of weights that comes from behind the second-level cache for every tile or row."""
 TILE = 20
 """Instructions around a tile."""
 _LINES_OF_A_SET = 4
-"""Pixels of a tile that may share a set with no loss; every further one costs ``_CROWDED`` of a step."""
+"""Pixels of a tile that may share a set with no loss, or three quarters of its ways; every further one costs ``_CROWDED`` of
+a step."""
 _CROWDED = 0.04
 
 
@@ -58,7 +61,15 @@ class TileCosts:
         else:
             reached = (end - begin for begin, end in run.columns)
             of_steps = sum(steps / kernel_width * self.of_step(pixels, vectors) for pixels in reached if pixels)
+        if self._weights_are_far(vectors):
+            of_steps += _FAR_WEIGHT * steps * vectors
         return of_steps + self._around(run.pixels, vectors)
+
+    def _weights_are_far(self, vectors: int) -> bool:
+        """Whether the weights of a tile, with all that passes meanwhile, do not stay in the second-level cache."""
+        geometry, dot = self.geometry, self.geometry.dot
+        size = geometry.all_steps * vectors * dot.lanes * dot.products * np.dtype(dot.weight_dtype).itemsize
+        return 2 * size > geometry.processor.l2_bytes
 
     def _around(self, pixels: int, vectors: int) -> float:
         """What finishes a tile and stands around it."""
@@ -67,8 +78,11 @@ class TileCosts:
         if not dot.lookahead:
             return instructions
         # Scaling sums and residuals takes the units of the products, all else has units of its own.
-        scalings = pixels * vectors * (1 + has_residual)
-        instructions += _RESIDUAL * has_residual * pixels * vectors
+        if dot.accumulator_dtype != "int32":
+            scalings = pixels * vectors * has_residual
+        else:
+            scalings = pixels * vectors * (1 + has_residual)
+            instructions += _RESIDUAL * has_residual * pixels * vectors
         return scalings + max(0, instructions - dot.lookahead) / _AT_A_TIME
 
     def of_step(self, pixels: int, vectors: int) -> float:
@@ -82,12 +96,13 @@ class TileCosts:
         else:
             multiplications = max(sums, (sums + dot.latency) / 2, dot.row_vectors)
             operand_cost = dot.operand_cost
-        crowded = 1 + _CROWDED * max(0, self._pixels_of_a_set(pixels) - _LINES_OF_A_SET)
+        lines = max(_LINES_OF_A_SET, geometry.processor.l1_ways * 3 // 4)
+        crowded = 1 + _CROWDED * max(0, self.pixels_of_a_set(pixels) - lines)
         permuting = _PERMUTATION * geometry.operands_of_a_pixel(vectors) if dot.groups > 1 else 0.0
         loads = (operand_cost + permuting) * pixels + dot.weight_cost * vectors
         return crowded * (multiplications + loads)
 
-    def _pixels_of_a_set(self, pixels: int) -> int:
+    def pixels_of_a_set(self, pixels: int) -> int:
         """How many neighbouring pixels lie in the same set of the first-level cache, at most."""
         geometry = self.geometry
         size = geometry.conv.window.strides[1] * geometry.conv.groups * geometry.padded_inputs

@@ -1,8 +1,8 @@
-"""In which order the tiles of a convolution are computed, and which weights come to the cache meanwhile."""
+"""In which order the tiles of a convolution are computed, and what comes to the cache meanwhile."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -15,6 +15,8 @@ from tvm_hquant.kernels.kernel_function import Buffer
 from tvm_hquant.kernels.map_bands import MapBands
 from tvm_hquant.kernels.primitives import Expression
 from tvm_hquant.kernels.processor import CACHE_LINE
+from tvm_hquant.kernels.row_tiles import TileRun
+from tvm_hquant.kernels.tile_costs import TileCosts
 from tvm_hquant.kernels.vector_loops import prefetch
 
 _DISTANCE = 4096
@@ -36,27 +38,40 @@ class TilePlace:
 
 
 @dataclass(frozen=True)
-class UpcomingWeights:
-    """The weights that the next tiles read, which come to the cache bit by bit while the steps of these tiles are taken.
+class UpcomingElements:
+    """What the next tiles read of a buffer, and comes to the cache bit by bit while the steps of these tiles are taken.
 
-    Weights are read for the first time from a far cache or from memory, and these deliver less than a tile takes.
+    What is read for the first time comes from a far cache or from memory, and these deliver less than a tile takes.
 
     Attributes:
+        buffer: flat.
         first: the first element that the tile asks for.
         elements: how many each step asks for.
         steps_in_one: steps that ask for the same, a power of two.
+        pieces: None where all of it lies side by side; else the elements of a piece that does, and those between the
+            beginnings of two pieces.
     """
 
+    buffer: Buffer
     first: Expression
     elements: int
     steps_in_one: int
+    pieces: tuple[int, int] | None = None
 
-    def prefetch(self, weights: Buffer, step: Expression, count: int) -> None:
+    def place(self, step: Expression) -> Expression:
+        """Where, from the first element on, lies what a step asks for."""
+        at = step // self.steps_in_one * self.elements
+        if self.pieces is None:
+            return at
+        size, distance = self.pieces
+        return at // size * distance + at % size
+
+    def prefetch(self, step: Expression, count: int) -> None:
         """Asks for what ``count`` steps of the tile from ``step`` on ask for."""
-        at = T.bind(self.first + step // self.steps_in_one * self.elements)
-        line = CACHE_LINE // np.dtype(str(weights.dtype)).itemsize
+        at = T.bind(self.first + self.place(step))
+        line = CACHE_LINE // np.dtype(str(self.buffer.dtype)).itemsize
         for offset in range(0, -(-count // self.steps_in_one) * self.elements, line):
-            prefetch(weights, at + offset)
+            prefetch(self.buffer, at + offset)
 
 
 @dataclass(frozen=True)
@@ -152,29 +167,56 @@ class TileOrder:
             return row, T.bind(first + tile)
         return T.bind(band // bands.per_image * bands.image_units + first + row), tile
 
-    def upcoming_weights(self, place: TilePlace, weights: Expression) -> UpcomingWeights | None:
-        """Those of the next block of channels, for a tile whose own begin at ``weights``.
+    def upcoming(
+        self, place: TilePlace, run: TileRun, weights: tuple[Buffer, Expression], activations: tuple[Buffer, Expression]
+    ) -> Sequence[UpcomingElements]:
+        """What the tile at a place, one of a run, asks for, given each buffer and where the tile begins in it."""
+        return *self._upcoming_weights(place, *weights), *self._upcoming_activations(run, *activations)
+
+    def _upcoming_weights(self, place: TilePlace, weights: Buffer, first: Expression) -> Sequence[UpcomingElements]:
+        """Those of the next block of channels, for a tile whose own begin at ``first``.
 
         Where a visit is one tile, that ends before they would come: steps ask for what is read a little later.
         """
         geometry = self.geometry
         item = np.dtype(geometry.dot.weight_dtype).itemsize
         if not geometry.dot.prefetches or geometry.patches is not None:
-            return None
+            return ()
         if place.visit == 1:
-            return UpcomingWeights(T.bind(weights + _DISTANCE // item), geometry.step_weights, 1)
+            return (UpcomingElements(weights, T.bind(first + _DISTANCE // item), geometry.step_weights, 1),)
         if self.channel_blocks == 1:
-            return None
-        elements, steps = weights_ahead(geometry.step_weights, place.visit, CACHE_LINE // item)
+            return ()
+        elements, steps = elements_ahead(geometry.step_weights, place.visit, CACHE_LINE // item)
         asked_for = place.number * geometry.all_steps // steps * elements
-        return UpcomingWeights(T.bind(weights + geometry.tile_weights + asked_for), elements, steps)
+        return (UpcomingElements(weights, T.bind(first + geometry.tile_weights + asked_for), elements, steps),)
+
+    def _upcoming_activations(self, run: TileRun, source: Buffer, first: Expression) -> Sequence[UpcomingElements]:
+        """Those of the next tile of a row, for a tile of 1×1 windows whose own begin at ``first``.
+
+        They are asked for where the map comes from behind the second-level cache, and the pixels of two tiles have room in the
+        sets of the first: else they would drive each other out.
+        """
+        geometry, conv = self.geometry, self.geometry.conv
+        dot, processor, stride = geometry.dot, geometry.processor, conv.window.strides[1]
+        is_plain = (
+            geometry.patches is None and geometry.passes == 1 and conv.window.kernel == (1, 1) and conv.groups == 1
+        )
+        item = np.dtype(dot.operand_dtype).itemsize
+        pixel = geometry.padded_inputs
+        comes_from_afar = prod(conv.input_shape) * item > processor.l2_bytes
+        has_room = 2 * TileCosts(geometry).pixels_of_a_set(geometry.tile.pixels) < processor.l1_ways
+        if not (dot.prefetches and is_plain and comes_from_afar and has_room):
+            return ()
+        elements, steps = elements_ahead(run.pixels * dot.products, 1, CACHE_LINE // item)
+        ahead = T.bind(first + run.pixels * stride * pixel)
+        return (UpcomingElements(source, ahead, elements, steps, (pixel, stride * pixel) if stride > 1 else None),)
 
 
-def weights_ahead(step_weights: int, tiles: int, line: int) -> tuple[int, int]:
-    """How the weights of as many steps as a tile has are asked for during ``tiles`` tiles.
+def elements_ahead(step_elements: int, tiles: int, line: int) -> tuple[int, int]:
+    """How what as many steps as a tile has read is asked for during ``tiles`` tiles.
 
     Args:
-        step_weights: elements of a step.
+        step_elements: elements that a step reads.
         line: elements of a line of the cache.
 
     Returns:
@@ -182,6 +224,6 @@ def weights_ahead(step_weights: int, tiles: int, line: int) -> tuple[int, int]:
         since fewer elements would be rounded up by more.
     """
     steps = 1
-    while step_weights * steps < line // 2 * tiles:
+    while step_elements * steps < line // 2 * tiles:
         steps *= 2
-    return -(-step_weights * steps // tiles), steps
+    return -(-step_elements * steps // tiles), steps

@@ -150,10 +150,19 @@ def _dot(request: KernelRequest) -> DotProduct:
         return ByteDot(pairs) if pairs else WordDot()
     if request.weights == "int16":
         return WideDot(4, _REGISTERS)
-    # Two operands are loaded in the time of two multiply-adds: tiles of many pixels and one vector wait for them.
-    # Their latency is four cycles of two multiply-adds each.
+    # Measured on a Zen 4: an operand, which is repeated as it is loaded, costs less than half of what a vector of weights does.
+    # The latency is four cycles of two multiply-adds each.
     sweeps = request.weights == request.inputs[0] == "float32"
-    return FloatDot(_LANES, _REGISTERS, request.weights, operand_cost=0.75, prefetches=True, sweeps=sweeps, latency=8)
+    return FloatDot(
+        _LANES,
+        _REGISTERS,
+        request.weights,
+        operand_cost=0.45,
+        prefetches=True,
+        sweeps=sweeps,
+        lookahead=176,
+        latency=8,
+    )
 
 
 def _word_product(request: KernelRequest) -> WordProduct:

@@ -62,8 +62,18 @@ def _dot(request: KernelRequest) -> DotProduct:
         return VnniDot()
     if request.weights == "int16":
         return WideDot(8, _REGISTERS)
-    sweeps = request.weights == request.inputs[0] == "float32"
-    return FloatDot(_LANES, _REGISTERS, request.weights, prefetches=True, sweeps=sweeps)
+    # Loads run beside the products here, too; most weights come from the second-level cache. Others are widened.
+    is_plain = request.weights == "float32"
+    return FloatDot(
+        _LANES,
+        _REGISTERS,
+        request.weights,
+        operand_cost=0.03,
+        weight_cost=0.05 if is_plain else 1.0,
+        prefetches=True,
+        sweeps=is_plain and request.inputs[0] == "float32",
+        lookahead=176,
+    )
 
 
 INSTRUCTION_SET = InstructionSet(
