@@ -32,6 +32,7 @@ from benchmarks.zoo import ZooModel
 from tests.light_models import light_model_path, load_random_weights
 from tvm_hquant.cli.tables import print_table
 from tvm_hquant.kernels.anchor_family import AnchorFamily
+from tvm_hquant.kernels.convolution.saturation import saturation_free_pairs
 from tvm_hquant.kernels.dot_product import DotProduct
 from tvm_hquant.kernels.interface import (
     Array,
@@ -45,7 +46,6 @@ from tvm_hquant.kernels.interface import (
 from tvm_hquant.kernels.kernel_function import imported_functions, input_shapes
 from tvm_hquant.kernels.primitives import STACK
 from tvm_hquant.kernels.registry import ANCHOR_FAMILIES, host_instruction_sets, select_kernel
-from tvm_hquant.kernels.saturation import saturation_free_pairs
 from tvm_hquant.kernels.vector_loops import load, store
 from tvm_hquant.layers import read_layers
 from tvm_hquant.operators import Conv2D, Dense

@@ -28,7 +28,7 @@ import tvm
 from tvm import IRModule
 
 from tvm_hquant.kernels.interface import KernelRequest, LayerConstants
-from tvm_hquant.kernels.reference import ReferenceFamily
+from tvm_hquant.kernels.reference.family import ReferenceFamily
 from tvm_hquant.layers import FORMATS_ATTRIBUTE, PRECISION_ATTRIBUTE, Layer, read_layers
 from tvm_hquant.operator_codec import decode
 from tvm_hquant.operators import Convert, Opaque

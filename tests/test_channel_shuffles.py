@@ -22,7 +22,7 @@ from tvm_hquant.channel_shuffles import find_absorbed_shuffles
 from tvm_hquant.compilation import lower
 from tvm_hquant.kernel_graph import KernelCall
 from tvm_hquant.kernels.interface import KernelRequest, Placement
-from tvm_hquant.kernels.reference import ReferenceFamily
+from tvm_hquant.kernels.reference.family import ReferenceFamily
 from tvm_hquant.kernels.registry import ANCHOR_FAMILIES, families_for_target
 from tvm_hquant.operators import Conv2D, Epilogue, Movement, Window
 from tvm_hquant.passes.partition_layers import partition_layers

@@ -13,7 +13,7 @@ from tvm.script import tirx as T
 from tvm_hquant.cuda_compilation import kernel_source, source_kept
 from tvm_hquant.gpu_schedule import SumsInRegisters
 from tvm_hquant.kernels.interface import KernelRequest
-from tvm_hquant.kernels.reference import ReferenceFamily
+from tvm_hquant.kernels.reference.family import ReferenceFamily
 from tvm_hquant.operators import AveragePool2D, BatchMatmul, LocalResponseNormalization, MaxPool2D, Softmax, Window
 
 TARGET = tvm.target.Target({"kind": "cuda", "arch": "sm_80", "host": {"kind": "llvm"}})

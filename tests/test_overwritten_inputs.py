@@ -21,9 +21,9 @@ from tvm_hquant.artifact import compile_artifact
 from tvm_hquant.channel_shuffles import find_absorbed_shuffles
 from tvm_hquant.compilation import lower
 from tvm_hquant.kernel_graph import KernelCall
-from tvm_hquant.kernels.common import CommonFamily
 from tvm_hquant.kernels.interface import Kernel, KernelRequest
 from tvm_hquant.kernels.registry import ANCHOR_FAMILIES, families_for_target
+from tvm_hquant.kernels.weightless.family import CommonFamily
 from tvm_hquant.layers import is_constant
 from tvm_hquant.operators import Add, Conv2D, Epilogue, Movement, Unary, Window
 from tvm_hquant.overwritten_inputs import find_overwritten_inputs

@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 
 from tvm_hquant import numerics
 from tvm_hquant.errors import PrecisionError
+from tvm_hquant.kernels.convolution.saturation import centred_products, saturation_free_pairs
+from tvm_hquant.kernels.epilogues.proven_endings import proven_ending
 from tvm_hquant.kernels.interface import (
     DequantizeConstants,
     FillConstants,
@@ -27,8 +29,6 @@ from tvm_hquant.kernels.interface import (
     QuantizeConstants,
     TableConstants,
 )
-from tvm_hquant.kernels.proven_endings import proven_ending
-from tvm_hquant.kernels.saturation import centred_products, saturation_free_pairs
 from tvm_hquant.layers import Layer
 from tvm_hquant.operators import (
     Add,

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from tvm_hquant.kernel_graph import KernelCall, kernel_of_same_family
 from tvm_hquant.kernels.interface import Kernel, KernelFamily, KernelRequest
-from tvm_hquant.kernels.movement import interleaved_groups
+from tvm_hquant.kernels.weightless.movement import interleaved_groups
 from tvm_hquant.operators import Conv2D, Movement
 
 

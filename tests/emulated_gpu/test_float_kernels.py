@@ -22,8 +22,8 @@ from tests.emulated_gpu.kernel_requests import PLACEMENT, WIDE
 from tests.emulated_gpu.kernel_runs import FILL, KernelRun, compile_without_spills, run_kernels
 from tests.kernels.test_anchor_kernels import CASES, random_case
 from tvm_hquant import numerics
-from tvm_hquant.kernels.cuda_float_mma import float_mma_kernel
-from tvm_hquant.kernels.cuda_fma import fma_kernel
+from tvm_hquant.kernels.cuda.float_mma import float_mma_kernel
+from tvm_hquant.kernels.cuda.fma import fma_kernel
 from tvm_hquant.kernels.instruction_sets.cuda_mma_float import INSTRUCTIONS as AMPERE
 from tvm_hquant.kernels.instruction_sets.cuda_mma_float16 import INSTRUCTIONS as TURING
 from tvm_hquant.kernels.interface import FloatAnchorConstants, KernelRequest

@@ -17,7 +17,10 @@ from hypothesis import strategies as st
 
 from tvm_hquant import numerics
 from tvm_hquant.errors import KernelError
-from tvm_hquant.kernels.conv2d_template import conv2d_geometry
+from tvm_hquant.kernels.convolution.patches import conv_of_patches
+from tvm_hquant.kernels.convolution.saturation import centred_products, saturation_free_pairs
+from tvm_hquant.kernels.convolution.template import conv2d_geometry
+from tvm_hquant.kernels.epilogues.proven_endings import proven_ending
 from tvm_hquant.kernels.instruction_sets import avx2, avx512_vnni
 from tvm_hquant.kernels.interface import (
     FloatAnchorConstants,
@@ -28,11 +31,8 @@ from tvm_hquant.kernels.interface import (
     Tile,
 )
 from tvm_hquant.kernels.kernel_function import input_shapes
-from tvm_hquant.kernels.patches import conv_of_patches
 from tvm_hquant.kernels.processor import ASSUMED_PROCESSOR, Processor
-from tvm_hquant.kernels.proven_endings import proven_ending
 from tvm_hquant.kernels.registry import ANCHOR_FAMILIES, families_for_target, host_instruction_sets, select_kernel
-from tvm_hquant.kernels.saturation import centred_products, saturation_free_pairs
 from tvm_hquant.operators import Conv2D, Dense, Epilogue, Window
 from tvm_hquant.tensor_format import STORAGE_DTYPE
 

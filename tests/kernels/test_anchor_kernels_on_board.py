@@ -16,8 +16,8 @@ from test_anchor_kernels import CASES, random_activations, random_case
 
 from tests.emulated_board.board import Board, export_for_board, tvm_target
 from tvm_hquant import numerics
+from tvm_hquant.kernels.epilogues.proven_endings import proven_ending
 from tvm_hquant.kernels.interface import IntegerElementwiseConstants, KernelRequest, NoConstants, Requantization
-from tvm_hquant.kernels.proven_endings import proven_ending
 from tvm_hquant.kernels.registry import families_for_target, select_kernel
 from tvm_hquant.operators import BatchMatmul, Conv2D, Epilogue, Window
 from tvm_hquant.stored_outputs import in_channel_order

@@ -15,7 +15,7 @@ from test_anchor_kernels import TARGETS, families
 from tvm_hquant import numerics
 from tvm_hquant.errors import KernelError
 from tvm_hquant.kernels.interface import IntegerElementwiseConstants, KernelRequest, NoConstants, Requantization
-from tvm_hquant.kernels.reference import ReferenceFamily
+from tvm_hquant.kernels.reference.family import ReferenceFamily
 from tvm_hquant.kernels.registry import ANCHOR_FAMILIES
 from tvm_hquant.operators import BatchMatmul
 

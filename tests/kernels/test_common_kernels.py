@@ -26,7 +26,6 @@ from kernel_cases import (
 
 from tvm_hquant import numerics
 from tvm_hquant.errors import KernelError
-from tvm_hquant.kernels.common import CommonFamily
 from tvm_hquant.kernels.interface import (
     FloatElementwiseConstants,
     IntegerElementwiseConstants,
@@ -35,8 +34,9 @@ from tvm_hquant.kernels.interface import (
     QuantizeConstants,
     Requantization,
 )
-from tvm_hquant.kernels.movement import interleaved_groups
 from tvm_hquant.kernels.registry import host_instruction_sets
+from tvm_hquant.kernels.weightless.family import CommonFamily
+from tvm_hquant.kernels.weightless.movement import interleaved_groups
 from tvm_hquant.operators import (
     Add,
     AveragePool2D,

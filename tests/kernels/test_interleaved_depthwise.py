@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from tests.kernels.code_endings import CodeEnding, code_endings
 from tests.kernels.test_anchor_kernels import HOST, TARGETS, random_case, run_kernel
 from tvm_hquant import numerics
+from tvm_hquant.kernels.depthwise.interleaved import interleaved_depthwise_kernel
+from tvm_hquant.kernels.epilogues.proven_endings import proven_ending
 from tvm_hquant.kernels.interface import IntegerAnchorConstants, KernelRequest
-from tvm_hquant.kernels.interleaved_depthwise import interleaved_depthwise_kernel
-from tvm_hquant.kernels.proven_endings import proven_ending
-from tvm_hquant.kernels.x86_byte_vectors import ByteVectors, WordProduct
+from tvm_hquant.kernels.x86.byte_vectors import ByteVectors, WordProduct
 from tvm_hquant.operators import Conv2D, Window
 
 PRODUCTS: list[tuple[WordProduct, str, int]] = [

@@ -13,7 +13,6 @@ from kernel_cases import COMPOSITION, FLOATS, STORAGES, Case, assert_same_bits, 
 
 from tests.emulated_board.board import Board, export_for_board, tvm_target
 from tvm_hquant import numerics
-from tvm_hquant.kernels.common import CommonFamily
 from tvm_hquant.kernels.interface import (
     Array,
     DequantizeConstants,
@@ -24,6 +23,7 @@ from tvm_hquant.kernels.interface import (
     QuantizeConstants,
     Requantization,
 )
+from tvm_hquant.kernels.weightless.family import CommonFamily
 from tvm_hquant.operators import (
     Add,
     AveragePool2D,

@@ -15,12 +15,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.kernels.test_anchor_kernels import FAMILIES, check, windows
-from tvm_hquant.kernels.conv2d_template import conv2d_geometry
+from tvm_hquant.kernels.convolution.map_bands import MapBands
+from tvm_hquant.kernels.convolution.template import conv2d_geometry
+from tvm_hquant.kernels.convolution.wide_weights import widens_weights
 from tvm_hquant.kernels.instruction_sets import avx2
 from tvm_hquant.kernels.interface import KernelRequest
-from tvm_hquant.kernels.map_bands import MapBands
 from tvm_hquant.kernels.processor import ASSUMED_PROCESSOR
-from tvm_hquant.kernels.wide_weights import widens_weights
 from tvm_hquant.operators import Conv2D, Epilogue, Window
 
 TINY = replace(ASSUMED_PROCESSOR, l2_bytes=3000)

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 from tests.kernels.kernel_cases import Case, assert_same_bits
 from tvm_hquant import numerics
-from tvm_hquant.kernels.conv2d_template import conv2d_kernel
+from tvm_hquant.kernels.convolution.position_sweeps import PositionSweeps
+from tvm_hquant.kernels.convolution.template import conv2d_kernel
 from tvm_hquant.kernels.dot_product import FloatDot
 from tvm_hquant.kernels.interface import FloatAnchorConstants, Kernel, KernelRequest
 from tvm_hquant.kernels.kernel_function import input_shapes
-from tvm_hquant.kernels.position_sweeps import PositionSweeps
 from tvm_hquant.kernels.registry import families_for_target, host_instruction_sets, select_kernel
 from tvm_hquant.kernels.window_axis import window_axes
 from tvm_hquant.operators import Conv2D, Epilogue, Window

@@ -7,14 +7,14 @@ from dataclasses import replace
 import pytest
 
 from tvm_hquant.kernels.anchor_family import AnchorFamily
-from tvm_hquant.kernels.batch_matmul import batch_matmul_kernel
-from tvm_hquant.kernels.conv2d_template import conv2d_geometry
-from tvm_hquant.kernels.depthwise_geometry import DepthwiseGeometry
+from tvm_hquant.kernels.convolution.template import conv2d_geometry
+from tvm_hquant.kernels.convolution.tile_order import TileOrder
+from tvm_hquant.kernels.depthwise.geometry import DepthwiseGeometry
 from tvm_hquant.kernels.dot_product import FloatDot, WideningDot
 from tvm_hquant.kernels.interface import KernelRequest
+from tvm_hquant.kernels.matmul.batch_matmul import batch_matmul_kernel
 from tvm_hquant.kernels.processor import ASSUMED_PROCESSOR, Processor
 from tvm_hquant.kernels.registry import families_for_target
-from tvm_hquant.kernels.tile_order import TileOrder
 from tvm_hquant.operators import BatchMatmul, Conv2D, Window
 from tvm_hquant.target_spec import TargetSpec, load_target_spec
 

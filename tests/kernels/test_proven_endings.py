@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from tests.kernels.code_endings import CodeEnding, code_endings
 from tests.kernels.test_anchor_kernels import HOST, TARGETS, random_case, run_kernel
 from tvm_hquant import numerics
+from tvm_hquant.kernels.epilogues.proven_endings import proven_ending
 from tvm_hquant.kernels.interface import IntegerAnchorConstants, KernelRequest, ProvenEnding, Requantization
-from tvm_hquant.kernels.proven_endings import proven_ending
 from tvm_hquant.kernels.registry import families_for_target, select_kernel
 from tvm_hquant.operators import Conv2D, Epilogue, Window
 

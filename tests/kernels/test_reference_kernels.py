@@ -37,7 +37,7 @@ from tvm_hquant.kernels.interface import (
     NoConstants,
     Requantization,
 )
-from tvm_hquant.kernels.reference import ReferenceFamily
+from tvm_hquant.kernels.reference.family import ReferenceFamily
 from tvm_hquant.operators import (
     Composition,
     Conv2D,

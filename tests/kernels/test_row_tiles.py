@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tvm_hquant.kernels.row_tiles import TileRun, cut_row, split_at_borders
+from tvm_hquant.kernels.convolution.row_tiles import TileRun, cut_row, split_at_borders
 from tvm_hquant.kernels.window_axis import WindowAxis
 
 

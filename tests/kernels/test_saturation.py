@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tvm_hquant.kernels.saturation import LONGEST_CHAIN, centred_products, saturation_free_pairs
+from tvm_hquant.kernels.convolution.saturation import LONGEST_CHAIN, centred_products, saturation_free_pairs
 
 INT16 = np.iinfo(np.int16)
 

@@ -16,9 +16,9 @@ from hypothesis.extra import numpy as hnp
 
 from tests.kernels.test_anchor_kernels import HOST, TARGETS, random_case, run_kernel
 from tvm_hquant import numerics
+from tvm_hquant.kernels.convolution.step_groups import group_steps
 from tvm_hquant.kernels.interface import KernelRequest
 from tvm_hquant.kernels.registry import ANCHOR_FAMILIES
-from tvm_hquant.kernels.step_groups import group_steps
 from tvm_hquant.operators import Conv2D, Window
 
 

@@ -4,14 +4,14 @@ from dataclasses import replace
 
 import pytest
 
-from tvm_hquant.kernels.anchor_geometry import AnchorGeometry
-from tvm_hquant.kernels.conv2d_template import conv2d_geometry
+from tvm_hquant.kernels.convolution.geometry import AnchorGeometry
+from tvm_hquant.kernels.convolution.template import conv2d_geometry
 from tvm_hquant.kernels.dot_product import FloatDot
 from tvm_hquant.kernels.instruction_sets import avx512_vnni
 from tvm_hquant.kernels.instruction_sets.avx512_vnni import VnniDot
 from tvm_hquant.kernels.interface import KernelRequest
 from tvm_hquant.kernels.processor import Processor
-from tvm_hquant.kernels.x86_byte_vectors import ByteVectors
+from tvm_hquant.kernels.x86.byte_vectors import ByteVectors
 from tvm_hquant.operators import Conv2D, Epilogue, Window
 
 

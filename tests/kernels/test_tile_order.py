@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tvm.tirx.script import builder as T
 
-from tvm_hquant.kernels.conv2d_template import conv2d_kernel
+from tvm_hquant.kernels.convolution.template import conv2d_kernel
+from tvm_hquant.kernels.convolution.tile_order import UpcomingElements, elements_ahead
 from tvm_hquant.kernels.dot_product import FloatDot
 from tvm_hquant.kernels.interface import KernelRequest
 from tvm_hquant.kernels.processor import Processor
-from tvm_hquant.kernels.tile_order import UpcomingElements, elements_ahead
 from tvm_hquant.operators import Conv2D, Window
 
 DOT = FloatDot(8, 16, prefetches=True, latency=8)

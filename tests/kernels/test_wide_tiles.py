@@ -7,8 +7,8 @@ import pytest
 
 from tests.kernels.test_anchor_kernels import TARGETS, families, random_case, run_kernel
 from tvm_hquant import numerics
+from tvm_hquant.kernels.epilogues.packed_epilogue import channel_order, vector_groups
 from tvm_hquant.kernels.interface import KernelRequest, Tile
-from tvm_hquant.kernels.packed_epilogue import channel_order, vector_groups
 from tvm_hquant.kernels.registry import ANCHOR_FAMILIES
 from tvm_hquant.operators import Conv2D, Epilogue, Window
 

@@ -18,12 +18,12 @@ from tests.kernels.code_endings import CodeEnding, code_endings
 from tests.kernels.test_anchor_kernels import HOST, TARGETS, random_case, run_kernel
 from tvm_hquant import numerics
 from tvm_hquant.errors import KernelError
+from tvm_hquant.kernels.convolution.winograd import WinogradGeometry, can_transform, saved_products, winograd_kernel
+from tvm_hquant.kernels.epilogues.proven_endings import proven_ending
 from tvm_hquant.kernels.interface import IntegerAnchorConstants, KernelRequest, Placement, Requantization, Tile
 from tvm_hquant.kernels.processor import ASSUMED_PROCESSOR, Processor
-from tvm_hquant.kernels.proven_endings import proven_ending
 from tvm_hquant.kernels.registry import ANCHOR_FAMILIES
-from tvm_hquant.kernels.winograd import WinogradGeometry, can_transform, saved_products, winograd_kernel
-from tvm_hquant.kernels.x86_byte_vectors import ByteVectors
+from tvm_hquant.kernels.x86.byte_vectors import ByteVectors
 from tvm_hquant.operators import Conv2D, Epilogue, Window
 
 VECTORS = ByteVectors(32, "vpmaddwd")

@@ -12,6 +12,8 @@ import tvm
 from tests.kernels.kernel_cases import Case, assert_same_bits, elementwise_constants, requantization, stored_values
 from tests.kernels.test_anchor_kernels import HOST, TARGETS, random_case
 from tvm_hquant import numerics
+from tvm_hquant.kernels.convolution.patches import conv_of_patches
+from tvm_hquant.kernels.convolution.winograd import WinogradGeometry
 from tvm_hquant.kernels.interface import (
     Array,
     Kernel,
@@ -22,10 +24,8 @@ from tvm_hquant.kernels.interface import (
     TableConstants,
 )
 from tvm_hquant.kernels.kernel_function import input_shapes
-from tvm_hquant.kernels.patches import conv_of_patches
 from tvm_hquant.kernels.processor import ASSUMED_PROCESSOR, Processor
 from tvm_hquant.kernels.registry import families_for_target, select_kernel
-from tvm_hquant.kernels.winograd import WinogradGeometry
 from tvm_hquant.operators import (
     Add,
     AveragePool2D,

@@ -18,7 +18,7 @@ from tests.planned_models import (
 )
 from tvm_hquant.errors import KernelError
 from tvm_hquant.kernels.interface import IntegerAnchorConstants, Kernel, KernelRequest
-from tvm_hquant.kernels.reference import ReferenceFamily
+from tvm_hquant.kernels.reference.family import ReferenceFamily
 from tvm_hquant.kernels.registry import families_for_target, select_kernel
 from tvm_hquant.layers import read_layers
 from tvm_hquant.operator_codec import decode

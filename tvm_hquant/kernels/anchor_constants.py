@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from tvm_hquant.kernels.epilogue import LIMIT_COUNT, limits_of
+from tvm_hquant.kernels.epilogues.epilogue import LIMIT_COUNT, limits_of
 from tvm_hquant.kernels.interface import FloatAnchorConstants, IntegerAnchorConstants, LayerConstants
 from tvm_hquant.kernels.kernel_function import ArrayType
 

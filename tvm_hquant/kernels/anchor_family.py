@@ -6,20 +6,20 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from tvm_hquant.errors import KernelError
-from tvm_hquant.kernels.batch_matmul import as_dense_request, batch_matmul_kernel
-from tvm_hquant.kernels.conv2d_template import conv2d_geometry, conv2d_kernel
-from tvm_hquant.kernels.depthwise_template import depthwise_kernel
+from tvm_hquant.kernels.convolution.group_interleaving import MOST_GROUPS
+from tvm_hquant.kernels.convolution.interleaved_groups import can_interleave_groups, saves_time
+from tvm_hquant.kernels.convolution.shuffled_outputs import is_order_of_constants, with_shuffled_outputs
+from tvm_hquant.kernels.convolution.template import conv2d_geometry, conv2d_kernel
+from tvm_hquant.kernels.convolution.winograd import winograd_kernel
+from tvm_hquant.kernels.depthwise.floats import float_depthwise_kernel
+from tvm_hquant.kernels.depthwise.interleaved import interleaved_depthwise_kernel
+from tvm_hquant.kernels.depthwise.template import depthwise_kernel
 from tvm_hquant.kernels.dot_product import DotProduct
-from tvm_hquant.kernels.float_depthwise import float_depthwise_kernel
-from tvm_hquant.kernels.group_interleaving import MOST_GROUPS
 from tvm_hquant.kernels.interface import Kernel, KernelRequest, Tile
-from tvm_hquant.kernels.interleaved_depthwise import interleaved_depthwise_kernel
-from tvm_hquant.kernels.interleaved_groups import can_interleave_groups, saves_time
+from tvm_hquant.kernels.matmul.batch_matmul import as_dense_request, batch_matmul_kernel
 from tvm_hquant.kernels.processor import ASSUMED_PROCESSOR, Processor
-from tvm_hquant.kernels.shuffled_outputs import is_order_of_constants, with_shuffled_outputs
-from tvm_hquant.kernels.winograd import winograd_kernel
 from tvm_hquant.kernels.word_vectors import CodeVectors
-from tvm_hquant.kernels.x86_byte_vectors import ByteVectors, WordProduct
+from tvm_hquant.kernels.x86.byte_vectors import ByteVectors, WordProduct
 from tvm_hquant.operators import BatchMatmul, Conv2D, Dense
 from tvm_hquant.tensor_format import STORAGE_DTYPE
 
@@ -36,7 +36,7 @@ class AnchorFamily:
         byte_widths: bytes of the vectors that it works on.
         depthwise: the kernel for a depthwise layer of codes, given the family's name and the processor; None where the general
             one serves.
-        winograd: which requests are computed by :mod:`tvm_hquant.kernels.winograd`, on a processor.
+        winograd: which requests are computed by :mod:`tvm_hquant.kernels.convolution.winograd`, on a processor.
         codes: the vectors that sums are packed into where an output has codes, if ``word_product`` names none.
         processor: that tiles are for.
     """

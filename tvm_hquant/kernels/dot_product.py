@@ -63,12 +63,12 @@ class DotProduct(Protocol):
             hold, nor for floats, whose products with zero may be NaN.
         last_channels: how many channels may be left at the end of a pixel for a step of its own, without a chain, that takes
             channels before them once more, with weights of zero. All numbers may where ``splits_pixels``.
-        groups_steps: whether any steps may make a chain that :mod:`tvm_hquant.kernels.step_groups` finds to fit together.
+        groups_steps: whether any steps may make a chain that :mod:`.step_groups` finds to fit together.
         reverses_products: whether the weights of a step stand in the reverse order of its channels.
         prefetches: whether steps ask for memory that is read later: where they are so fast that what comes from behind the
             second-level cache would come too late.
         sweeps: whether convolutions on small maps may take one position of the kernel after the other, each for all outputs
-            (:mod:`tvm_hquant.kernels.position_sweeps`).
+            (:mod:`tvm_hquant.kernels.convolution.position_sweeps`).
         addresses: pixels of a tile of a sweep, at most: each is read at an address of its own, in a register.
         lookahead: instructions around a tile, most of them its epilogue's, that run beside the products of its neighbours,
             since they have units of their own and a core looks so many ahead; 0 where they add to the time of the products.

@@ -33,7 +33,7 @@ class CodeVectors(Protocol):
         """Units of ``unit`` bytes of a and b in turn, from the lower or upper half of each part of 16 bytes."""
 
     def clamp(self, limits: Buffer, zero_points: Buffer, ending: ProvenEnding) -> CodeClamp:
-        """The end of a kernel. ``limits`` and ``zero_points`` are as for :class:`tvm_hquant.kernels.epilogue.Epilogue`."""
+        """The end of a kernel. ``limits`` and ``zero_points`` are as for :class:`.Epilogue`."""
 
 
 class WordVectors(CodeVectors, Protocol):

@@ -24,16 +24,16 @@ import numpy as np
 import numpy.typing as npt
 from tvm.tirx.script import builder as T
 
-from tvm_hquant.kernels.activation_copy import ActivationCopy
 from tvm_hquant.kernels.anchor_constants import integer_array_types, pack_integer
-from tvm_hquant.kernels.anchor_geometry import as_conv2d
-from tvm_hquant.kernels.epilogue import Epilogue, scale_accumulator
+from tvm_hquant.kernels.convolution.activation_copy import ActivationCopy
+from tvm_hquant.kernels.convolution.geometry import as_conv2d
+from tvm_hquant.kernels.convolution.shuffled_outputs import is_order_of_constants, with_shuffled_outputs
+from tvm_hquant.kernels.epilogues.epilogue import Epilogue, scale_accumulator
 from tvm_hquant.kernels.instruction_set import InstructionSet
 from tvm_hquant.kernels.interface import Array, Kernel, KernelRequest, LayerConstants
 from tvm_hquant.kernels.kernel_function import Buffer, imported_functions, kernel_function
 from tvm_hquant.kernels.primitives import Expression
 from tvm_hquant.kernels.processor import ASSUMED_PROCESSOR, Processor
-from tvm_hquant.kernels.shuffled_outputs import is_order_of_constants, with_shuffled_outputs
 from tvm_hquant.kernels.vector_loops import flat, load, store
 from tvm_hquant.kernels.work import work
 from tvm_hquant.operators import Conv2D, Dense

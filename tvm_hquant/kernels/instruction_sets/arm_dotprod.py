@@ -12,18 +12,18 @@ from dataclasses import dataclass
 from tvm.tirx.script import builder as T
 
 from tvm_hquant.kernels.anchor_family import AnchorFamily
-from tvm_hquant.kernels.arm_codes import ArmRegisters
-from tvm_hquant.kernels.arm_floats import arm_float_dot
-from tvm_hquant.kernels.arm_operands import LANES, REGISTERS, TOP_BITS, ElementOperands, word_operands
-from tvm_hquant.kernels.arm_words import ArmWords
-from tvm_hquant.kernels.common import CommonFamily
+from tvm_hquant.kernels.arm.codes import ArmRegisters
+from tvm_hquant.kernels.arm.floats import arm_float_dot
+from tvm_hquant.kernels.arm.operands import LANES, REGISTERS, TOP_BITS, ElementOperands, word_operands
+from tvm_hquant.kernels.arm.words import ArmWords
+from tvm_hquant.kernels.depthwise.interleaved import interleaved_depthwise_kernel
 from tvm_hquant.kernels.dot_product import DotProduct, WideDot
 from tvm_hquant.kernels.instruction_set import Host, InstructionSet
 from tvm_hquant.kernels.interface import Kernel, KernelRequest
-from tvm_hquant.kernels.interleaved_depthwise import interleaved_depthwise_kernel
 from tvm_hquant.kernels.kernel_function import Buffer
 from tvm_hquant.kernels.primitives import Expression
 from tvm_hquant.kernels.processor import Processor
+from tvm_hquant.kernels.weightless.family import CommonFamily
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from tvm.tirx.script import builder as T
 
 from tvm_hquant.kernels.anchor_family import AnchorFamily
-from tvm_hquant.kernels.arm_operands import LANES, REGISTERS, ElementOperands, element_in_all_lanes, halves
-from tvm_hquant.kernels.common import CommonFamily
+from tvm_hquant.kernels.arm.operands import LANES, REGISTERS, ElementOperands, element_in_all_lanes, halves
 from tvm_hquant.kernels.dot_product import DotProduct
 from tvm_hquant.kernels.instruction_set import Host, InstructionSet
 from tvm_hquant.kernels.interface import KernelRequest
 from tvm_hquant.kernels.kernel_function import Buffer
 from tvm_hquant.kernels.primitives import Expression, vector_type
+from tvm_hquant.kernels.weightless.family import CommonFamily
 from tvm_hquant.operators import Conv2D, Dense
 
 _HALVES = 2 * LANES

@@ -2,7 +2,7 @@
 
 Activations less 128 and weights within −127…127 make products of at most 2¹⁴ − 128, so two of them always fit int16. Narrower
 weights let more products meet there before they are widened. Layers of some channels take sixteen at a time
-(:mod:`tvm_hquant.kernels.arm_octets`); where a group has few, pairs of them are repeated for all outputs.
+(:mod:`tvm_hquant.kernels.arm.octets`); where a group has few, pairs of them are repeated for all outputs.
 """
 
 from __future__ import annotations
@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from tvm.tirx.script import builder as T
 
 from tvm_hquant.kernels.anchor_family import AnchorFamily
-from tvm_hquant.kernels.anchor_geometry import as_conv2d
-from tvm_hquant.kernels.arm_codes import ArmRegisters
-from tvm_hquant.kernels.arm_floats import arm_float_dot
-from tvm_hquant.kernels.arm_lanes import lanes_depthwise_kernel
-from tvm_hquant.kernels.arm_octets import octet_dot
-from tvm_hquant.kernels.arm_operands import (
+from tvm_hquant.kernels.arm.codes import ArmRegisters
+from tvm_hquant.kernels.arm.floats import arm_float_dot
+from tvm_hquant.kernels.arm.lanes import lanes_depthwise_kernel
+from tvm_hquant.kernels.arm.octets import octet_dot
+from tvm_hquant.kernels.arm.operands import (
     LANES,
     REGISTERS,
     TOP_BITS,
@@ -27,13 +26,14 @@ from tvm_hquant.kernels.arm_operands import (
     element_in_all_lanes,
     halves,
 )
-from tvm_hquant.kernels.common import CommonFamily
+from tvm_hquant.kernels.convolution.geometry import as_conv2d
+from tvm_hquant.kernels.convolution.patches import takes_patches
 from tvm_hquant.kernels.dot_product import DotProduct, RepeatedOperand, WideDot
 from tvm_hquant.kernels.instruction_set import Host, InstructionSet
 from tvm_hquant.kernels.interface import KernelRequest
 from tvm_hquant.kernels.kernel_function import Buffer
-from tvm_hquant.kernels.patches import takes_patches
 from tvm_hquant.kernels.primitives import Expression, convert, int_like, vector_type
+from tvm_hquant.kernels.weightless.family import CommonFamily
 from tvm_hquant.operators import Conv2D, Dense
 
 _FEWEST_CHANNELS = 8

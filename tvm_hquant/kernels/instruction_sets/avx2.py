@@ -15,14 +15,14 @@ from dataclasses import dataclass, replace
 from tvm.tirx.script import builder as T
 
 from tvm_hquant.kernels.anchor_family import AnchorFamily
-from tvm_hquant.kernels.common import CommonFamily
+from tvm_hquant.kernels.convolution.winograd import can_transform, saved_products
 from tvm_hquant.kernels.dot_product import DotProduct, FloatDot, RepeatedOperand, ShortSums, WideDot
 from tvm_hquant.kernels.instruction_set import Host, InstructionSet
 from tvm_hquant.kernels.interface import KernelRequest
 from tvm_hquant.kernels.primitives import Expression, convert
 from tvm_hquant.kernels.processor import Processor
-from tvm_hquant.kernels.winograd import can_transform, saved_products
-from tvm_hquant.kernels.x86_byte_vectors import WordProduct
+from tvm_hquant.kernels.weightless.family import CommonFamily
+from tvm_hquant.kernels.x86.byte_vectors import WordProduct
 from tvm_hquant.operators import Conv2D
 
 _LANES = 8

@@ -17,12 +17,12 @@ from dataclasses import dataclass, replace
 from tvm.tirx.script import builder as T
 
 from tvm_hquant.kernels.anchor_family import AnchorFamily
-from tvm_hquant.kernels.common import CommonFamily
 from tvm_hquant.kernels.dot_product import DotProduct, RepeatedOperand
 from tvm_hquant.kernels.instruction_set import Host, InstructionSet
 from tvm_hquant.kernels.interface import KernelRequest
 from tvm_hquant.kernels.kernel_function import Buffer
 from tvm_hquant.kernels.primitives import Expression, broadcast, vector_type
+from tvm_hquant.kernels.weightless.family import CommonFamily
 from tvm_hquant.operators import Conv2D, Dense
 
 _LANES = 16

@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 from tvm.tirx.script import builder as T
 
 from tvm_hquant.kernels.anchor_family import AnchorFamily
-from tvm_hquant.kernels.common import CommonFamily
 from tvm_hquant.kernels.dot_product import DotProduct, FloatDot, RepeatedOperand, WideDot
 from tvm_hquant.kernels.instruction_set import Host, InstructionSet
 from tvm_hquant.kernels.interface import KernelRequest
 from tvm_hquant.kernels.primitives import Expression
+from tvm_hquant.kernels.weightless.family import CommonFamily
 
 _LANES = 16
 _REGISTERS = 32

@@ -8,11 +8,11 @@ the EVEX form of AVX512-VL; which one is emitted follows from the target's featu
 from __future__ import annotations
 
 from tvm_hquant.kernels.anchor_family import AnchorFamily
-from tvm_hquant.kernels.common import CommonFamily
 from tvm_hquant.kernels.dot_product import DotProduct
 from tvm_hquant.kernels.instruction_set import Host, InstructionSet
 from tvm_hquant.kernels.instruction_sets.avx512_vnni import VnniDot
 from tvm_hquant.kernels.interface import KernelRequest
+from tvm_hquant.kernels.weightless.family import CommonFamily
 
 _LANES = 8
 _REGISTERS = 16

@@ -14,16 +14,16 @@ from dataclasses import dataclass
 
 from tvm.tirx.script import builder as T
 
-from tvm_hquant.kernels.anchor_geometry import as_conv2d
-from tvm_hquant.kernels.cuda_activations import WORD, CodeWords, SingleCodes, load_word
-from tvm_hquant.kernels.cuda_convolution import Tile, integer_kernel, served_convolution
-from tvm_hquant.kernels.cuda_fma import FmaFamily
-from tvm_hquant.kernels.cuda_thread_tile import ThreadGeometry, ThreadTiles
+from tvm_hquant.kernels.convolution.geometry import as_conv2d
+from tvm_hquant.kernels.cuda.activations import WORD, CodeWords, SingleCodes, load_word
+from tvm_hquant.kernels.cuda.convolution import Tile, integer_kernel, served_convolution
+from tvm_hquant.kernels.cuda.fma import FmaFamily
+from tvm_hquant.kernels.cuda.thread_tile import ThreadGeometry, ThreadTiles
 from tvm_hquant.kernels.instruction_set import InstructionSet
 from tvm_hquant.kernels.interface import Kernel, KernelRequest
 from tvm_hquant.kernels.kernel_function import Buffer
 from tvm_hquant.kernels.primitives import Expression
-from tvm_hquant.kernels.reference import ReferenceFamily
+from tvm_hquant.kernels.reference.family import ReferenceFamily
 from tvm_hquant.operators import Conv2D, Dense
 
 _OFFSET = -128

@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from tvm_hquant.kernels.anchor_geometry import as_conv2d
-from tvm_hquant.kernels.cuda_activations import WORD, CodeWords
-from tvm_hquant.kernels.cuda_convolution import Tile, integer_kernel, served_convolution
-from tvm_hquant.kernels.cuda_warp_tile import COLUMNS, ROWS, MatrixInstruction, WarpGeometry, WarpTiles
+from tvm_hquant.kernels.convolution.geometry import as_conv2d
+from tvm_hquant.kernels.cuda.activations import WORD, CodeWords
+from tvm_hquant.kernels.cuda.convolution import Tile, integer_kernel, served_convolution
+from tvm_hquant.kernels.cuda.warp_tile import COLUMNS, ROWS, MatrixInstruction, WarpGeometry, WarpTiles
 from tvm_hquant.kernels.instruction_set import InstructionSet
 from tvm_hquant.kernels.interface import Kernel, KernelRequest
 from tvm_hquant.kernels.kernel_function import Buffer

@@ -5,8 +5,8 @@ Source: NVIDIA, PTX ISA, "mma" (.f16 and .bf16 with m16n8k16: sm_80 and later).
 
 from __future__ import annotations
 
-from tvm_hquant.kernels.cuda_float_mma import FloatMmaFamily
-from tvm_hquant.kernels.cuda_warp_tile import MatrixInstruction
+from tvm_hquant.kernels.cuda.float_mma import FloatMmaFamily
+from tvm_hquant.kernels.cuda.warp_tile import MatrixInstruction
 from tvm_hquant.kernels.instruction_set import InstructionSet
 
 INSTRUCTIONS = {

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from tvm_hquant.kernels.anchor_family import AnchorFamily
-from tvm_hquant.kernels.common import CommonFamily
 from tvm_hquant.kernels.dot_product import DotProduct, FloatDot, WideDot, WideningDot
 from tvm_hquant.kernels.instruction_set import Host, InstructionSet
 from tvm_hquant.kernels.interface import KernelRequest
+from tvm_hquant.kernels.weightless.family import CommonFamily
 
 _LANES = 4
 _REGISTERS = 16

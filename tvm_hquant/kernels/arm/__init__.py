@@ -1,0 +1,1 @@
+"""What kernels for AArch64 share."""

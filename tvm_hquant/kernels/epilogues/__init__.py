@@ -1,0 +1,1 @@
+"""The ends of kernels: from sums to stored outputs."""

@@ -1,0 +1,61 @@
+"""Kernels of all operators without weights, for any processor with vectors that LLVM knows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from tvm_hquant.kernels.interface import Kernel, KernelRequest
+from tvm_hquant.kernels.processor import ASSUMED_PROCESSOR, Processor
+from tvm_hquant.kernels.weightless.elementwise import elementwise_kernel
+from tvm_hquant.kernels.weightless.movement import movement_kernel
+from tvm_hquant.kernels.weightless.multiplication import multiplication_kernel
+from tvm_hquant.kernels.weightless.normalization import normalization_kernel
+from tvm_hquant.kernels.weightless.pooling import pool_kernel
+from tvm_hquant.kernels.weightless.resizing import resize_kernel
+from tvm_hquant.operators import AveragePool2D, Concat, MaxPool2D, Movement, Operator
+
+
+@dataclass(frozen=True)
+class CommonFamily:
+    """Add, Multiply, pools, Resize2D, Concat, Movement, Unary, Softmax, LocalResponseNormalization and Convert.
+
+    Attributes:
+        lanes: float32 values in a vector register: 16 with AVX-512, 8 with AVX2, 4 with NEON. Any LLVM target computes the
+            same with any power of two; the wrong one is only slower.
+        processor: that work is cut for.
+    """
+
+    lanes: int = 8
+    processor: Processor = ASSUMED_PROCESSOR
+
+    def on(self, processor: Processor) -> CommonFamily:
+        """The family with kernels for a processor."""
+        return replace(self, processor=processor)
+
+    @property
+    def name(self) -> str:
+        return "common"
+
+    def kernel(self, request: KernelRequest) -> Kernel | None:
+        """The kernel for a request; None for convolutions, dense and opaque layers, and combinations of storages that no
+        precision makes (such as a max-pool that changes its storage)."""
+        vector_bytes, processor = 4 * self.lanes, self.processor
+        if request.placement is not None and not _places(request.operator):
+            return None
+        if request.overwritten is not None:
+            return elementwise_kernel(request, self.lanes, processor)
+        return (
+            elementwise_kernel(request, self.lanes, processor)
+            or multiplication_kernel(request, self.lanes, processor)
+            or pool_kernel(request, vector_bytes, processor)
+            or movement_kernel(request, vector_bytes, processor)
+            or resize_kernel(request, self.lanes, processor)
+            or normalization_kernel(request, self.lanes, processor)
+        )
+
+
+def _places(operator: Operator) -> bool:
+    """Whether there are kernels that write the operator's output into a wider buffer."""
+    if isinstance(operator, Movement):
+        return operator.function == "depth_to_space"
+    return isinstance(operator, MaxPool2D | AveragePool2D | Concat)

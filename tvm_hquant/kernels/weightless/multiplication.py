@@ -1,0 +1,178 @@
+"""Products of two tensors, the smaller one repeated along the axes where it has size 1.
+
+So squeeze-and-excitation blocks (a map times one factor per channel) stay in codes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tvm.tirx.script import builder as T
+
+from tvm_hquant.kernels.interface import (
+    IntegerElementwiseConstants,
+    Kernel,
+    KernelRequest,
+    NoConstants,
+)
+from tvm_hquant.kernels.kernel_function import ArrayType, Buffer, kernel_function
+from tvm_hquant.kernels.primitives import (
+    Expression,
+    LlvmPrimitives,
+    Primitives,
+    broadcast,
+    centred,
+    convert,
+    float_like,
+    lanes_of,
+    narrow,
+    requantize,
+    widen,
+)
+from tvm_hquant.kernels.processor import ASSUMED_PROCESSOR, Processor
+from tvm_hquant.kernels.reference.blocks import block
+from tvm_hquant.kernels.vector_loops import (
+    ARITHMETIC,
+    fitting_lanes,
+    flat,
+    flat_loop,
+    load,
+    row_loop,
+    store,
+    vector_loop,
+    vectors,
+)
+from tvm_hquant.kernels.weightless.elementwise import is_code, pack_only
+from tvm_hquant.kernels.work import work
+from tvm_hquant.operators import Multiply, Shape
+
+_INTEGER_TYPES: tuple[ArrayType, ...] = (((1,), "float32"), ((2,), "float32"), ((3,), "int32"))
+
+
+def multiplication_kernel(
+    request: KernelRequest, lanes: int, processor: Processor = ASSUMED_PROCESSOR
+) -> Kernel | None:
+    """Rows of neighbours in vectors of ``lanes`` float32; None for other operators, and for codes times floats."""
+    if not isinstance(request.operator, Multiply) or not _is_uniform(request):
+        return None
+    geometry = _Rows(request.operator)
+    width = fitting_lanes(geometry.run, lanes)
+
+    def emit(inputs: Sequence[Buffer], constants: Sequence[Buffer], output: Buffer) -> None:
+        sources, target = [flat(buffer) for buffer in inputs], flat(output)
+
+        def finish(row: Expression, start: Expression) -> None:
+            values = [
+                load(source, geometry.start(k, row) + start, width)
+                if geometry.is_full(k)
+                else broadcast(source[geometry.start(k, row)], width)
+                for k, source in enumerate(sources)
+            ]
+            store(target, row * geometry.run + start, _product(request, LlvmPrimitives(), values, constants), width)
+
+        in_all = work(request, geometry.rows * vectors(geometry.run, width) * ARITHMETIC)
+        if geometry.rows == 1:
+            with flat_loop(geometry.run, width, in_all, processor) as start:
+                finish(T.int32(0), start)
+            return
+        with row_loop(geometry.rows, in_all, processor) as row, vector_loop(geometry.run, width) as start:
+            finish(row, start)
+
+    return _kernel(request, f"common.multiply[{width}]", emit)
+
+
+def reference_multiplication(request: KernelRequest, p: Primitives) -> Kernel | None:
+    """The same as a plain loop nest; None where :func:`multiplication_kernel` has none."""
+    operator = request.operator
+    if not isinstance(operator, Multiply) or not _is_uniform(request):
+        return None
+    shape = operator.output_shape
+
+    def emit(inputs: Sequence[Buffer], constants: Sequence[Buffer], output: Buffer) -> None:
+        with block("multiply", shape) as (axes, _):
+            values = []
+            for source, own in zip(inputs, operator.input_shapes, strict=True):
+                kept = axes[len(shape) - len(own) :]
+                values.append(source[tuple(a if size > 1 else T.int32(0) for a, size in zip(kept, own, strict=True))])
+            T.buffer_store(output, _product(request, p, values, constants), axes)
+
+    return _kernel(request, "reference.multiply", emit)
+
+
+def _is_uniform(request: KernelRequest) -> bool:
+    """Whether all inputs are codes, or all tensors are floats."""
+    codes = [is_code(storage) for storage in request.inputs]
+    return all(codes) or not (any(codes) or is_code(request.output))
+
+
+def _kernel(request: KernelRequest, name: str, emit: Any) -> Kernel:
+    if is_code(request.inputs[0]):
+        function = kernel_function(request, _INTEGER_TYPES, emit)
+        return Kernel(request, name, function, pack_only(request, IntegerElementwiseConstants))
+    return Kernel(request, name, kernel_function(request, (), emit), pack_only(request, NoConstants))
+
+
+def _product(
+    request: KernelRequest, p: Primitives, values: Sequence[Expression], constants: Sequence[Any]
+) -> Expression:
+    """The stored output. In codes: v = fma(float32(q_a − zp_a) · float32(q_b − zp_b), m, 0), then requantized."""
+    if not is_code(request.inputs[0]):
+        a, b = (widen(x, storage) for x, storage in zip(values, request.inputs, strict=True))
+        return narrow(p, p.multiply(a, b), request.output)
+    multiplier, bounds, zero_points = constants
+    a, b = (convert(centred(code, zero_points[k]), "float32") for k, code in enumerate(values))
+    v = p.fma(p.multiply(a, b), broadcast(multiplier[0], lanes_of(a)), float_like(0.0, a))
+    return requantize(p, v, bounds[0], bounds[1], zero_points[2], request.output)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The output as rows of neighbours, along which every input is either whole or one value."""
+
+    operator: Multiply
+
+    @property
+    def padded(self) -> tuple[Shape, ...]:
+        """Input shapes with the rank of the output."""
+        rank = len(self.operator.output_shape)
+        return tuple((1,) * (rank - len(shape)) + shape for shape in self.operator.input_shapes)
+
+    @property
+    def split(self) -> int:
+        """The first axis of a row."""
+        shape = self.operator.output_shape
+        repeats: dict[int, bool] = {}
+        for axis in reversed(range(len(shape))):
+            if shape[axis] == 1:
+                continue
+            for k, own in enumerate(self.padded):
+                if repeats.setdefault(k, own[axis] == 1) != (own[axis] == 1):
+                    return axis + 1
+        return 0
+
+    @property
+    def rows(self) -> int:
+        return math.prod(self.operator.output_shape[: self.split])
+
+    @property
+    def run(self) -> int:
+        """Elements of a row."""
+        return math.prod(self.operator.output_shape[self.split :])
+
+    def is_full(self, k: int) -> bool:
+        """Whether input ``k`` has a value for every element of a row."""
+        return math.prod(self.padded[k][self.split :]) == self.run
+
+    def start(self, k: int, row: Expression) -> Expression:
+        """Where the values of input ``k`` for a row begin."""
+        own, position, step = self.padded[k], T.int32(0), math.prod(self.padded[k][self.split :])
+        for axis in reversed(range(self.split)):
+            size = self.operator.output_shape[axis]
+            if own[axis] > 1:
+                position = position + T.floormod(row, size) * step
+                step *= size
+            row = T.floordiv(row, size)
+        return position
