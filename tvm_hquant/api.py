@@ -248,7 +248,7 @@ def search_front(
     _use_for_evaluations(session, journal or folder / "journal.sqlite", executor, workers)
     folder.mkdir(parents=True, exist_ok=True)
     quantizer = Quantizer(session, roles, options)
-    measure = measure_times and session.spec.is_host_compatible()
+    measure = measure_times and session.spec.is_timed_here()
     if measure and options.objective == "latency":
         candidates = {layer.name: quantizer.rules.of(layer) for layer in session.graph.anchors}
         sample = next(iter(roles.calibration))

@@ -257,12 +257,17 @@ class Quantizer:
         stored_bits = stored_bits_of(result.decisions)
         if self.archive.find(chosen, stored_bits) is None:
             self._keep([chosen], self._losses[-1], problem.costs, stored_bits)
-        fixed = {
-            layer.name: LayerDecision(result.decisions[layer.name].precision, "chosen by the user")
-            for layer in self.session.graph.anchors
-            if self.rules.fixed(layer) is not None
+        decided = {
+            layer.name: self._with_rules(layer, result.decisions[layer.name]) for layer in self.session.graph.anchors
         }
-        return replace(result, decisions={**result.decisions, **fixed})
+        return replace(result, decisions={**result.decisions, **decided})
+
+    def _with_rules(self, layer: Layer, decision: LayerDecision) -> LayerDecision:
+        """A search's decision with the reason that lies before the search: the user, the spec, or a missing kernel."""
+        if self.rules.fixed(layer) is not None:
+            return LayerDecision(decision.precision, "chosen by the user")
+        refusal = self.rules.refused(layer) if decision.reason == "within budget" else None
+        return decision if refusal is None else replace(decision, reason=refusal.reason, detail=refusal.detail)
 
     def _keep(
         self, assignments: Sequence[Assignment], losses: JointLosses, costs: CostModel, stored_bits: int | None

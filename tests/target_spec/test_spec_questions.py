@@ -60,6 +60,15 @@ def test_keep_float() -> None:
     assert not board.keeps_float("conv2d", "stem/head/conv")
 
 
+def test_times_of_what_stands_for_other_hardware_are_not_its() -> None:
+    """Reference kernels and C source run on this machine, for an accelerator and for microcontrollers."""
+    assert load_target_spec("host").is_timed_here()
+    for name in ("generic-int8-npu", "c-source"):
+        stands_for_others = load_target_spec(name)
+        assert stands_for_others.is_host_compatible()
+        assert not stands_for_others.is_timed_here()
+
+
 def test_symmetric_only() -> None:
     """Protects hardware without zero points: of the integer precisions int8 alone is left."""
     board = spec(rules={"symmetric_activations_only": True})

@@ -10,7 +10,7 @@ from tvm_hquant.cost.predicted import predicted_cycles, weight_bytes
 from tvm_hquant.errors import PrecisionError
 from tvm_hquant.layers import Layer
 from tvm_hquant.precision import Precision, parse_precision
-from tvm_hquant.session import QuantizationSession
+from tvm_hquant.session import QuantizationSession, Refusal
 
 HIERARCHY: tuple[str, ...] = ("a8w8", "int8", "a16w8", "float16", "bfloat16", "a16w16", "float32")
 """The precisions that every search chooses from by default, where the target offers them."""
@@ -110,6 +110,12 @@ class CandidateRules:
                     raise PrecisionError(f"layer {layer.name} cannot be {precision}: {refusal.detail}")
                 return parse_precision(precision).name
         return None
+
+    def refused(self, layer: Layer) -> Refusal | None:
+        """Why a layer may have none of the integer precisions that are chosen from; None if it may have one, or none is."""
+        integers = [precision for name in self._precisions if (precision := parse_precision(name)).is_integer]
+        refusals = [self._session.refusal(layer, precision) for precision in integers]
+        return refusals[0] if refusals and all(refusals) else None
 
     def unused(self) -> tuple[str, ...]:
         """Patterns that match no layer."""

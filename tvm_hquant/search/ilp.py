@@ -36,6 +36,7 @@ from tvm_hquant.search.integer_program import IntegerProgram
 from tvm_hquant.search.loss_model import LossModel
 from tvm_hquant.search.problem import Assignment, SearchProblem, SearchResult, SearchStep
 from tvm_hquant.search.reasons import explained
+from tvm_hquant.search.surrogate import spelled_levels
 
 Plan = tuple[tuple[str, str], ...]
 
@@ -175,7 +176,7 @@ class _Search:
         self._evaluate([cheapest] if problem.levels else [cheapest, exact])
         if cheapest is None:
             raise SearchError(
-                f"no plan has the levels {dict(problem.levels or {})}: their counts have to fit the network's "
+                f"no plan has the levels {spelled_levels(problem.levels or {})}: their counts have to fit the network's "
                 f"{len(problem.candidates)} layers and what each of them may have"
             )
         largest = self.model.predict(cheapest)

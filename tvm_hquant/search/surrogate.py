@@ -67,8 +67,8 @@ def with_levels(problem: SearchProblem, predicted: Mapping[LayerPrecision, float
         rows, columns = linear_sum_assignment(matrix)
     except ValueError:
         raise SearchError(
-            f"no plan has the levels {_spelled(problem.levels or {})}: not every layer may have one; 'hquant inspect' shows "
-            "what each may have"
+            f"no plan has the levels {spelled_levels(problem.levels or {})}: not every layer may have one; 'hquant inspect' "
+            "shows what each may have"
         ) from None
     plan = {layers[row]: slots[column] for row, column in zip(rows, columns, strict=True)}
     return {layer: plan[layer] for layer in layers}
@@ -83,14 +83,15 @@ def check_levels(problem: SearchProblem) -> list[str]:
     levels = problem.levels or {}
     if sum(levels.values()) != len(problem.candidates):
         raise SearchError(
-            f"the levels {_spelled(levels)} are for {sum(levels.values())} layers, the network has "
+            f"the levels {spelled_levels(levels)} are for {sum(levels.values())} layers, the network has "
             f"{len(problem.candidates)} with weights: their counts have to add up to that"
         )
     ordered = sorted(levels, key=lambda name: largest_error(parse_precision(name)))
     return [name for name in ordered for _ in range(levels[name])]
 
 
-def _spelled(levels: Mapping[str, int]) -> str:
+def spelled_levels(levels: Mapping[str, int]) -> str:
+    """As on the command line."""
     return ",".join(f"{name}:{count}" for name, count in levels.items()) or "none"
 
 

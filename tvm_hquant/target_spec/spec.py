@@ -210,6 +210,13 @@ class TargetSpec(Table):
         """Whether this machine can run what is compiled for this spec."""
         return not self.host_problems()
 
+    def is_timed_here(self) -> bool:
+        """Whether times of this machine are times of the hardware: it can run the kernels, and they are those of its kind.
+
+        What is compiled for an accelerator or a microcontroller may run here, by kernels that stand for its own.
+        """
+        return self.is_host_compatible() and load_instruction_set(self.instruction_sets[0]).host is not None
+
     def tvm_target(self) -> Any:
         """The ``tvm.target.Target``.
 
