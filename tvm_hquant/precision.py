@@ -18,7 +18,7 @@ name                  activations                weights
 ====================  =========================  ====================================================
 
 Any other pair ``a{2…16}w{2…8}`` runs in the kernels of a wider one (:attr:`Precision.carrier`), ``a6w6`` in those of ``a8w6``,
-``a12w4`` in those of ``a16w8``: codes are narrower, and weights take as many bits in the file. Pairs with weights of 9 to 16
+``a12w4`` in those of ``a16w8``: codes are narrower, and weights take their own bits in the file. Pairs with weights of 9 to 16
 bits are simulated with exact integer sums and the same epilogue, but have no kernel.
 """
 
@@ -183,5 +183,5 @@ def parse_precision(name: str) -> Precision:
             return _integer(canonical, activation_bits, weight_bits)
     raise PrecisionError(
         f"unknown precision {name!r}: use one of {', '.join(REALIZED)}, bfloat16wN or float16wN with 2 to 8 bits, sums of "
-        "terms such as a8w4x2, or aXwY with 2 to 16 bits each (simulated only)"
+        "terms such as a8w4x2, or aXwY with 2 to 16 bits each (above 8 bits of weights simulated only)"
     )

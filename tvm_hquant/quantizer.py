@@ -141,9 +141,8 @@ def assign_roles(calibration: Any, evaluation: Any, session: QuantizationSession
     else:
         kept = open_data(evaluation, signature)  # type: ignore[assignment]
         shared = count_shared_samples(source, kept)
-    if make_metric(
-        options.metric, kept.has_labels
-    ).needs_labels:  # said now, not after the calibration, which takes long
+    # Said now, not after the calibration, which takes long.
+    if make_metric(options.metric, kept.has_labels).needs_labels:
         check_classes(kept, number_of_classes(math.prod(graph.tensor_shape(graph.outputs[0]))))
     search, held_out = two_fold(kept, seed)
     return DataRoles(source, search, held_out, shared)

@@ -227,9 +227,7 @@ class QuantizationSession:
         """Why a layer cannot be deployed in a precision, or None."""
         against = self.spec.reason_against(precision.name, layer.operator_kind, layer.name)
         if against is not None:
-            return Refusal("the spec forbids", against)
-        if not precision.is_realized:
-            return Refusal("no kernel", f"{precision.name} is simulated only")
+            return Refusal("the spec forbids" if precision.is_realized else "no kernel", against)
         impossible = self.impossible(layer, precision)
         return Refusal("no kernel", impossible) if impossible is not None else None
 

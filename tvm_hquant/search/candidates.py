@@ -114,7 +114,7 @@ class CandidateRules:
     def refused(self, layer: Layer) -> Refusal | None:
         """Why a layer may have none of the integer precisions that are chosen from; None if it may have one, or none is."""
         integers = [precision for name in self._precisions if (precision := parse_precision(name)).is_integer]
-        refusals = [self._session.refusal(layer, precision) for precision in integers]
+        refusals = [self._refusal(layer, precision) for precision in integers]
         return refusals[0] if refusals and all(refusals) else None
 
     def unused(self) -> tuple[str, ...]:
@@ -122,11 +122,11 @@ class CandidateRules:
         names = [layer.name for layer in self._session.graph.layers]
         return tuple(p for p in self._rules if not any(fnmatchcase(name, p) for name in names))
 
-    def _refusal(self, layer: Layer, precision: Precision) -> str | None:
+    def _refusal(self, layer: Layer, precision: Precision) -> Refusal | None:
         if not precision.is_realized and self._objective != "latency":
-            return self._session.impossible(layer, precision)
-        refusal = self._session.refusal(layer, precision)
-        return None if refusal is None else refusal.detail
+            impossible = self._session.impossible(layer, precision)
+            return None if impossible is None else Refusal("no kernel", impossible)
+        return self._session.refusal(layer, precision)
 
     def _no_faster(self, kind: str, names: Sequence[str]) -> frozenset[str]:
         """Precisions that a more exact one equals in speed, by the rates of the spec for a kind of operator."""
