@@ -11,13 +11,14 @@ from pathlib import Path
 import numpy as np
 import tvm
 from tvm import IRModule, s_tir
+from tvm.script import tirx as T
 
 from tests.onnx_models import node, onnx_model, random_weights
 from tvm_hquant import api
 from tvm_hquant.opaque_functions import function_digest, load_opaque_functions
 from tvm_hquant.passes.apply_schedules import scheduled_function, trace_text
 from tvm_hquant.runtime import Artifact
-from tvm_hquant.tuning.bench import open_bench
+from tvm_hquant.tuning.bench import TimedFunction, open_bench
 from tvm_hquant.tuning.records import ScheduleRecord, append_records, read_records
 from tvm_hquant.tuning.schedule_space import sampled_traces
 from tvm_hquant.tuning.schedules import tune_schedules
@@ -26,10 +27,16 @@ from tvm_hquant.verification import verify_artifact
 
 @cache
 def _result() -> api.QuantizationResult:
-    """A transposed convolution between two layers that have kernels."""
-    weights = random_weights(w=(4, 4, 3, 3), t=(4, 8, 4, 4))
-    nodes = [node("Conv", "x w", "c"), node("ConvTranspose", "c t", "s", strides=[2, 2]), node("Relu", "s", "y")]
-    return api.plan_without_search(api.open_session(onnx_model(nodes, weights), "host"), precision="float32")
+    """A transposed convolution, whose weights are no constants, between two layers that have kernels."""
+    weights = {**random_weights(w=(4, 4, 3, 3)), "shape": np.array([4, 8, 4, 4])}
+    nodes = [
+        node("Conv", "x w", "c"),
+        node("Reshape", "flat shape", "t"),
+        node("ConvTranspose", "c t", "s", strides=[2, 2]),
+        node("Relu", "s", "y"),
+    ]
+    model = onnx_model(nodes, weights, {"x": (1, 4, 8, 8), "flat": (1, 512)})
+    return api.plan_without_search(api.open_session(model, "host"), precision="float32")
 
 
 @cache
@@ -50,6 +57,21 @@ def reversing_sampler(script: str, *_: object) -> list[str]:
     *_outer, channels, rows, columns = schedule.get_loops(schedule.get_sblock("compute"))
     schedule.reorder(columns, rows, channels)
     return [trace_text(schedule)]
+
+
+@T.prim_func(private=True, s_tir=True)
+def two_outputs(x: T.Buffer((8, 9, 10), "float32"), total: T.Buffer((1,), "float32"), same: T.Buffer((8,), "float32")):
+    """A sum, and a copy behind it."""
+    for i, j, k, m in T.grid(1, 8, 9, 10):
+        with T.sblock("compute"):
+            at, p, q, r = T.axis.remap("SRRR", [i, j, k, m])
+            with T.init():
+                total[at] = T.float32(0)
+            total[at] = total[at] + x[p, q, r]
+    for i in range(8):
+        with T.sblock("copy"):
+            at = T.axis.spatial(8, i)
+            same[at] = x[at, 0, 0]
 
 
 def _same_outputs(one: Artifact, other: Artifact) -> bool:
@@ -103,6 +125,21 @@ def test_schedule_that_sums_in_another_order_is_dropped() -> None:
     (record,), _ = tune_schedules(untuned, open_bench(untuned), count=1, repeat=1, sampler=reversing_sampler)
     assert record.trace == ""
     assert record.microseconds == record.expected_microseconds
+
+
+def test_every_output_is_compared() -> None:
+    """Not the last one alone: here the first is a sum, in another order after the schedule."""
+    bench, function = open_bench(_untuned()), two_outputs.without_attr("global_symbol")
+    (trace,) = reversing_sampler(function.script())
+    x = np.random.default_rng(0).normal(size=(8, 9, 10)).astype(np.float32)
+
+    def bits(timed: tvm.tirx.PrimFunc) -> bytes:
+        arrays = [bench.tensor(array) for array in (x, np.zeros(1, np.float32), np.zeros(8, np.float32))]
+        return TimedFunction(bench.library({"timed": timed}), "timed", [arrays]).bits()
+
+    before, after = bits(function), bits(scheduled_function(function, trace))
+    assert before[-32:] == after[-32:] == x[:, 0, 0].tobytes()
+    assert before != after
 
 
 def test_both_kinds_of_records_share_a_file(tmp_path: Path) -> None:

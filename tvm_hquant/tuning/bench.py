@@ -11,7 +11,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,11 +60,14 @@ class TimedFunction:
     symbol: str
     arguments: Sequence[Sequence[Any]]
 
-    def output(self) -> Array:
-        """What a call writes into its last argument."""
+    def with_arguments(self, arguments: Sequence[Any]) -> TimedFunction:
+        """The same function with other arguments."""
+        return replace(self, arguments=[arguments])
+
+    def bits(self) -> bytes:
+        """All arguments after a call: a function may have several outputs, and write over inputs."""
         self.library[self.symbol](*self.arguments[0])
-        result: Array = self.arguments[0][-1].numpy()
-        return result
+        return b"".join(argument.numpy().tobytes() for argument in self.arguments[0])
 
     def seconds(self, repeat: int) -> list[float]:
         """Of calls on this machine, each with the next arguments."""

@@ -3,9 +3,9 @@
 Every function gets schedules out of :mod:`tvm_hquant.tuning.schedule_space`. TVM's rules may crash or take minutes for an
 operator that they do not expect, so they run in a process of their own: then its function is left as it is.
 
-A schedule must not change what the simulator computes, so one that gives other bits than TVM's own loops for random inputs is
-dropped. The rest are called a few times each, the fastest few take turns with TVM's own loops, and the fastest of these
-has to beat them again.
+A schedule must not change what the simulator computes, so one that leaves other bits than TVM's own loops in any argument, for
+random inputs, is dropped. The rest are called a few times each, the fastest few take turns with TVM's own loops, and the
+fastest of these has to beat them again.
 """
 
 from __future__ import annotations
@@ -125,11 +125,11 @@ def _measured(bench: Bench, function: OpaqueFunction, traces: list[str], repeat:
     original = tvm.script.from_source(function.script)
     arguments = [_arguments(original, bench)]
     expected = TimedFunction(bench.library({_SYMBOL: original}), _SYMBOL, arguments)
-    bits = expected.output().tobytes()
+    bits = expected.with_arguments(_arguments(original, bench)).bits()
     timed: dict[str, TimedFunction] = {}
     for trace in traces:
         candidate = TimedFunction(bench.library({_SYMBOL: scheduled_function(original, trace)}), _SYMBOL, arguments)
-        if candidate.output().tobytes() == bits:
+        if candidate.with_arguments(_arguments(original, bench)).bits() == bits:
             timed[trace] = candidate
     first = {t: bench.microseconds([candidate], _FIRST_CALLS, turns=1)[0] for t, candidate in timed.items()}
     finalists = ["", *sorted(first, key=first.__getitem__)[:_FINALISTS]]
@@ -142,7 +142,7 @@ def _measured(bench: Bench, function: OpaqueFunction, traces: list[str], repeat:
 
 
 def _arguments(function: Any, bench: Bench) -> list[Any]:
-    """Normal floats, and zeros of all other types: they are indices, for all that is known. The output comes last."""
+    """Normal floats, and zeros of all other types: they are indices, for all that is known. Outputs come last."""
     random = np.random.default_rng(0)
     arrays: list[Array] = []
     for parameter in function.params:
