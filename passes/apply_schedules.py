@@ -1,6 +1,6 @@
 """While an artifact is built: functions that TVM made of opaque layers get measured schedules, where there are some.
 
-Before::
+Before (a transposed convolution whose weights are no constants)::
 
     @T.prim_func(private=True)
     def conv2d_transpose(x: T.Buffer((1, 16, 14, 14)), w: T.Buffer((16, 8, 4, 4)), y: T.Buffer((1, 8, 28, 28))):

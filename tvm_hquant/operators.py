@@ -365,7 +365,7 @@ class LocalResponseNormalization:
 @dataclass(frozen=True)
 class Opaque:
     """Anything else: computed in float32 by TVM's own legalization. ``name`` is the Relax operator, ``macs`` are its
-    multiply-accumulates of one call where it is a product of matrices (a transposed or 3D convolution, say)."""
+    multiply-accumulates of one call where it is a product of matrices (a 3D convolution, say)."""
 
     name: str
     input_shapes: tuple[Shape, ...]

@@ -1,6 +1,6 @@
 """Depthwise convolution of codes: every lane is a channel, words of input rows and weights are multiplied lane by lane.
 
-For each group of output rows and each vector of channels the input rows are first put together (``depthwise_rows``), in memory
+For each group of output rows and each vector of channels the input rows are first put together (:mod:`.rows`), in memory
 that stays in the first-level cache, with the padding filled in; then tiles of some pixels are computed from them.
 """
 
