@@ -112,12 +112,12 @@ def _smallest(scores: Sequence[PlanScores], rule: Rule, budget: float) -> int:
 def _by_percentile(scores: PlanScores, budget: float) -> bool:
     if scores.loss() > budget:
         return False
-    tables = np.stack([np.array(own.scores, np.float64) for own in scores.own[1:]], axis=1)
+    tables = np.stack([own.table for own in scores.own[1:]], axis=1)
     return bootstrap_interval(tables, lambda rows: drop_by_margins(rows[:, 0], rows[:, 1]), 0.8, 0, 200).high <= budget
 
 
 def _by_bound(scores: PlanScores, budget: float) -> bool:
-    count = len(scores.smooth.scores)
+    count = scores.smooth.count
     parts = (range(2 * count // 3), range(2 * count // 3, count))
     return all(scores.loss(part) <= budget for part in parts) and scores.upper_bound() <= budget
 

@@ -28,10 +28,10 @@ Plan = TypeVar("Plan")
 class MeasuredPlan:
     """One point of a front.
 
-    ``cost`` is relative to 8 bits everywhere, ``expected`` the loss that the search went by, ``smooth`` the divergence on the
-    search samples; on each held-out sample, ``divergence`` is that from the float model in nats, ``top1_lost`` 1 if
-    quantization made it wrong, −1 if right. ``number`` is how many evaluations the search had made with this one; 0 where a
-    file does not say.
+    ``cost`` is relative to 8 bits everywhere, ``expected`` the loss that the search went by, ``smooth`` the smooth loss on
+    the search samples (:mod:`tvm_hquant.search.joint_losses`); on each held-out sample, ``divergence`` is that from the float
+    model in nats, ``top1_lost`` 1 if quantization made it wrong, −1 if right. ``number`` is how many evaluations the search
+    had made with this one; 0 where a file does not say.
     """
 
     assignment: dict[str, str]
@@ -72,7 +72,7 @@ class StrategyFront:
 
 
 def read_front(path: Path) -> StrategyFront:
-    """What :func:`run` wrote."""
+    """What :mod:`benchmarks.search_strategies` wrote."""
     document = json.loads(path.read_text())
     return StrategyFront(**{**document, "plans": [MeasuredPlan(**plan) for plan in document["plans"]]})
 

@@ -75,6 +75,13 @@ def test_bootstrap_of_a_mean() -> None:
     assert found == pytest.approx((values.mean(), values.mean() - half, values.mean() + half), abs=0.03)
 
 
+def test_bootstrap_of_infinite_values() -> None:
+    """An output with NaN is an infinite loss on its sample: the interval has an end there, not a number that is none."""
+    values = np.array([np.inf, 1.0, 2.0])
+    assert bootstrap_interval(values, lambda v: float(np.mean(v)))[1:] == (1.0, np.inf)
+    assert bootstrap_interval([np.inf], lambda v: float(np.mean(v))) == (np.inf, np.inf, np.inf)
+
+
 def test_upper_bound_by_a_factor() -> None:
     """It has no unit, tightens with samples, holds about as often as it says for a skewed mean, and is 0 where all is."""
     random = np.random.default_rng(0)

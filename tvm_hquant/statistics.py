@@ -92,7 +92,11 @@ def bootstrap_interval(
         raise ValueError(f"confidence level {level} is not between 0 and 1")
     random = np.random.default_rng(seed)
     drawn = [statistic(rows[random.integers(0, len(rows), len(rows))]) for _ in range(resamples)]
-    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
+    ends = ((1 - level) / 2, (1 + level) / 2)
+    if np.isfinite(drawn).all():
+        low, high = np.quantile(drawn, ends)
+    else:  # between infinities nothing can be interpolated
+        low, high = np.quantile(drawn, ends[0], method="lower"), np.quantile(drawn, ends[1], method="higher")
     return Interval(statistic(rows), float(low), float(high))
 
 
