@@ -264,7 +264,7 @@ class Quantizer:
     def _with_rules(self, layer: Layer, decision: LayerDecision) -> LayerDecision:
         """A search's decision with the reason that lies before the search: the user, the spec, or a missing kernel."""
         if self.rules.fixed(layer) is not None:
-            return LayerDecision(decision.precision, "chosen by the user")
+            return replace(decision, reason="chosen by the user", detail="")
         refusal = self.rules.refused(layer) if decision.reason == "within budget" else None
         return decision if refusal is None else replace(decision, reason=refusal.reason, detail=refusal.detail)
 

@@ -196,10 +196,12 @@ def test_strategies_on_a_network() -> None:
 
 
 def test_joint_losses_are_those_of_the_weights_as_stored() -> None:
-    """What a search after storage evaluates is the program of the plan that it gives, rounding for storage included."""
+    """What a search after storage evaluates is the program of the plan that it gives, rounding for storage included, where the
+    user fixed a layer's precision too."""
     session = shared_session("residual")
     samples = open_data(random_samples(session, 6, seed=5), session.signature)
-    options = Options("kl", 10.0, ("bfloat16", "float32"), baselines=False, objective="macs")
+    fixed = {"head": "bfloat16"}
+    options = Options("kl", 10.0, ("bfloat16", "float32"), fixed, baselines=False, objective="macs")
     quantizer = Quantizer(session, DataRoles(samples, samples, samples, 0), options)
     found = quantizer.search(AfterStorageStrategy(LayoutData(session, samples), stored_bits=3))
     plan = quantizer.plan(found.decisions)
