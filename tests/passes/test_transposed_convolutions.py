@@ -143,6 +143,30 @@ def test_depth_to_space_is_one_layer(mode: str, block: tuple[int, int, int]) -> 
     assert len(operators) == 4
 
 
+@pytest.mark.parametrize("mode", ["DCR", "CRD"])
+def test_one_channel_of_pixels_is_one_layer(mode: str) -> None:
+    """The axis of the channel may lie anywhere."""
+    graph, _ = layers_of(
+        node("Conv", "x w", "c"),
+        node("DepthToSpace", "c", "d", blocksize=3, mode=mode),
+        node("Conv", "d v", "y"),
+        weights=random_weights(w=(9, 4, 1, 1), v=(2, 1, 3, 3)),
+    )
+    (pixels,) = (layer.operator for layer in graph.layers if layer.operator_kind == "depth_to_space")
+    assert pixels == Movement("depth_to_space", (1, 8, 8, 9), (1, 24, 24, 1), (1, 3, 3, 0, 0))
+
+
+@pytest.mark.parametrize(("out", "group", "groups"), [(1, 1, 1), (1, 4, 4)])
+def test_groups_of_one_channel_are_one_layer(out: int, group: int, groups: int) -> None:
+    """A mask of one channel, and upsampling of each channel by itself."""
+    graph, _ = layers_of(
+        node("ConvTranspose", "x w", "y", strides=[2, 2], pads=[1, 1, 1, 1], group=group),
+        weights=random_weights(w=(4, out, 4, 4)),
+    )
+    (pixels,) = (layer.operator for layer in graph.layers if layer.operator_kind == "depth_to_space")
+    assert pixels == Movement("depth_to_space", (1, 9, 9, 4 * groups), (1, 16, 16, groups), (groups, 2, 2, 1, 1))
+
+
 def test_sequences_are_transposed_too() -> None:
     """One row of pixels is moved by nothing but another view of it."""
     graph, _ = layers_of(

@@ -77,12 +77,14 @@ def _block(
     before: Sequence[int], split: Sequence[int], axes: Sequence[int], after: Sequence[int]
 ) -> tuple[int, int, int] | None:
     """Groups, rows and columns; None where axes change places in another way."""
-    if len(after) != 4 or len(split) < 5 or tuple(split[:3]) != tuple(before[:3]) or axes[:2] != (0, 1):
+    if len(after) != 4 or len(split) < 5:
+        return None
+    split, axes = _without_ones(before, split, axes)
+    if tuple(split[:3]) != tuple(before[:3]) or tuple(axes[:2]) != (0, 1):
         return None
     column = axes.index(2)
     # Behind the rows stand those of a block, behind the columns those of a block and then what stays a channel.
-    of_rows = [axis for axis in axes[2:column] if split[axis] > 1]
-    others = [axis for axis in axes[column + 1 :] if split[axis] > 1]
+    of_rows, others = axes[2:column], axes[column + 1 :]
     for of_columns, kept in ((others[:1], others[1:]), ([], others)):
         sizes = [math.prod(split[a] for a in part) for part in ((0,), (1, *of_rows), (2, *of_columns), kept)]
         if tuple(sizes) != tuple(after) or len(of_rows) > 1 or not (of_rows or of_columns):
@@ -90,10 +92,27 @@ def _block(
         block = [*of_rows, *of_columns]
         behind = [axis for axis in kept if axis > block[-1]]
         in_front = [axis for axis in kept if axis < block[0]]
-        if [*in_front, *block, *behind] == sorted([*kept, *block]) and kept == sorted(kept):
+        if [*in_front, *block, *behind] == sorted([*kept, *block]) and list(kept) == sorted(kept):
             rows, columns = (math.prod(split[a] for a in part) for part in (of_rows, of_columns))
             return math.prod(split[a] for a in in_front), rows, columns
     return None
+
+
+def _without_ones(
+    before: Sequence[int], split: Sequence[int], axes: Sequence[int]
+) -> tuple[Sequence[int], Sequence[int]]:
+    """The sizes and the order of axes without those of one element that are not images, rows or columns of the map.
+
+    Where one channel or one group stands beside a block, its axis may lie anywhere.
+    """
+    of_map, position = [], 0
+    for size in before[:3]:
+        while size > 1 and position < len(split) and split[position] == 1:
+            position += 1
+        of_map.append(position)
+        position += 1
+    kept = [axis for axis, size in enumerate(split) if size > 1 or axis in of_map]
+    return [split[axis] for axis in kept], [kept.index(axis) for axis in axes if axis in kept]
 
 
 def _cuts_pixels(ranges: Sequence[range], shape: Sequence[int]) -> bool:
