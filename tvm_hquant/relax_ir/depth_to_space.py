@@ -1,7 +1,7 @@
 """Finds channels that are laid out as pixels in a channels-last ``main``.
 
 DepthToSpace, PixelShuffle and, after ``canonicalize`` and ``convert_layout``, transposed convolutions have this chain; axes of
-one element may be missing, and so may the slice::
+one element may be missing or lie elsewhere, and the slice may be missing::
 
     lv = R.reshape(x, (N, H, W, groups, rows, columns, depth))
     lv1 = R.permute_dims(lv, [0, 1, 4, 2, 5, 3, 6])
