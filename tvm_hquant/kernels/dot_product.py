@@ -63,7 +63,7 @@ class DotProduct(Protocol):
             hold, nor for floats, whose products with zero may be NaN.
         last_channels: how many channels may be left at the end of a pixel for a step of its own, without a chain, that takes
             channels before them once more, with weights of zero. All numbers may where ``splits_pixels``.
-        groups_steps: whether any steps may make a chain that :mod:`.step_groups` finds to fit together.
+        groups_steps: whether any steps may make a chain that :mod:`tvm_hquant.kernels.convolution.step_groups` finds to fit.
         reverses_products: whether the weights of a step stand in the reverse order of its channels.
         prefetches: whether steps ask for memory that is read later: where they are so fast that what comes from behind the
             second-level cache would come too late.
