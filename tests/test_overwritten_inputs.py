@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tvm.script import ir as I
 from tvm.script import relax as R
 
-from tests.kernels import test_anchor_kernels as anchors
+from tests.kernels import anchor_cases as anchors
 from tests.kernels.kernel_cases import additions, assert_same_bits, code_unaries, conversions
 from tests.planned_models import built_outputs, new_session, one_sample, uniform_plan
 from tests.small_models import with_weights

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.kernels.test_anchor_kernels import CASES
+from tests.kernels.anchor_cases import CASES
 from tvm_hquant.kernels.interface import Placement
 from tvm_hquant.operators import Conv2D, Dense, Epilogue, Window
 

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from tests.emulated_gpu.kernel_requests import PLACEMENT, WIDE
 from tests.emulated_gpu.kernel_runs import FILL, KernelRun, compile_without_spills, run_kernels
-from tests.kernels.test_anchor_kernels import CASES, random_case
+from tests.kernels.anchor_cases import CASES, random_case
 from tvm_hquant import numerics
 from tvm_hquant.kernels.cuda.float_mma import float_mma_kernel
 from tvm_hquant.kernels.cuda.fma import fma_kernel

@@ -16,7 +16,7 @@ import pytest
 
 from tests.emulated_gpu.kernel_requests import DEPTHWISE, NOT_DEPTHWISE, PLACEMENT, WIDE
 from tests.emulated_gpu.kernel_runs import FILL, KernelRun, compile_without_spills, run_kernels
-from tests.kernels.test_anchor_kernels import CASES, random_case
+from tests.kernels.anchor_cases import CASES, random_case
 from tvm_hquant import numerics
 from tvm_hquant.kernels.instruction_sets.cuda import depthwise_kernel, dp4a_kernel
 from tvm_hquant.kernels.instruction_sets.cuda_mma import mma_kernel

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tvm
-from test_anchor_kernels import CASES, random_case
 
+from tests.kernels.anchor_cases import CASES, random_case
 from tvm_hquant import numerics
 from tvm_hquant.kernels.instruction_sets import amx
 from tvm_hquant.kernels.instruction_sets.amx import amx_kernel

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tvm
-from test_anchor_kernels import CASES, random_activations, random_case
 
 from tests.emulated_board.board import Board, export_for_board, tvm_target
+from tests.kernels.anchor_cases import CASES, random_activations, random_case
 from tvm_hquant import numerics
 from tvm_hquant.kernels.epilogues.proven_endings import proven_ending
 from tvm_hquant.kernels.interface import IntegerElementwiseConstants, KernelRequest, NoConstants, Requantization

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kernel_cases import Case, assert_matches_contract, matmul_operators, matmuls, run_kernel
-from test_anchor_kernels import TARGETS, families
 
+from tests.kernels.anchor_cases import TARGETS, families
 from tvm_hquant import numerics
 from tvm_hquant.errors import KernelError
 from tvm_hquant.kernels.interface import IntegerElementwiseConstants, KernelRequest, NoConstants, Requantization

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.kernels.anchor_cases import HOST, TARGETS, random_case, run_kernel
 from tests.kernels.code_endings import CodeEnding, code_endings
-from tests.kernels.test_anchor_kernels import HOST, TARGETS, random_case, run_kernel
 from tvm_hquant import numerics
 from tvm_hquant.kernels.depthwise.interleaved import interleaved_depthwise_kernel
 from tvm_hquant.kernels.epilogues.proven_endings import proven_ending

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.kernels.test_anchor_kernels import FAMILIES, check, windows
+from tests.kernels.anchor_cases import FAMILIES, check, windows
 from tvm_hquant.kernels.convolution.map_bands import MapBands
 from tvm_hquant.kernels.convolution.template import conv2d_geometry
 from tvm_hquant.kernels.convolution.wide_weights import widens_weights

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from tests.kernels.test_anchor_kernels import HOST, TARGETS, random_case, run_kernel
+from tests.kernels.anchor_cases import HOST, TARGETS, random_case, run_kernel
 from tvm_hquant import numerics
 from tvm_hquant.kernels.convolution.step_groups import group_steps
 from tvm_hquant.kernels.interface import KernelRequest

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.kernels.test_anchor_kernels import TARGETS, families, random_case, run_kernel
+from tests.kernels.anchor_cases import TARGETS, families, random_case, run_kernel
 from tvm_hquant import numerics
 from tvm_hquant.kernels.epilogues.packed_epilogue import channel_order, vector_groups
 from tvm_hquant.kernels.interface import KernelRequest, Tile

@@ -14,8 +14,8 @@ import tvm
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.kernels.anchor_cases import HOST, TARGETS, random_case, run_kernel
 from tests.kernels.code_endings import CodeEnding, code_endings
-from tests.kernels.test_anchor_kernels import HOST, TARGETS, random_case, run_kernel
 from tvm_hquant import numerics
 from tvm_hquant.errors import KernelError
 from tvm_hquant.kernels.convolution.winograd import WinogradGeometry, can_transform, saved_products, winograd_kernel

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import tvm
 
+from tests.kernels.anchor_cases import HOST, TARGETS, random_case
 from tests.kernels.kernel_cases import Case, assert_same_bits, elementwise_constants, requantization, stored_values
-from tests.kernels.test_anchor_kernels import HOST, TARGETS, random_case
 from tvm_hquant import numerics
 from tvm_hquant.kernels.convolution.patches import conv_of_patches
 from tvm_hquant.kernels.convolution.winograd import WinogradGeometry
