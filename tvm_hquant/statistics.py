@@ -85,13 +85,10 @@ def bootstrap_interval(
     Raises:
         ValueError: no samples, or a level outside 0 … 1.
     """
-    rows = np.asarray(values, np.float64)
-    if rows.ndim == 0 or rows.shape[0] == 0:
-        raise ValueError("no samples to draw from")
+    rows = _rows(values)
     if not 0 < level < 1:
         raise ValueError(f"confidence level {level} is not between 0 and 1")
-    random = np.random.default_rng(seed)
-    drawn = [statistic(rows[random.integers(0, len(rows), len(rows))]) for _ in range(resamples)]
+    drawn = _resampled(rows, statistic, seed, resamples)
     ends = ((1 - level) / 2, (1 + level) / 2)
     if np.isfinite(drawn).all():
         low, high = np.quantile(drawn, ends)
@@ -122,18 +119,27 @@ def factor_upper_bound(
     Raises:
         ValueError: no samples, or a confidence outside 0.5 … 1.
     """
-    rows = np.asarray(values, np.float64)
-    if rows.ndim == 0 or rows.shape[0] == 0:
-        raise ValueError("no samples to draw from")
+    rows = _rows(values)
     if not 0.5 <= confidence < 1:
         raise ValueError(f"confidence {confidence} is not between 0.5 and 1")
     estimate = statistic(rows)
     if estimate <= 0 or not math.isfinite(estimate):
         return estimate
-    random = np.random.default_rng(seed)
-    count = len(rows)
-    drawn = [max(statistic(rows[random.integers(0, count, count)]), estimate / count) for _ in range(resamples)]
+    drawn = np.maximum(_resampled(rows, statistic, seed, resamples), estimate / len(rows))
     return estimate * math.exp(float(stats.norm.ppf(confidence)) * float(np.std(np.log(drawn))))
+
+
+def _rows(values: npt.ArrayLike) -> Floats:
+    rows = np.asarray(values, np.float64)
+    if rows.ndim == 0 or rows.shape[0] == 0:
+        raise ValueError("no samples to draw from")
+    return rows
+
+
+def _resampled(rows: Floats, statistic: Callable[[Floats], float], seed: int, resamples: int) -> list[float]:
+    """The statistic of as many rows as there are, drawn with replacement, again and again."""
+    random = np.random.default_rng(seed)
+    return [statistic(rows[random.integers(0, len(rows), len(rows))]) for _ in range(resamples)]
 
 
 def _corrected_correlation(both: int, only_first: int, only_second: int, neither: int) -> float:
