@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tvm_hquant.search.front_filling import Promise, SingleChanges, bounds_in_gaps, most_promising
+from tvm_hquant.search.front_filling import Promise, SingleChanges, bounds_in_gaps, coarse_to_fine, most_promising
 from tvm_hquant.search.problem import CostModel
 
 
@@ -30,6 +30,18 @@ def test_bounds_of_fronts_without_a_gap() -> None:
     assert bounds_in_gaps([0.0, 0.0], 0.1, 10) == []
     assert all(0 < b < 1 for b in bounds_in_gaps([1.0, 0.0], 0.1, 10))
     assert all(math.isfinite(b) for b in bounds_in_gaps([math.inf, 1.0], 0.1, 10))
+
+
+@given(st.integers(1, 40), st.data())
+def test_the_first_few_bounds_are_spread(count: int, data: st.DataObject) -> None:
+    """Of n bounds the first k, in order, are no further apart than four times what k even steps would be."""
+    bounds = coarse_to_fine([float(n) for n in range(count)])
+    assert sorted(bounds) == [float(n) for n in range(count)]
+    first = data.draw(st.integers(1, count))
+    taken = sorted(bounds[:first])
+    ends = [*taken, float(count)]
+    assert taken[0] == 0.0
+    assert max(b - a for a, b in pairwise(ends)) <= max(1.0, 4 * count / first)
 
 
 def promise(name: str, cost: float, loss: float) -> Promise:

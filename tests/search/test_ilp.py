@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 
@@ -15,7 +16,7 @@ from tests.search.synthetic import SyntheticNetwork, precisions
 from tvm_hquant.errors import SearchError
 from tvm_hquant.search.ilp import IntegerProgramStrategy
 from tvm_hquant.search.integer_program import IntegerProgram
-from tvm_hquant.search.problem import CostModel
+from tvm_hquant.search.problem import CostModel, LayerPrecision
 from tvm_hquant.sensitivity.single_layers import SingleLayerPlans
 
 NAMES = ("a8w4", "a8w8", "float32")
@@ -249,8 +250,29 @@ def test_plans_that_measuring_evaluates_are_points() -> None:
     again = dict(measured.measure([(layer, p) for layer, own in network.losses.items() for p in own]))
     problem = replace(measured, measure_on_search=lambda _pairs: again, measured_plans=lambda _pairs: [may, may_not])
     IntegerProgramStrategy(front=True).search(problem)
-    assert network.evaluated[0] == may
+    assert may in network.evaluated
     assert may_not not in network.evaluated
     network.evaluated.clear()
     IntegerProgramStrategy(front=False).search(problem)
     assert network.evaluated[0] != may
+
+
+def test_a_front_that_is_stopped_early_has_plans_everywhere() -> None:
+    """One precision everywhere comes first, before layers are measured; the next few plans lie all along the front."""
+    network = chain(6)
+    evaluated_before: list[int] = []
+
+    def measure(pairs: Sequence[LayerPrecision]) -> dict[LayerPrecision, float]:
+        evaluated_before.append(len(network.evaluated))
+        return {(layer, p): network.losses[layer][p] for layer, p in pairs}
+
+    problem = replace(network.problem(2.5), measure=measure)
+    IntegerProgramStrategy(front=True).search(problem)
+    names = list(network.losses["layer0"])
+    assert network.evaluated[: len(names)] == [dict.fromkeys(network.losses, name) for name in names]
+    assert evaluated_before[0] == len(names)
+    costs = [problem.costs.total(plan) for plan in network.evaluated]
+    first = costs[len(names) : len(names) + 4]
+    third = (max(costs) - min(costs)) / 3
+    assert min(first) < min(costs) + third
+    assert max(first) > min(costs) + 2 * third

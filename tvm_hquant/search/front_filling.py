@@ -54,6 +54,13 @@ def bounds_in_gaps(losses: Sequence[float], step: float, count: int) -> list[flo
     return sorted(bounds, reverse=True)
 
 
+def coarse_to_fine(bounds: Sequence[float]) -> list[float]:
+    """The same bounds in the order of the van der Corput sequence: the first few of them are spread over the whole range."""
+    digits = max(len(bounds) - 1, 1).bit_length()
+    order = sorted(range(len(bounds)), key=lambda n: int(f"{n:0{digits}b}"[::-1], 2))
+    return [bounds[n] for n in order]
+
+
 def most_promising(
     front: Sequence[tuple[float, float]], plans: Sequence[Promise], count: int, step: float
 ) -> list[Promise]:

@@ -2,9 +2,10 @@
 
 1. *Sensitivities*: the smooth loss of the network with one layer alone in a precision, for all of them. For a front they
    are measured on the search samples: those of few calibration samples would be off by a third or a half, and so would
-   the plans. A plan in which one layer alone is quantized is a point of the front as well.
+   the plans. A plan in which one layer alone is quantized is a point of the front as well; before them stand those with one
+   precision everywhere, so that a search that is stopped early has a front to show.
 2. *Sweep*: the integer program (:mod:`~tvm_hquant.search.integer_program`) for bounds on the sum of these losses from the
-   largest to the smallest. Its plans are evaluated jointly.
+   largest to the smallest, the coarsest steps first. Its plans are evaluated jointly.
 3. *Filling*: the joint losses correct the model of the loss (:mod:`~tvm_hquant.search.loss_model`). Then the program is
    solved for bounds between neighbouring points of the front whose losses differ by more than a tenth, and single layers
    of points are changed. Of all plans found so, those are evaluated that by the model leave the front furthest behind, some
@@ -31,7 +32,7 @@ import numpy as np
 from scipy.optimize import isotonic_regression
 
 from tvm_hquant.errors import SearchError
-from tvm_hquant.search.front_filling import Promise, SingleChanges, bounds_in_gaps, most_promising
+from tvm_hquant.search.front_filling import Promise, SingleChanges, bounds_in_gaps, coarse_to_fine, most_promising
 from tvm_hquant.search.integer_program import IntegerProgram
 from tvm_hquant.search.loss_model import LossModel
 from tvm_hquant.search.problem import Assignment, SearchProblem, SearchResult, SearchStep
@@ -111,6 +112,7 @@ class _Search:
 
     def run(self) -> SearchResult:
         if not self._cheapest_suffices():
+            self._evaluate_uniform()
             self._measure()
             self._sweep()
             while self._fill():
@@ -152,6 +154,16 @@ class _Search:
         self._evaluate([cheapest])
         return any(self._keeps(point) for point in self.points.values())
 
+    def _evaluate_uniform(self) -> None:
+        """For a front: each precision in all layers that may have it, the most exact one in the others."""
+        candidates = self.problem.candidates
+        if self.strategy.front and self.problem.levels is None:
+            precisions = dict.fromkeys(precision for own in candidates.values() for precision in own)
+            self._evaluate(
+                {layer: precision if precision in own else own[-1] for layer, own in candidates.items()}
+                for precision in precisions
+            )
+
     def _measure(self) -> None:
         problem = self.problem
         pairs = [(layer, p) for layer, precisions in problem.candidates.items() for p in precisions]
@@ -161,12 +173,11 @@ class _Search:
         self.model = LossModel.of(measure(pairs))
         if measure is not problem.measure and problem.measured_plans is not None and problem.levels is None:
             # What was measured are plans too, where layers may have what stood before and behind the measured one.
-            self._evaluate(
+            self.allowance += self._evaluate(
                 plan
                 for plan in problem.measured_plans(pairs)
                 if all(precision in problem.candidates[layer] for layer, precision in plan.items())
             )
-            self.allowance += len(self.points)
 
     def _sweep(self) -> None:
         """Plans for bounds from none down to the least possible, evenly in their logarithms."""
@@ -185,7 +196,8 @@ class _Search:
             return
         smallest = max(min(positive), 1e-5 * min(largest, sum(positive)))
         largest = largest if math.isfinite(largest) else sum(positive)
-        self._evaluate(self._solve(np.geomspace(largest, smallest, self.strategy.sweep + 2)[1:-1].tolist()))
+        bounds = np.geomspace(largest, smallest, self.strategy.sweep + 2)[1:-1].tolist()
+        self._evaluate(self._solve(coarse_to_fine(bounds)))
 
     # Filling the front.
 
