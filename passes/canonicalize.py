@@ -27,7 +27,8 @@ What each operator looks like afterwards, in NCHW:
 - convolutions and pools of sequences [N, C, W]: those of maps [N, C, 1, W], reshaped before and behind them;
 - transposed convolution: ``R.nn.conv2d``, whose channels are laid out as pixels by reshape, permute_dims, reshape and, where
   pixels are cut off, ``R.strided_slice``; scales, shifts and clamps of these pixels stand before that;
-- dense layer: ``R.matmul(x, W [in, out])``, then ``R.add(…, bias [out])``;
+- dense layer: ``R.matmul(x, W [in, out])``, then ``R.add(…, bias [out])``; several constant matrices, or one on the left:
+  ``R.nn.conv2d`` of maps with one row, in as many groups as there are matrices;
 - batch norm and per-channel constants: folded into the layer before, else a depthwise 1×1 convolution with bias (on
   tensors of other than four axes ``R.multiply`` and ``R.add``);
 - clamps: ``R.nn.relu`` or ``R.clip``, in front of a concat if layers absorb them there, none of what lies within their
@@ -57,6 +58,7 @@ from tvm import IRModule
 from tvm_hquant.relax_ir.canonical_rules import (
     affine,
     clamps,
+    constant_matrices,
     elementwise,
     movement,
     sequences,
@@ -96,6 +98,7 @@ RULES = (
     affine.fold_scale_and_shift,
     affine.fold_scale_before_dense,
     affine.move_factor_behind_matmul,
+    constant_matrices.spell_product_with_constants,
     elementwise.spell_silu,
 )
 

@@ -106,6 +106,27 @@ def affine_cases() -> list[Case]:
     ]
 
 
+def matmul_cases() -> list[Case]:
+    """Products with constant matrices on either side: as many as there are in the batch, one for all, several for each."""
+    heads = random_weights(9, right=(3, 5, 6), left=(3, 6, 4), one=(1, 5, 6), first=(6, 4))
+    spread = random_weights(10, apart=(2, 1, 5, 6))
+
+    def product(name: str, factors: str, operators: str, shape: tuple[int, ...] = (3, 4, 5)) -> Case:
+        weights = {k: v for k, v in (heads | spread).items() if k in factors.split()}
+        return Case(name, onnx_model([node("MatMul", factors, "y")], weights, {"x": shape}), operators)
+
+    turned = "conv2d permute_dims permute_dims reshape reshape"
+    return [
+        product("matrix_for_each", "x right", turned + " reshape reshape"),
+        product("matrix_for_each_of_a_batch", "x right", turned, (2, 3, 4, 5)),
+        product("matrices_for_one", "x right", "matmul permute_dims reshape reshape", (4, 5)),
+        product("matrices_for_some", "x apart", "matmul", (2, 3, 4, 5)),
+        product("matrix_with_an_axis", "x one", "matmul"),
+        product("matrix_on_the_left", "first x", turned),
+        product("matrices_on_the_left", "left x", turned),
+    ]
+
+
 def padding_cases() -> list[Case]:
     pads = {"p": np.array([0, 0, 1, 0, 0, 0, 0, 2])}
     pad = node("Pad", "x p", "q")
@@ -380,6 +401,7 @@ def all_cases() -> list[Case]:
     return [
         *clip_cases(),
         *affine_cases(),
+        *matmul_cases(),
         *padding_cases(),
         *pooling_cases(),
         *sequence_cases(),
