@@ -289,6 +289,31 @@ def movement_cases() -> list[Case]:
     ]
 
 
+def constant_cases() -> list[Case]:
+    weights = random_weights(14, p=(8, 5), q=(5, 8), t=(8,))
+    hidden = [
+        node("MatMul", "p q", "h"),
+        node("Relu", "h", "r"),
+        node("MatMul", "r p", "o"),
+        node("MatMul", "o q", "s"),
+    ]
+    gates = [node("Sigmoid", "s", "g"), node("Tanh", "g", "k"), node("Clip", "k lo hi", "c"), node("Add", "c t", "a")]
+    return [
+        Case(
+            "network_of_weights_alone",
+            onnx_model(
+                [*hidden, *gates, node("Add", "x a", "y")], weights | {"lo": np.float32(0.1), "hi": np.float32(0.6)}
+            ),
+            "add",
+        ),
+        Case(
+            "reduced_weights",
+            onnx_model([node("ReduceSumSquare", "p", "n", axes=[1], keepdims=0), node("Add", "x n", "y")], weights),
+            "add",
+        ),
+    ]
+
+
 def elementwise_cases() -> list[Case]:
     conv = node("Conv", "x w b", "c", pads=[1, 1, 1, 1])
     both = [node("Conv", "x w b", "c"), node("Conv", "x v", "d")]
@@ -406,5 +431,6 @@ def all_cases() -> list[Case]:
         *pooling_cases(),
         *sequence_cases(),
         *movement_cases(),
+        *constant_cases(),
         *elementwise_cases(),
     ]

@@ -21,6 +21,7 @@ from tests.onnx_models import node, onnx_model, onnxruntime_outputs, random_inpu
 from tests.small_models import run_module
 from tvm_hquant.errors import ModelError
 from tvm_hquant.frontend import TensorSignature, import_onnx, import_relax, input_signature, output_signature
+from tvm_hquant.passes.canonicalize import canonicalize
 from tvm_hquant.relax_ir.main_function import read_main
 
 WEIGHTS = random_weights(w=(6, 4, 3, 3), b=(6,))
@@ -115,7 +116,7 @@ def test_one_name_of_a_dimension_means_one_size() -> None:
 @pytest.mark.parametrize(
     ("declared", "options", "message"),
     [
-        (("N", 4, "H", 8), {}, r'dimension 2 \("H"\) of input x.*input_shapes'),
+        (("N", 4, "H", 8), {}, r'dimension 2 \("H"\) of input x.*--input-shapes "x:\[N,4,H,8\]".*input_shapes'),
         ((1, 4, 8, 8), {"input_shapes": {"z": (1,)}}, r"names z, but .* has the inputs x"),
         ((1, 4, 8, 8), {"input_shapes": {"x": (1, 4, 8)}}, r"3 dimensions \(1×4×8\).*it has 4"),
         ((1, 4, 8, 8), {"input_shapes": {"x": (1, 4, 8, 9)}}, r"dimension 3 of input x the size 9.*fixes it to 8"),
@@ -129,6 +130,25 @@ def test_wrong_shapes_are_explained(declared: Any, options: dict[str, Any], mess
     """Each message names the input, the dimension and the option."""
     with pytest.raises(ModelError, match=message):
         import_onnx(onnx_model([CONV], WEIGHTS, {"x": declared}), **options)
+
+
+def test_what_follows_from_shapes_and_numbers_is_constant() -> None:
+    """Exporters compute widths of paddings and write masks with ScatterND: TVM's importer gets their values, of any size."""
+    numbers = {"size": np.int64([6, 64, 64]), "rows": np.int64([[3], [5]]), "twice": np.int64([2, 2])}
+    ones = helper.make_node("ConstantOfShape", ["size"], ["zeros"])
+    nodes = [
+        *(node("Shape", "x", "s"), node("Mul", "s one", "t"), node("Concat", "t t", "wide", axis=0)),
+        *(node("Sub", "wide wide", "none"), node("Pad", "x none", "p")),
+        *(ones, node("Gather", "zeros twice", "z"), node("Cos", "z", "c"), node("ScatterND", "zeros rows c", "mask")),
+        node("Add", "p mask", "y"),
+    ]
+    model = onnx_model(nodes, {**numbers, "one": np.int64(1)}, {"x": ("N", 6, 64, 64)})
+    mod = import_onnx(model)
+    inputs = random_inputs(model)
+    np.testing.assert_array_equal(run_module(mod, *inputs.values())[0], onnxruntime_outputs(model, inputs)[0])
+    main = read_main(canonicalize()(mod))
+    assert [str(value.op.name) for _, value in main.bindings] == ["relax.add"]
+    assert [str(w.name) for w in main.weights] == ["mask"]
 
 
 def _no_outputs() -> Any:
@@ -169,6 +189,16 @@ def _run_time_shape() -> Any:
     return onnx_model([node("NonZero", "x", "y")])
 
 
+def _boxes() -> Any:
+    inputs = {"boxes": (1, 9, 4), "scores": (1, 1, 9)}
+    return onnx_model([node("NonMaxSuppression", "boxes scores most", "y")], {"most": np.int64([3])}, inputs)
+
+
+def _recurrent() -> Any:
+    weights = random_weights(w=(1, 8, 4), r=(1, 8, 2))
+    return onnx_model([node("LSTM", "x w r", "y", hidden_size=2)], weights, {"x": (5, 1, 4)})
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -190,7 +220,9 @@ def _run_time_shape() -> Any:
         (_external_without_path, "keeps weights such as w in another file"),
         (_quantized, "operator QuantizeLinear .* quantized already"),
         (lambda: onnx_model([CONV], random_weights(w=(6, 5, 3, 3), b=(6,))), r"operator Conv .*node_y"),
-        (_run_time_shape, "known only at run time"),
+        (_run_time_shape, r"operator NonZero \(node node_y\).*known only at run time"),
+        (_boxes, r"NonMaxSuppression \(node node_y\).*end the model before it, with the outputs boxes, scores \("),
+        (_recurrent, r"operator LSTM \(node node_y\) is recurrent"),
     ],
 )
 def test_models_that_cannot_be_imported(make: Callable[[], Any], message: str) -> None:

@@ -23,6 +23,9 @@ _CONTRIBUTED_DOMAIN = "com.microsoft"
 _CONTRIBUTED_OPERATORS = ("Gelu", "FastGelu", "BiasGelu", "SkipLayerNormalization", "EmbedLayerNormalization")
 _DROPPED_PREFIX = "onnx::"
 _CONTROL_FLOW = ("If", "Loop", "Scan", "SequenceMap")
+_RECURRENT = ("LSTM", "GRU", "RNN")
+_SIZED_BY_VALUES = ("NonMaxSuppression", "NonZero", "Unique", "Compress")
+_WITHOUT = "onnx.utils.extract_model cuts a file at tensors that it is told"
 _INPUT_TYPES = ("FLOAT", "UINT8", "INT8", "INT32", "INT64", "BOOL")
 
 
@@ -96,6 +99,23 @@ def check_output_shapes(model: Any, label: str) -> None:
             raise ModelError(
                 f"{label}: TVM's importer leaves out the attribute output_shape of ConvTranspose (node {node_label(node)}): "
                 "give pads and output_padding in its place"
+            )
+
+
+def check_sizes(model: Any, label: str) -> None:
+    """Refuses operators whose outputs are as long as the values have it, once what follows from shapes has been folded.
+
+    Raises:
+        ModelError: there is one.
+    """
+    constants = {o for node in model.graph.node if node.op_type == "Constant" for o in node.output}
+    constants |= {"", *(t.name for t in model.graph.initializer)}
+    for node in model.graph.node:
+        if node.op_type in _SIZED_BY_VALUES:
+            found = ", ".join(name for name in node.input if name not in constants)
+            raise ModelError(
+                f"{label}: how many values operator {node.op_type} (node {node_label(node)}) gives is known only at run time: "
+                f"end the model before it, with the outputs {found} ({_WITHOUT}), and do the rest on what it gives"
             )
 
 
@@ -180,7 +200,15 @@ def _check_operators(model: Any, label: str) -> None:
     for node in model.graph.node:
         kind = f"operator {node.op_type} (node {node_label(node)})"
         if node.op_type in _CONTROL_FLOW:
-            raise ModelError(f"{label}: {kind} is control flow, which is not supported: export the model without it")
+            raise ModelError(
+                f"{label}: {kind} is control flow, which is not supported: export the model by tracing it with fixed shapes, "
+                f"or without that part ({_WITHOUT})"
+            )
+        if node.op_type in _RECURRENT:
+            raise ModelError(
+                f"{label}: {kind} is recurrent, which is not supported: export its steps written out for a fixed length "
+                f"(MatMul, Sigmoid, Tanh), or the parts before and behind it as models of their own ({_WITHOUT})"
+            )
         if node.op_type.startswith(("QLinear", "QuantizeLinear", "DequantizeLinear", "DynamicQuantize")) or (
             node.op_type.endswith("Integer")
         ):

@@ -1,8 +1,9 @@
-"""Folds what an ONNX graph computes from shapes alone.
+"""Folds what an ONNX graph computes from shapes and numbers alone.
 
 Exporters write sizes as arithmetic: a channel split is a ``Shape``, a ``Gather``, a division and a ``Slice`` with computed
-ends. Once the inputs have fixed shapes all of that is constant, and TVM's importer, which would make dynamic operators of
-some of it, gets plain numbers.
+ends, the widths of a padding are a ``Concat``, a ``Reshape`` and a ``Transpose``, and a mask of attention is a map of zeros
+into which ``ScatterND`` writes. Once the inputs have fixed shapes all of that is constant, and TVM's importer, which would
+make dynamic operators of some of it, gets plain numbers.
 """
 
 from __future__ import annotations
@@ -20,20 +21,22 @@ from onnx.reference import ReferenceEvaluator
 Array = npt.NDArray[Any]
 
 _LARGEST = 4096
-"""Elements of a value that still is a shape or a list of indices, not a weight."""
+"""Elements of a value in the file that still is a shape or a list of indices, not a weight."""
+_LARGEST_COMPUTED = 2**22
+"""Elements of a value that is computed and kept."""
 _NOT_FOLDED = ("Constant", "RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Multinomial")
 
 
 def fold_shape_computations(model: Any) -> None:
-    """Replaces nodes whose values follow from static shapes by ``Constant`` nodes, in a model proto of our own.
+    """Replaces nodes whose values follow from static shapes and numbers by ``Constant`` nodes, in a model proto of our own.
 
-    Values of at most 4096 integers or truth values count, and lone floats between them. Inputs must have their shapes. A
-    model without a ``Shape`` node stays as it is.
+    What the file gives counts where it is at most 4096 integers or truth values, or a lone float; what is computed of that
+    counts whatever it is. Tensors of floats are weights, which keep their names. Inputs must have their shapes.
     """
     graph = model.graph
-    while any(node.op_type == "Shape" for node in graph.node):
-        shapes = _static_shapes(model)
-        known = _small_constants(graph)
+    known = _small_constants(graph)
+    while True:
+        shapes = _static_shapes(model) if any(node.op_type == "Shape" for node in graph.node) else {}
         folded = False
         for index, node in enumerate(graph.node):
             value = _value(node, known, shapes, model.opset_import)
@@ -43,7 +46,8 @@ def fold_shape_computations(model: Any) -> None:
             tensor = onnx.numpy_helper.from_array(value, node.output[0])
             graph.node[index].CopyFrom(onnx.helper.make_node("Constant", [], [node.output[0]], value=tensor))
             folded = True
-        if not folded:
+        # What has been folded may be the sizes of further tensors.
+        if not folded or not shapes:
             return
 
 
@@ -79,6 +83,8 @@ def _is_index(value: Array) -> bool:
 def _value(node: Any, known: dict[str, Array], shapes: Mapping[str, tuple[int, ...]], opsets: Any) -> Array | None:
     """What a node computes, or None where that is not known or no value of this kind."""
     if node.op_type == "Constant":
+        if node.output[0] in known:
+            return None
         value = ReferenceEvaluator(_alone(node, opsets)).run(None, {})[0]
         if _is_index(np.asarray(value)):
             known[node.output[0]] = np.asarray(value)
@@ -93,7 +99,7 @@ def _value(node: Any, known: dict[str, Array], shapes: Mapping[str, tuple[int, .
     if not node.input or any(name and name not in known for name in node.input):
         return None
     value = np.asarray(ReferenceEvaluator(_alone(node, opsets)).run(None, {i: known[i] for i in node.input if i})[0])
-    return value if _is_index(value) else None
+    return value if value.size <= _LARGEST_COMPUTED else None
 
 
 def _alone(node: Any, opsets: Any) -> Any:

@@ -17,7 +17,14 @@ from tvm import IRModule
 from tvm.relax.frontend.onnx import from_onnx
 
 from tvm_hquant.errors import ModelError
-from tvm_hquant.frontend.onnx_file import check_output_shapes, check_structure, model_inputs, node_label, read_onnx
+from tvm_hquant.frontend.onnx_file import (
+    check_output_shapes,
+    check_sizes,
+    check_structure,
+    model_inputs,
+    node_label,
+    read_onnx,
+)
 from tvm_hquant.frontend.onnx_folding import fold_shape_computations
 from tvm_hquant.frontend.onnx_shapes import fixed_input_shapes, with_fixed_inputs
 from tvm_hquant.frontend.relax_import import check_static
@@ -38,7 +45,8 @@ def import_onnx(
 
     Raises:
         ModelError: the file is missing or damaged, a shape is open or contradicts the file, or the model holds what cannot
-            be imported: opset below 9, control flow, quantized operators, operators without an importer.
+            be imported: opset below 9, control flow, recurrent and quantized operators, outputs whose size depends on
+            values, operators without an importer.
     """
     proto, label = read_onnx(model)
     shapes = fixed_input_shapes(proto, label, input_shapes, batch)
@@ -46,6 +54,7 @@ def import_onnx(
     check_structure(proto, label)
     check_output_shapes(proto, label)
     fold_shape_computations(proto)
+    check_sizes(proto, label)
     _sort_weights_from_constants(proto.graph)
     inputs = [i.name for i in model_inputs(proto.graph)]
     outputs = [o.name for o in proto.graph.output]

@@ -108,7 +108,11 @@ def _resolved(
     if given is not None:
         return tuple(int(s) for s in given)
     dimensions = _dimensions(value)
-    hint = f'say its shape with input_shapes={{"{value.name}": (…)}}'
+    template = "…" if dimensions is None else ",".join(str(d or "?") for d in dimensions)
+    hint = (
+        f'say its shape with --input-shapes "{value.name}:[{template}]", all sizes as numbers (in Python input_shapes={{'
+        f'"{value.name}": (…)}})'
+    )
     if dimensions is None:
         raise ModelError(f"{label} does not say how many dimensions input {value.name} has: {hint}")
     result: list[int] = []

@@ -91,12 +91,15 @@ class Graph:
             number += 1
         return f"{kind}_{number}.weight"
 
-    def constant_like(self, values: Array, sources: Sequence[Any]) -> Any:
-        """What a computation on constants gives: a weight under the name of the first named source, else a constant."""
+    def constant_like(self, values: Array, sources: Sequence[Any], dtype: str = "float32") -> Any:
+        """What a computation on constants gives: a weight under the name of the first named source, else a constant.
+
+        ``values`` may be float64 for float32, as in :meth:`weight`.
+        """
         named = next((s for s in sources if isinstance(s, relax.Var)), None)
         if named is None or values.ndim == 0:
-            return relax.const(values, str(values.dtype))
-        return self.weight(values, str(named.name), str(values.dtype))
+            return relax.const(values.astype(dtype), dtype)
+        return self.weight(values, str(named.name), dtype)
 
 
 def rewrite(mod: IRModule, rules: Sequence[Rule]) -> IRModule:
@@ -154,7 +157,9 @@ def _folded(expression: Any, graph: Graph) -> Any | None:
     if not isinstance(expression, relax.Call) or not isinstance(expression.ty, relax.TensorType):
         return None
     values = evaluate(expression, graph.array)
-    return None if values is None else graph.constant_like(values, list(variables(expression)))
+    if values is None:
+        return None
+    return graph.constant_like(values, list(variables(expression)), str(expression.ty.dtype))
 
 
 def _is_leaf(expression: Any) -> bool:

@@ -75,10 +75,13 @@ def _limit(value: Any, variables: list[Any], function: Any) -> ElementwiseLimit 
 
 def _pad(store: Any, variables: list[Any], function: Any) -> ConstantPad | None:
     value = store.value
+    buffers = list(function.params)
+    if isinstance(value, TensorLoad) and len(buffers) == 2 and value.source.same_as(buffers[0]):
+        nothing = (0,) * len(variables)
+        return ConstantPad(nothing, nothing, 0.0) if _is_identity(value.indices, variables) else None
     if not (isinstance(value, Call) and getattr(value.op, "name", "") == "prim.if_then_else"):
         return None
     condition, inside, outside = value.args
-    buffers = list(function.params)
     if len(buffers) != 2 or not isinstance(outside, (tirx.FloatImm, tirx.IntImm)):
         return None
     if not (isinstance(inside, TensorLoad) and inside.source.same_as(buffers[0])):
