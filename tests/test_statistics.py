@@ -8,7 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from tvm_hquant.statistics import bootstrap_interval, factor_upper_bound, paired_difference_interval, wilson_interval
+from tvm_hquant.statistics import (
+    bootstrap_interval,
+    factor_upper_bound,
+    paired_difference_interval,
+    proportion_upper_bound,
+    wilson_interval,
+)
 
 
 def table(both: int, only_first: int, only_second: int, neither: int) -> tuple[np.ndarray, np.ndarray]:
@@ -96,6 +102,27 @@ def test_upper_bound_by_a_factor() -> None:
     assert factor_upper_bound([1.0, np.inf], np.mean) == np.inf
 
 
+def test_upper_bound_needs_more_than_one_sample() -> None:
+    """One sample has no scatter that would show; two have little, and the bound allows for that."""
+    assert factor_upper_bound([0.3], np.mean) == np.inf
+    assert factor_upper_bound([0.0], np.mean) == 0.0
+    random = np.random.default_rng(0)
+    draws = random.lognormal(sigma=0.5, size=(300, 2))
+    bounds = [factor_upper_bound(values, np.mean, seed=n) for n, values in enumerate(draws)]
+    assert np.mean(np.array(bounds) >= np.exp(0.125)) >= 0.8
+
+
+def test_upper_bound_of_a_proportion() -> None:
+    """None of n is no proof of never: the rule of three. Against SciPy's two-sided interval, and how often it holds."""
+    assert proportion_upper_bound(0, 50) == pytest.approx(1 - 0.1 ** (1 / 50))
+    assert proportion_upper_bound(0, 100, 0.95) == pytest.approx(3 / 100, rel=0.02)
+    assert proportion_upper_bound(7, 7) == 1.0
+    both_sides = stats.binomtest(3, 40).proportion_ci(0.8, method="exact")
+    assert proportion_upper_bound(3, 40) == pytest.approx(both_sides.high)
+    drawn = np.random.default_rng(0).binomial(50, 0.03, 2000)
+    assert np.mean([proportion_upper_bound(int(k), 50) >= 0.03 for k in drawn]) >= 0.9
+
+
 def test_wrong_arguments() -> None:
     """Mistakes of the caller are told at once."""
     with pytest.raises(ValueError, match="5 successes of 4"):
@@ -112,3 +139,5 @@ def test_wrong_arguments() -> None:
         factor_upper_bound([], np.mean)
     with pytest.raises(ValueError, match=r"confidence 0\.1"):
         factor_upper_bound([1.0], np.mean, 0.1)
+    with pytest.raises(ValueError, match="3 successes of 2"):
+        proportion_upper_bound(3, 2)

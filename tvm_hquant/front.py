@@ -6,7 +6,6 @@ search does not see, and measured times, come at its end.
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 import time
@@ -19,6 +18,7 @@ from tvm_hquant.atomic_file import write_at_once
 from tvm_hquant.cost.plan_costs import plan_costs
 from tvm_hquant.cost.predicted import weight_bytes
 from tvm_hquant.front_plot import draw_front
+from tvm_hquant.json_text import json_text
 from tvm_hquant.plan import LayerDecision, PrecisionPlan
 from tvm_hquant.planning import make_plan, stored_bits_of, with_stored_bits
 from tvm_hquant.precision import parse_precision
@@ -31,7 +31,7 @@ from tvm_hquant.simulator.program import Program
 
 @dataclass(frozen=True)
 class FrontPoint:
-    """One plan of the front, as ``front.json`` lists it.
+    """One plan of the front, as ``front.json`` lists it, with null for an infinite loss: an output was not finite.
 
     Attributes:
         plan: name of the plan's file in the folder.
@@ -69,7 +69,10 @@ class FrontPoint:
 
 @dataclass(frozen=True)
 class Front:
-    """A whole front: its points, the cheapest first, which of them is the best for the budget, and what the budget was."""
+    """A whole front: its points, the cheapest first, which of them is the best for the budget, and what the budget was.
+
+    ``remark`` says what a user has to know of the answer, such as that there are too few samples for it.
+    """
 
     points: tuple[FrontPoint, ...]
     best: FrontPoint
@@ -78,6 +81,7 @@ class Front:
     metric: str
     objective: str
     strategy: str
+    remark: str = ""
 
 
 class FrontWriter:
@@ -143,6 +147,7 @@ class FrontWriter:
             quantizer.metric.name,
             options.objective,
             self._strategy,
+            result.remark,
         )
         draw_front(made, self._folder / "front.png")
         return made
@@ -206,4 +211,4 @@ class FrontWriter:
 
 
 def _text(points: Sequence[FrontPoint]) -> str:
-    return json.dumps([asdict(point) for point in points], indent=1) + "\n"
+    return json_text([asdict(point) for point in points])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,8 +32,14 @@ def draw_front(front: Front, path: Path) -> None:
         ("search samples", [p.loss for p in front.points], [p.loss_interval for p in front.points]),
         ("held-out samples", [p.holdout_loss for p in front.points], [p.holdout_interval for p in front.points]),
     ):
-        shown = [(c, l, i) for c, l, i in zip(costs, losses, intervals, strict=True) if l is not None and i is not None]
-        errors = [[max(0.0, l - i[0]) for _, l, i in shown], [max(0.0, i[1] - l) for _, l, i in shown]]
+        known = [(c, l, i) for c, l, i in zip(costs, losses, intervals, strict=True) if l is not None and i is not None]
+        # A loss without end is no point; an interval without end is drawn as long as the largest loss.
+        shown = [(c, l, i) for c, l, i in known if math.isfinite(l)]
+        largest = max((l for _, l, _ in shown), default=0.0)
+        errors = [
+            [max(0.0, l - i[0]) for _, l, i in shown],
+            [max(0.0, (i[1] if math.isfinite(i[1]) else largest) - l) for _, l, i in shown],
+        ]
         axes.errorbar([c for c, _, _ in shown], [l for _, l, _ in shown], errors, label=label, marker="o", capsize=2)
     if front.metric == "top1":
         axes.plot(costs, [point.expected_loss for point in front.points], color="black", label="expected by the search")

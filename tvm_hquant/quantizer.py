@@ -259,13 +259,14 @@ class Quantizer:
         decided = {
             layer.name: self._with_rules(layer, result.decisions[layer.name]) for layer in self.session.graph.anchors
         }
-        return replace(result, decisions={**result.decisions, **decided})
+        remark = self._losses[-1].remark(self.options.max_drop) if isinstance(strategy, CheckingStrategy) else ""
+        return replace(result, decisions={**result.decisions, **decided}, remark=remark)
 
     def _with_rules(self, layer: Layer, decision: LayerDecision) -> LayerDecision:
         """A search's decision with the reason that lies before the search: the user, the spec, or a missing kernel."""
         if self.rules.fixed(layer) is not None:
             return replace(decision, reason="chosen by the user", detail="")
-        refusal = self.rules.refused(layer) if decision.reason == "within budget" else None
+        refusal = self.rules.refused(layer) if decision.reason in ("within budget", "no kernel") else None
         return decision if refusal is None else replace(decision, reason=refusal.reason, detail=refusal.detail)
 
     def _keep(
@@ -337,6 +338,7 @@ class Quantizer:
             tuple(self._layer_report(plan, layer) for layer in session.graph.layers),
             kinds,
             self.rules.unused(),
+            result.remark if result else "",
         )
 
     def _uniform(self, precision: Precision) -> tuple[Program, str]:

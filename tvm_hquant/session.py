@@ -40,7 +40,11 @@ FLOAT16_LARGEST = 65504.0
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why a layer cannot have a precision. ``reason`` is ``no kernel`` or ``the spec forbids``; ``detail`` says more."""
+    """Why a layer cannot have a precision; ``detail`` says more.
+
+    ``reason`` is ``the spec forbids`` where a rule of the spec does, and ``no kernel`` where nothing computes it: no unit
+    offers it, or the layer's values do not fit it.
+    """
 
     reason: str
     detail: str
@@ -225,9 +229,13 @@ class QuantizationSession:
 
     def refusal(self, layer: Layer, precision: Precision) -> Refusal | None:
         """Why a layer cannot be deployed in a precision, or None."""
-        against = self.spec.reason_against(precision.name, layer.operator_kind, layer.name)
+        asked = (precision.name, layer.operator_kind, layer.name)
+        forbidden = self.spec.rule_against(*asked)
+        if forbidden is not None:
+            return Refusal("the spec forbids", forbidden)
+        against = self.spec.reason_against(*asked)
         if against is not None:
-            return Refusal("the spec forbids" if precision.is_realized else "no kernel", against)
+            return Refusal("no kernel", against)
         impossible = self.impossible(layer, precision)
         return Refusal("no kernel", impossible) if impossible is not None else None
 

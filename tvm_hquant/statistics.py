@@ -12,6 +12,9 @@ from scipy import stats
 
 Floats = npt.NDArray[np.float64]
 
+_LARGEST_LOGARITHM = 500.0
+"""Of a factor; exp of more than 709 is no float64."""
+
 
 class Interval(NamedTuple):
     """An estimate with the bounds of its confidence interval."""
@@ -97,6 +100,20 @@ def bootstrap_interval(
     return Interval(statistic(rows), float(low), float(high))
 
 
+def proportion_upper_bound(successes: int, count: int, confidence: float = 0.9) -> float:
+    """What a proportion is below with some confidence, exactly (C. Clopper, E. Pearson, Biometrika 26, 1934), one-sided.
+
+    Of none in n trials it is 1 − (1 − confidence)^(1 / n): nearly 2.3 / n for 90 %, and 3 / n for 95 % (the rule of three).
+
+    Raises:
+        ValueError: no trials, more successes than trials, or a confidence outside 0.5 … 1.
+    """
+    if not 0 <= successes <= count or count == 0:
+        raise ValueError(f"{successes} successes of {count} trials")
+    _check_confidence(confidence)
+    return 1.0 if successes == count else float(stats.beta.ppf(confidence, successes + 1, count - successes))
+
+
 def factor_upper_bound(
     values: npt.ArrayLike,
     statistic: Callable[[Floats], float],
@@ -106,10 +123,12 @@ def factor_upper_bound(
 ) -> float:
     """What a statistic that is never negative is below with some confidence, by the bootstrap of its logarithm.
 
-    estimate · exp(z · s), z being the quantile of the normal distribution and s the standard deviation of the logarithm over
-    resamples: the error is a factor. Percentiles of resamples lie lower, too low where what raises the statistic are rare
-    samples: where the given ones have too few of those, resamples have few too. A resample of n rows whose statistic is
-    less than the n-th part of the estimate counts as having that.
+    estimate · exp(t · s · √(n / (n − 1))), t being the quantile of Student's distribution with n − 1 degrees of freedom and s
+    the standard deviation of the logarithm over resamples of the n rows: the error is a factor. Resamples scatter round the
+    mean of these rows, so too little, by that root; one row says nothing of how others scatter, and its bound is infinite.
+    Percentiles of resamples lie lower, too low where what raises the statistic are rare samples: where the given ones have
+    too few of those, resamples have few too. A resample of n rows whose statistic is less than the n-th part of the estimate
+    counts as having that.
 
     Args:
         values: [samples] or [samples, columns]; rows are drawn with replacement.
@@ -120,13 +139,22 @@ def factor_upper_bound(
         ValueError: no samples, or a confidence outside 0.5 … 1.
     """
     rows = _rows(values)
-    if not 0.5 <= confidence < 1:
-        raise ValueError(f"confidence {confidence} is not between 0.5 and 1")
-    estimate = statistic(rows)
+    _check_confidence(confidence)
+    estimate, count = statistic(rows), len(rows)
     if estimate <= 0 or not math.isfinite(estimate):
         return estimate
-    drawn = np.maximum(_resampled(rows, statistic, seed, resamples), estimate / len(rows))
-    return estimate * math.exp(float(stats.norm.ppf(confidence)) * float(np.std(np.log(drawn))))
+    if count == 1:
+        return math.inf
+    drawn = np.maximum(_resampled(rows, statistic, seed, resamples), estimate / count)
+    if not np.isfinite(drawn).all():
+        return math.inf
+    deviation = float(np.std(np.log(drawn))) * math.sqrt(count / (count - 1))
+    return estimate * math.exp(min(float(stats.t.ppf(confidence, count - 1)) * deviation, _LARGEST_LOGARITHM))
+
+
+def _check_confidence(confidence: float) -> None:
+    if not 0.5 <= confidence < 1:
+        raise ValueError(f"confidence {confidence} is not between 0.5 and 1")
 
 
 def _rows(values: npt.ArrayLike) -> Floats:

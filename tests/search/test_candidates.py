@@ -13,7 +13,7 @@ from tvm_hquant.plan import LayerDecision
 from tvm_hquant.planning import make_plan
 from tvm_hquant.precision import parse_precision
 from tvm_hquant.search.candidates import CandidateRules
-from tvm_hquant.session import QuantizationSession
+from tvm_hquant.session import QuantizationSession, Refusal
 from tvm_hquant.target_spec import load_target_spec
 
 NARROW = ("a8w8", "a8w7", "a8w6", "a8w5", "a8w4")
@@ -65,6 +65,17 @@ def test_a_fixed_precision_is_the_only_one(name: str) -> None:
     session = session_for("x86-64-avx2")
     layer = layer_of(session, "depthwise_conv2d")
     assert CandidateRules(session, fixed={layer.name: name}).of(layer) == (name,)
+
+
+def test_what_no_unit_lists_is_not_forbidden() -> None:
+    """A reason tells people where to look: at the rules of the spec, or at what computes there."""
+    c_source, npu = session_for("c-source"), session_for("generic-int8-npu")
+    missing = CandidateRules(c_source, ("float16", "float32")).refused(layer_of(c_source, "conv2d"))
+    assert missing == Refusal("no kernel", "no unit of c-source computes conv2d in float16")
+    forbidden = CandidateRules(npu, ("bfloat16",)).refused(layer_of(npu, "conv2d"))
+    assert forbidden is not None
+    assert forbidden.reason == "the spec forbids"
+    assert CandidateRules(c_source, ("a8w8", "float32")).refused(layer_of(c_source, "conv2d")) is None
 
 
 @pytest.mark.parametrize("objective", ["size", "macs", "latency"])

@@ -193,10 +193,10 @@ def test_deterministic(budget: float) -> None:
 
 
 def test_uniform_falls_back_to_the_most_exact_candidate() -> None:
-    """A layer that may not have the wanted precision says that the spec forbids it."""
+    """A layer that may not have the wanted precision says so; why, those know who gave it its candidates."""
     model = AdditiveModel({"a": {LOW: 1.0, EXACT: 0.0}, "b": {HIGH: 2.0, EXACT: 0.0}})
     result = UniformStrategy(LOW).search(model.problem(1.0))
     assert precisions(result) == {"a": LOW, "b": EXACT}
-    assert result.decisions["b"].reason == "the spec forbids"
+    assert result.decisions["b"].reason == "no kernel"
     assert (result.loss, result.within_budget) == (1.0, True)
     assert result.steps[0].cost == COST[LOW] + COST[EXACT]

@@ -65,6 +65,44 @@ def test_upper_bound_is_above_the_loss_and_shrinks_with_samples() -> None:
     assert plan_scores(np.nan).upper_bound() == np.inf
 
 
+def test_no_change_seen_in_few_samples_is_no_proof() -> None:
+    """Noise that changes no class of these samples may change others: the fewer samples, the more is allowed for."""
+    bounds = [plan_scores(1e-3, count).upper_bound() for count in (5, 20, 80)]
+    assert [plan_scores(1e-3, count).loss() for count in (5, 20, 80)] == [0.0, 0.0, 0.0]
+    assert bounds[0] > 0.02
+    assert bounds == sorted(bounds, reverse=True)
+    assert bounds[2] < 0.01
+    agreement = MetricAccumulator(METRICS["agreement"]).with_scores([Score(1.0, 1.0)] * 50)
+    smooth = MetricAccumulator(METRICS["kl"]).with_scores([Score(0.0, 1e-6)] * 50)
+    assert PlanScores((agreement,), smooth).upper_bound() == pytest.approx(1 - 0.1 ** (1 / 50))
+
+
+@pytest.mark.parametrize("metric", ["kl", "mse", "sqnr", "top1", "agreement"])
+def test_one_sample_proves_nothing(metric: str) -> None:
+    """Whatever the metric, a budget is not surely kept for one sample that keeps it."""
+    scores = plan_scores(0.1, 1) if metric == "top1" else measured_in(metric, 1)
+    assert scores.upper_bound() > scores.loss()
+    assert scores.upper_bound() >= 0.1
+
+
+def test_upper_bound_in_decibels() -> None:
+    """Noise over signal has an error that is a factor; the float model's own outputs are the end of the scale."""
+    few, many = measured_in("sqnr", 20), measured_in("sqnr", 500)
+    assert 0 < many.upper_bound() - many.loss() < few.upper_bound() - few.loss() < 10
+    assert measured_in("sqnr", 20, 0.0).upper_bound() == 0.0
+
+
+def measured_in(name: str, count: int, size: float = 0.1) -> PlanScores:
+    """Scores in a metric without labels."""
+    logits, _ = drawn(count, 1.0, 0)
+    noises = size * np.random.default_rng(1).normal(size=logits.shape)
+    metric = METRICS[name]
+    scores = MetricAccumulator(metric).with_scores(
+        metric.score((f,), (f + d,)) for f, d in zip(logits, noises, strict=True)
+    )
+    return PlanScores((scores,), scores)
+
+
 def test_upper_bound_mostly_holds() -> None:
     """The half point that is to be expected from many samples is below the bound of 50 in nine of ten draws."""
     truth = plan_scores(0.2, 4000, 100).loss()

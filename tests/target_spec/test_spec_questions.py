@@ -29,6 +29,7 @@ def test_no_unit() -> None:
     """Protects the reason shown where hardware lacks something."""
     assert spec().reason_against("float16", "conv2d") == "no unit of board computes conv2d in float16"
     assert spec().reason_against("a8w8", "softmax") == "no unit of board computes softmax in a8w8"
+    assert spec().rule_against("a8w8", "softmax") is None, "what no unit lists is no rule"
     assert spec().offered_precisions("softmax") == ("float32",)
 
 
@@ -74,6 +75,7 @@ def test_symmetric_only() -> None:
     board = spec(rules={"symmetric_activations_only": True})
     assert board.offered_precisions("conv2d") == ("int8", "float32", "w8")
     assert "symmetric" in str(board.reason_against("a16w8", "conv2d"))
+    assert board.rule_against("a16w8", "conv2d") == board.reason_against("a16w8", "conv2d")
 
 
 def test_fastest_unit_counts() -> None:

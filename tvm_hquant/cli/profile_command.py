@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -210,5 +209,7 @@ def _check_writable(output: Path | None) -> None:
 
 
 def _write(output: Path | None, document: dict[str, Any]) -> None:
+    from tvm_hquant.json_text import json_text
+
     if output is not None:
-        output.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        output.write_text(json_text(document), encoding="utf-8")

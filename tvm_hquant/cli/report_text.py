@@ -42,6 +42,8 @@ def print_report(report: QuantizationReport, verbose: bool) -> None:
     kinds = ", ".join(f"{count} {kind}" for kind, count in report.conversions.items()) or "none"
     because = f", {promoted} of them promoted as sensitive" if promoted else ""
     typer.echo(f"layers with weights: {named}{because}; casts: {kinds}")
+    if report.remark:
+        typer.echo(f"warning: {report.remark}", err=True)
     plan = report.rows[-1]
     if report.within_budget and report.max_drop is not None and plan.loss.estimate > report.max_drop:
         typer.echo(

@@ -142,6 +142,8 @@ def search_command(
     typer.echo(
         f"wrote {output}: 'hquant compile {model} --plan {output / 'best.json'} -o FOLDER' compiles the best plan"
     )
+    if front.remark:
+        typer.echo(f"warning: {front.remark}", err=True)
     if not front.within_budget:
         sys.stdout.flush()
         typer.echo("hquant: no plan kept the loss budget: best.json is the best one that was found", err=True)

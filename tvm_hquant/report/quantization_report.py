@@ -63,7 +63,7 @@ class QuantizationReport:
     """The whole report.
 
     ``rows`` starts with the float model and ends with the plan that was made. ``within_budget`` is None where no budget was
-    searched for.
+    searched for. ``remark`` is that of the search.
     """
 
     model: str
@@ -76,6 +76,7 @@ class QuantizationReport:
     layers: tuple[LayerReport, ...]
     conversions: Mapping[str, int]
     unused_rules: tuple[str, ...] = ()
+    remark: str = ""
 
     def to_jsonable(self) -> dict[str, Any]:
         """Plain lists and dicts."""

@@ -9,7 +9,7 @@ from functools import cached_property
 from tvm_hquant.cost.predicted import predicted_cycles, weight_bytes
 from tvm_hquant.errors import PrecisionError
 from tvm_hquant.layers import Layer
-from tvm_hquant.precision import Precision, parse_precision
+from tvm_hquant.precision import FLOAT32, Precision, parse_precision
 from tvm_hquant.session import QuantizationSession, Refusal
 
 HIERARCHY: tuple[str, ...] = ("a8w8", "int8", "a16w8", "float16", "bfloat16", "a16w16", "float32")
@@ -112,9 +112,13 @@ class CandidateRules:
         return None
 
     def refused(self, layer: Layer) -> Refusal | None:
-        """Why a layer may have none of the integer precisions that are chosen from; None if it may have one, or none is."""
-        integers = [precision for name in self._precisions if (precision := parse_precision(name)).is_integer]
-        refusals = [self._refusal(layer, precision) for precision in integers]
+        """Why a layer may have none of the integer precisions that are chosen from; None if it may have one.
+
+        Where none of them are integer, of all but float32.
+        """
+        low = [precision for name in self._precisions if (precision := parse_precision(name)) != FLOAT32]
+        integers = [precision for precision in low if precision.is_integer]
+        refusals = [self._refusal(layer, precision) for precision in integers or low]
         return refusals[0] if refusals and all(refusals) else None
 
     def unused(self) -> tuple[str, ...]:

@@ -22,6 +22,10 @@ the measured drop where half a point is lost, and half of it where 16 points are
 was right within a fifth. Where much is lost, classes behind the second
 one count too, and the expectation is too low. But there the measurement itself says much: never is less expected than the
 lower bound of the measured drop's 95 % interval.
+
+How much it may be (:func:`drop_upper_bound`): the error is a factor, found by the bootstrap, as long as some noise exceeds some
+lead. Where none of n samples' noises exceeds any lead, resamples have nothing to say. Then, with confidence c, no more than
+1 − (1 − c)^(1/n) of the classes change, and first those of the smallest lead; so as much is always allowed for.
 """
 
 from __future__ import annotations
@@ -30,6 +34,7 @@ import numpy as np
 
 from tvm_hquant.simulator.margins import SCORED
 from tvm_hquant.simulator.metrics import Floats, Metric, MetricAccumulator
+from tvm_hquant.statistics import factor_upper_bound, proportion_upper_bound
 
 SCORES: tuple[Metric, ...] = (SCORED["top1"], SCORED["margin"], SCORED["preference"])
 """What :func:`expected_drop` needs to know of a plan, in this order."""
@@ -41,11 +46,27 @@ def expected_drop(top1: MetricAccumulator, margin: MetricAccumulator, preference
     return max(expected, top1.loss_interval().low)
 
 
+def drop_upper_bound(margins: Floats, preferences: Floats, confidence: float = 0.9, seed: int = 0) -> float:
+    """What :func:`drop_by_margins` is below with some confidence, from the same arguments; 0 where no lead differs at all."""
+    leads, quantized = margins.T
+    if np.array_equal(leads, quantized):
+        return 0.0
+    both = np.stack([margins, preferences], axis=1)
+    bound = factor_upper_bound(both, lambda rows: drop_by_margins(rows[:, 0], rows[:, 1]), confidence, seed)
+    # A change costs what it costs where it is likeliest; from few samples κ may be anything, so it counts as 1 at least.
+    cost = float(preferences[np.argmin(leads), 0]) * max(1.0, _calibration(preferences))
+    return max(bound, proportion_upper_bound(0, len(leads), confidence) * cost)
+
+
 def drop_by_margins(margins: Floats, preferences: Floats) -> float:
     """The mean of f_i·κ·(p₁ − p₂)_i; both arguments are float64 [samples, 2], as their metrics score. Never below 0."""
     leads, quantized = margins.T
-    sure, right = preferences.T
     noises = np.sort(quantized - leads)
     changes = np.searchsorted(noises, -leads, side="left") / len(noises)
-    calibration = max(0.0, float(right.sum())) / max(float(sure.sum()), np.finfo(np.float64).tiny)
-    return max(0.0, float(np.mean(changes * sure)) * calibration)
+    return max(0.0, float(np.mean(changes * preferences[:, 0])) * _calibration(preferences))
+
+
+def _calibration(preferences: Floats) -> float:
+    """κ."""
+    sure, right = preferences.T
+    return max(0.0, float(right.sum())) / max(float(sure.sum()), np.finfo(np.float64).tiny)

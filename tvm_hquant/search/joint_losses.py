@@ -23,22 +23,20 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tvm_hquant.calibration.samples import DataSource
+from tvm_hquant.calibration.samples import DataSource, count_samples
 from tvm_hquant.calibration.split import split_calibration
 from tvm_hquant.precision import parse_precision
-from tvm_hquant.search.expected_drop import SCORES, drop_by_margins, expected_drop
+from tvm_hquant.search.expected_drop import SCORES, drop_upper_bound, expected_drop
 from tvm_hquant.search.problem import Assignment, LayerPrecision
 from tvm_hquant.sensitivity.single_layers import SingleLayerPlans
 from tvm_hquant.session import QuantizationSession
-from tvm_hquant.simulator.metrics import METRICS, Floats, Metric, MetricAccumulator
+from tvm_hquant.simulator.metrics import METRICS, Metric, MetricAccumulator
 from tvm_hquant.simulator.program import Program
-from tvm_hquant.statistics import Interval, bootstrap_interval, factor_upper_bound
+from tvm_hquant.statistics import Interval, proportion_upper_bound
 
 _KEPT_BACK = 1 / 3
-_CONFIDENCE = 0.9
-_RESAMPLES = 200
-_RATIOS = ("top1", "kl", "mse")
-"""Metrics whose losses are never negative and whose errors are factors."""
+CONFIDENCE = 0.9
+"""With which a budget has to hold on what is not seen."""
 
 
 def smooth_metric(metric: Metric) -> Metric:
@@ -82,20 +80,14 @@ class PlanScores:
         return self.smooth.loss
 
     def upper_bound(self, seed: int = 0) -> float:
-        """What :meth:`loss` is below with 90 % confidence: by the bootstrap over samples."""
+        """What :meth:`loss` is below with 90 % confidence; infinite where an output is not finite."""
         own = self.own
-        tables = np.stack([scores.table for scores in own], axis=1)
-        if not np.isfinite(tables).all():
-            return float("inf")
-        metric = own[0].metric
-
-        def loss(rows: Floats) -> float:
-            return drop_by_margins(rows[:, 1], rows[:, 2]) if metric.name == "top1" else metric.loss(rows[:, 0])
-
-        if metric.name in _RATIOS:
-            bound = factor_upper_bound(tables, loss, _CONFIDENCE, seed, _RESAMPLES)
+        if not all(np.isfinite(scores.table).all() for scores in own):
+            return math.inf
+        if own[0].metric.name == "top1":
+            bound = drop_upper_bound(own[1].table, own[2].table, CONFIDENCE, seed)
         else:
-            bound = bootstrap_interval(tables, loss, 2 * _CONFIDENCE - 1, seed, _RESAMPLES).high
+            bound = own[0].loss_upper_bound(CONFIDENCE, seed)
         return max(self.loss(), bound)
 
     @property
@@ -174,13 +166,34 @@ class JointLosses:
         """Smooth losses, on the samples that plans are chosen by, or for a front on all."""
         return [scores.smooth_loss(self._compared_by) for scores in self.scores(assignments)]
 
+    def remark(self, budget: float) -> str:
+        """What keeps any plan but the float model's from keeping a budget: too few samples; nothing else is said."""
+        if self._metric.name != "agreement" or not 0 < budget < 1:
+            return ""
+        count = count_samples(self._samples)
+        if proportion_upper_bound(0, count, CONFIDENCE) <= budget:
+            return ""
+        needed = math.ceil(math.log(1 - CONFIDENCE) / math.log(1 - budget))
+        return (
+            f"{count} search samples cannot show with {CONFIDENCE:.0%} confidence that no more than {budget:g} of all "
+            f"predictions differ, even if none of theirs does: give {2 * needed} evaluation samples (half of them are searched "
+            "with), allow more, or use the metric kl"
+        )
+
     def of_layers(self, pairs: Sequence[LayerPrecision], plans: SingleLayerPlans) -> dict[LayerPrecision, float]:
         """What each layer loses in each precision by the smooth losses of these plans."""
         return plans.losses(pairs, self.smooth_losses)
 
     def checked_losses(self, assignments: Sequence[Assignment]) -> list[float]:
-        """What plans lose at most: the larger of the loss on the samples kept back, and the upper bound on all samples."""
+        """What plans lose at most: the larger of the loss on the samples kept back, and the upper bound on all samples.
+
+        The float model itself loses nothing, however few samples there are.
+        """
+        found = self.scores(assignments)
+        exact = self._session.float_program.digest
         return [
-            max(scores.loss(self._kept_back) if self._kept_back else 0.0, scores.upper_bound(self._seed))
-            for scores in self.scores(assignments)
+            0.0
+            if self._digests[tuple(assignment.items()), None] == exact
+            else max(scores.loss(self._kept_back) if self._kept_back else 0.0, scores.upper_bound(self._seed))
+            for assignment, scores in zip(assignments, found, strict=True)
         ]

@@ -101,13 +101,14 @@ class SearchResult:
 
     A strategy may return one assignment only, but every one that it has evaluated is a point of the Pareto front.
     ``loss`` is the joint loss on the search samples; ``within_budget`` says whether it keeps the budget. ``steps`` lists all
-    evaluations in order.
+    evaluations in order. ``remark`` says what a user has to know of the answer: that there are too few samples for it.
     """
 
     decisions: Mapping[str, LayerDecision]
     loss: float
     within_budget: bool
     steps: tuple[SearchStep, ...]
+    remark: str = ""
 
 
 class SearchStrategy(Protocol):

@@ -23,7 +23,7 @@ class UniformStrategy:
         decisions = {
             layer: LayerDecision(self.precision, "chosen by the user")
             if self.precision in candidates
-            else LayerDecision(candidates[-1], "the spec forbids", f"{self.precision} is not among its precisions")
+            else LayerDecision(candidates[-1], "no kernel", f"{self.precision} is not among its precisions")
             for layer, candidates in problem.candidates.items()
         }
         assignment = {layer: d.precision for layer, d in decisions.items()}

@@ -36,7 +36,14 @@ import numpy.typing as npt
 
 from tvm_hquant.calibration.validation import check_class
 from tvm_hquant.errors import DataError
-from tvm_hquant.statistics import Interval, bootstrap_interval, paired_difference_interval, wilson_interval
+from tvm_hquant.statistics import (
+    Interval,
+    bootstrap_interval,
+    factor_upper_bound,
+    paired_difference_interval,
+    proportion_upper_bound,
+    wilson_interval,
+)
 
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float64]
@@ -47,6 +54,8 @@ EQUAL_SQNR = 150.0
 """Signal to noise ratio in dB from which outputs count as equal: 24 bits of float32 resolve 6.02·24 + 1.76 = 146."""
 
 _SMALLEST_PROBABILITY = 2.0**-24
+_RESAMPLES = 200
+"""For upper bounds, which searches ask for often."""
 
 
 class Score(NamedTuple):
@@ -89,6 +98,10 @@ class Metric(ABC):
         """The loss with its confidence interval; by the bootstrap unless a metric knows better."""
         return bootstrap_interval(scores, self.loss, level, seed)
 
+    def loss_upper_bound(self, scores: Floats, confidence: float = 0.9, seed: int = 0) -> float:
+        """What the loss is below with some confidence; by the bootstrap unless a metric knows better."""
+        return bootstrap_interval(scores, self.loss, 2 * confidence - 1, seed).high
+
 
 class Top1(Metric):
     """Share of samples whose class is the label."""
@@ -114,6 +127,10 @@ class Top1(Metric):
         """By Newcombe's method for paired proportions."""
         return paired_difference_interval(scores[:, 0], scores[:, 1], level)
 
+    def loss_upper_bound(self, scores: Floats, confidence: float = 0.9, seed: int = 0) -> float:
+        """The upper end of Newcombe's interval."""
+        return paired_difference_interval(scores[:, 0], scores[:, 1], 2 * confidence - 1).high
+
 
 class Agreement(Metric):
     """Share of samples with the float model's class."""
@@ -133,6 +150,10 @@ class Agreement(Metric):
     def loss_interval(self, scores: Floats, level: float = 0.95, seed: int = 0) -> Interval:
         """By Wilson's method for a proportion."""
         return wilson_interval(int(np.sum(1.0 - scores[:, 1])), len(scores), level)
+
+    def loss_upper_bound(self, scores: Floats, confidence: float = 0.9, seed: int = 0) -> float:
+        """Clopper and Pearson's: without any disagreement 1 − (1 − confidence)^(1 / samples), not 0."""
+        return proportion_upper_bound(int(np.sum(1.0 - scores[:, 1])), len(scores), confidence)
 
 
 class Divergence(Metric):
@@ -155,6 +176,10 @@ class Divergence(Metric):
     def loss(self, scores: Floats) -> float:
         return self.value(scores)
 
+    def loss_upper_bound(self, scores: Floats, confidence: float = 0.9, seed: int = 0) -> float:
+        """By the bootstrap of the logarithm: the error of a loss that is never negative is a factor."""
+        return factor_upper_bound(scores, self.loss, confidence, seed, _RESAMPLES)
+
 
 class MeanSquaredError(Metric):
     """Mean squared difference of all outputs."""
@@ -170,6 +195,10 @@ class MeanSquaredError(Metric):
 
     def loss(self, scores: Floats) -> float:
         return self.value(scores)
+
+    def loss_upper_bound(self, scores: Floats, confidence: float = 0.9, seed: int = 0) -> float:
+        """By the bootstrap of the logarithm: the error of a loss that is never negative is a factor."""
+        return factor_upper_bound(scores, self.loss, confidence, seed, _RESAMPLES)
 
 
 class SignalToQuantizationNoise(Metric):
@@ -191,6 +220,13 @@ class SignalToQuantizationNoise(Metric):
 
     def loss(self, scores: Floats) -> float:
         return EQUAL_SQNR - min(self.value(scores), EQUAL_SQNR)
+
+    def loss_upper_bound(self, scores: Floats, confidence: float = 0.9, seed: int = 0) -> float:
+        """By the bootstrap of the logarithm of noise over signal, whose error is a factor."""
+        ratio = factor_upper_bound(scores, _noise_over_signal, confidence, seed, _RESAMPLES)
+        if ratio == 0.0 or math.isinf(ratio):
+            return ratio
+        return max(0.0, EQUAL_SQNR + 10.0 * math.log10(ratio))
 
 
 METRICS: dict[str, Metric] = {
@@ -267,6 +303,10 @@ class MetricAccumulator:
     def loss_interval(self, level: float = 0.95, seed: int = 0) -> Interval:
         """The loss with its confidence interval. Raises DataError without samples."""
         return self.metric.loss_interval(self._table(), level, seed)
+
+    def loss_upper_bound(self, confidence: float = 0.9, seed: int = 0) -> float:
+        """What the loss is below with some confidence. Raises DataError without samples."""
+        return self.metric.loss_upper_bound(self._table(), confidence, seed)
 
     def _table(self) -> Floats:
         if not len(self.table):
@@ -350,6 +390,12 @@ def _noises(reference: Floats, rows: Floats) -> Floats:
     noises = np.full(len(rows), np.inf)
     noises[is_finite] = np.sum((rows[is_finite] - reference) ** 2, axis=1)
     return noises
+
+
+def _noise_over_signal(energies: Floats) -> float:
+    """Of samples with the energies of the float outputs and of the differences; infinite where there is noise alone."""
+    signal, noise = energies.sum(axis=0)
+    return 0.0 if noise == 0.0 else math.inf if signal == 0.0 else float(noise / signal)
 
 
 def _mean(values: Floats) -> float:

@@ -99,18 +99,15 @@ class TargetSpec(Table):
         )
         return tuple(name for name in names if self.reason_against(name, operator_kind, layer_name) is None)
 
-    def reason_against(self, precision: str, operator_kind: str, layer_name: str | None = None) -> str | None:
-        """Why a layer cannot have a precision here, for people; None if it can.
+    def rule_against(self, precision: str, operator_kind: str, layer_name: str | None = None) -> str | None:
+        """What the rules say against a precision for a layer, for people; None where they say nothing.
 
         Raises:
             PrecisionError: ``precision`` is no precision.
             TargetSpecError: ``operator_kind`` is no operator kind.
         """
         self._check_operator_kind(operator_kind)
-        asked = parse_precision(precision)
-        if not asked.is_realized:
-            return f"{asked.name} is simulated only: no kernel computes it"
-        wanted = _equivalent(asked, operator_kind)
+        wanted = _equivalent(parse_precision(precision), operator_kind)
         if wanted.arithmetic is not Arithmetic.FLOAT:
             pattern = self._keep_float_pattern(operator_kind, layer_name)
             if pattern is not None:
@@ -120,6 +117,22 @@ class TargetSpec(Table):
                 return f"the spec {self.name} forbids {wanted.name} for {operator_kind}: {entry.reason}"
         if self.rules.symmetric_activations_only and wanted.is_integer and not wanted.symmetric:
             return f"the spec {self.name} allows only symmetric activations, {wanted.name} has zero points; use int8"
+        return None
+
+    def reason_against(self, precision: str, operator_kind: str, layer_name: str | None = None) -> str | None:
+        """Why a layer cannot have a precision here, for people; None if it can.
+
+        Raises:
+            PrecisionError: ``precision`` is no precision.
+            TargetSpecError: ``operator_kind`` is no operator kind.
+        """
+        against = self.rule_against(precision, operator_kind, layer_name)
+        if against is not None:
+            return against
+        asked = parse_precision(precision)
+        if not asked.is_realized:
+            return f"{asked.name} is simulated only: no kernel computes it"
+        wanted = _equivalent(asked, operator_kind)
         if not self._units_for(wanted, operator_kind):
             return f"no unit of {self.name} computes {operator_kind} in {wanted.name}"
         return None
