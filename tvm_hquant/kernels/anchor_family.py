@@ -13,6 +13,7 @@ from tvm_hquant.kernels.convolution.template import conv2d_geometry, conv2d_kern
 from tvm_hquant.kernels.convolution.winograd import winograd_kernel
 from tvm_hquant.kernels.depthwise.floats import float_depthwise_kernel
 from tvm_hquant.kernels.depthwise.interleaved import interleaved_depthwise_kernel
+from tvm_hquant.kernels.depthwise.scaling import scaling_kernel
 from tvm_hquant.kernels.depthwise.template import depthwise_kernel
 from tvm_hquant.kernels.dot_product import DotProduct
 from tvm_hquant.kernels.interface import Kernel, KernelRequest, Tile
@@ -99,7 +100,8 @@ class AnchorFamily:
         if _is_depthwise(request):
             if request.weights != "int8":
                 return float_depthwise_kernel(request, dot, self.name, self.processor)
-            return self._interleaved(request) or depthwise_kernel(request, dot, self.name, self.processor)
+            kernel = self._scaling(request) or self._interleaved(request)
+            return kernel or depthwise_kernel(request, dot, self.name, self.processor)
         return conv2d_kernel(request, dot, self.name, tile, self._code_vectors(request), self.processor)
 
     def _writes_over_residual(self, request: KernelRequest, dot: DotProduct, tile: Tile | None) -> bool:
@@ -137,9 +139,19 @@ class AnchorFamily:
             return self.depthwise(request, self.name, self.processor)
         if self.word_product is None:
             return None
+        return interleaved_depthwise_kernel(request, self._byte_vectors(request), self.name, self.processor)
+
+    def _scaling(self, request: KernelRequest) -> Kernel | None:
+        candidates: list[CodeVectors] = [*self._byte_vectors(request)]
+        if self.codes is not None:
+            candidates.append(self.codes)
+        return scaling_kernel(request, candidates, self.name, self.processor)
+
+    def _byte_vectors(self, request: KernelRequest) -> list[ByteVectors]:
+        if self.word_product is None:
+            return []
         product = self.word_product(request)
-        candidates = [ByteVectors(width, product) for width in self.byte_widths]
-        return interleaved_depthwise_kernel(request, candidates, self.name, self.processor)
+        return [ByteVectors(width, product) for width in self.byte_widths]
 
 
 def _is_depthwise(request: KernelRequest) -> bool:

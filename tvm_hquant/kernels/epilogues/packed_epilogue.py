@@ -102,17 +102,24 @@ class PackedEpilogue:
             per_pixel = width // 16
             order = [pixel * per_pixel + part for part in range(per_pixel) for pixel in range(GROUPS // size)]
             stored = [T.reinterpret(f"uint8x{width}", T.Shuffle(units, order))]
-        codes = T.bind(stored[0])
-        zero = T.broadcast(T.uint8(0), width)
-        exponent = T.reinterpret(f"uint8x{width}", T.broadcast(T.uint16(_BIASED_HIGH_BYTE << 8), width // 2))
-        bias = broadcast(T.Cast("float32", self.zero_points[1] + _BIASED), words)
+        differences = centred_floats(self.vectors, T.bind(stored[0]), self.zero_points[1])
         multiplier = broadcast(self.limits[2], words)
-        sums = []
-        for group, value in enumerate(values):
-            halves = self.vectors.unpack(codes, zero, group // 2, 1)
-            biased = T.reinterpret(f"float32x{words}", self.vectors.unpack(halves, exponent, group % 2, 2))
-            sums.append(p.fma(biased - bias, multiplier, value))
-        return sums
+        return [p.fma(d, multiplier, value) for d, value in zip(differences, values, strict=True)]
+
+
+def centred_floats(vectors: CodeVectors, codes: Expression, zero_point: Expression) -> list[Expression]:
+    """float32 of uint8 codes less a zero point, exactly: four vectors, lanes in the order of :func:`channel_order`."""
+    zero = T.broadcast(T.uint8(0), vectors.width)
+    exponent = T.reinterpret(
+        f"uint8x{vectors.width}", T.broadcast(T.uint16(_BIASED_HIGH_BYTE << 8), vectors.width // 2)
+    )
+    bias = broadcast(T.Cast("float32", zero_point + _BIASED), vectors.words)
+    floats = []
+    for group in range(GROUPS):
+        halves = vectors.unpack(codes, zero, group // 2, 1)
+        biased = T.reinterpret(f"float32x{vectors.words}", vectors.unpack(halves, exponent, group % 2, 2))
+        floats.append(biased - bias)
+    return floats
 
 
 def reinterpret_units(value: Expression, size: int, width: int) -> Expression:
