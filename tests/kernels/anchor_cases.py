@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tvm_hquant import numerics
 from tvm_hquant.kernels.convolution.saturation import centred_products, saturation_free_pairs
 from tvm_hquant.kernels.epilogues.proven_endings import proven_ending
+from tvm_hquant.kernels.instruction_set import load_instruction_set
 from tvm_hquant.kernels.interface import (
     FloatAnchorConstants,
     IntegerAnchorConstants,
@@ -27,6 +28,15 @@ from tvm_hquant.operators import Conv2D, Dense, Epilogue, Window
 from tvm_hquant.tensor_format import STORAGE_DTYPE
 
 HOST = host_instruction_sets()
+
+
+def target_of_host(name: str) -> dict:
+    """What a machine with an instruction set compiles for, as the set declares it."""
+    host = load_instruction_set(name).host
+    assert host is not None
+    return {"kind": "llvm", "mattr": list(host.mattr)} | ({"mcpu": host.mcpu} if host.mcpu else {})
+
+
 TARGETS = {
     "avx512_bf16": {"kind": "llvm", "mcpu": "cooperlake"},
     "avx512_vnni": {"kind": "llvm", "mcpu": "cascadelake"},
@@ -35,6 +45,8 @@ TARGETS = {
     "avx2": {"kind": "llvm", "mcpu": "x86-64-v3"},
     "portable": {"kind": "llvm"},
 }
+_OTHERS = [name for name in HOST if name not in TARGETS]
+TARGETS |= {name: target_of_host(name) for name in _OTHERS}
 _RUNS = {*HOST, *(["avx_vnni"] if "avx512_vnni" in HOST else [])}
 
 
@@ -48,6 +60,9 @@ def families(*names: str) -> list:
 
 FAMILIES = families("avx512_vnni", "avx2", "portable")
 """Families with a kernel for every request."""
+
+AT_HAND = [*FAMILIES, *families(*_OTHERS)]
+"""These, and every other instruction set that this CPU has and that no list here names: one that was just added, too."""
 
 
 def run_kernel(kernel: Kernel, constants, inputs: list[np.ndarray], target: dict) -> np.ndarray:
@@ -121,7 +136,9 @@ def check(
 ) -> Kernel:
     rng = np.random.default_rng(seed)
     request, constants, inputs = random_case(rng, request, weight_limit)
-    kernel = select_kernel(families_for_target((family,), processor), request)
+    # A set that no list here names may leave requests to the next one of a target's list.
+    names = (family, "portable") if family in _OTHERS else (family,)
+    kernel = select_kernel(families_for_target(names, processor), request)
     actual = run_kernel(kernel, constants, inputs, TARGETS[family])
     expected = numerics.evaluate(request, constants, inputs)
     if request.shuffled:
