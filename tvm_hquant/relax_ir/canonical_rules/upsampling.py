@@ -67,6 +67,11 @@ class _Axis:
         """Before and after an input of ``size``; negative where it is cut off."""
         return -self.first, self.positions - size + self.first + (self.taps - 1) * self.dilation
 
+    def reads_nothing(self, size: int) -> bool:
+        """Whether no output gets anything of an input of ``size``."""
+        before, after = self.padding(size)
+        return max(0, -before) + max(0, -after) >= size
+
 
 def _resolve_axis(kernel: int, stride: int, dilation: int, pad: int, output: int) -> _Axis:
     """The axis of a transposed convolution with ``output`` outputs of which ``pad`` are cut off in front."""
@@ -106,6 +111,8 @@ def spell_transposed_convolution(call: Any, graph: Graph) -> Any | None:
         )
         for axis in range(2)
     )  # fmt: skip
+    if any(axis.reads_nothing(size) for axis, size in zip((rows, columns), shape_of(call.args[0])[2:], strict=True)):
+        return None  # All outputs are zeros, and a convolution would read an empty map.
     groups = int(attributes.groups)
     packed = _packed(weights, rows, columns, groups)
     data, pads = _cut_input(call.args[0], [rows, columns], graph)
