@@ -1,16 +1,20 @@
-"""What tiles read comes to the cache before they do: all of it, and not much more."""
+"""Tiles are computed once each, by cores that share the map or its channels; what they read comes to the cache before, and not
+much more."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
+import tvm
 from hypothesis import given
 from hypothesis import strategies as st
+from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
 
-from tvm_hquant.kernels.convolution.template import conv2d_kernel
-from tvm_hquant.kernels.convolution.tile_order import UpcomingElements, elements_ahead
+from tvm_hquant.kernels.convolution.template import conv2d_geometry, conv2d_kernel
+from tvm_hquant.kernels.convolution.tile_order import TileOrder, UpcomingElements, elements_ahead
 from tvm_hquant.kernels.dot_product import FloatDot
 from tvm_hquant.kernels.interface import KernelRequest
 from tvm_hquant.kernels.processor import Processor
@@ -23,6 +27,65 @@ POINTWISE = Conv2D((1, 20, 20, 96), 16, Window((1, 1)))
 
 def request(conv: Conv2D) -> KernelRequest:
     return KernelRequest(conv, ("float32",), "float32", "float32")
+
+
+def order(conv: Conv2D, cores: int) -> TileOrder:
+    return TileOrder(conv2d_geometry(request(conv), DOT, processor=Processor(cores=cores)), cores=cores)
+
+
+@pytest.mark.parametrize(
+    ("conv", "cores", "shares"),
+    [
+        (Conv2D((1, 28, 28, 128), 64, Window((1, 1))), 2, 2),
+        (Conv2D((1, 28, 28, 128), 64, Window((1, 1))), 1, 1),
+        (Conv2D((1, 28, 28, 32), 64, Window((3, 3), padding=(1, 1, 1, 1))), 4, 4),
+        (Conv2D((1, 5, 5, 64), 256, Window((1, 1))), 2, 1),
+        (Conv2D((1, 28, 28, 256), 1024, Window((1, 1))), 2, 1),
+        (Conv2D((1, 7, 7, 64), 32, Window((3, 3))), 2, 1),
+    ],
+    ids=["pixels", "one core", "rows", "more weights than activations", "more weights than cache", "odd rows"],
+)
+def test_cores_share_the_map_where_its_lines_cost_more_than_weights(conv: Conv2D, cores: int, shares: int) -> None:
+    """Protects large maps from going from core to core, and large weights from being read by all of them."""
+    assert order(conv, cores).shares == shares
+
+
+@pytest.mark.parametrize("cores", [1, 2, 3])
+@pytest.mark.parametrize(
+    "conv",
+    [
+        Conv2D((1, 1, 196, 64), 64, Window((1, 1))),
+        Conv2D((2, 12, 13, 16), 48, Window((3, 3), padding=(1, 1, 1, 1))),
+        Conv2D((1, 6, 50, 16), 64, Window((3, 3))),
+    ],
+    ids=["one row", "two images", "long rows"],
+)
+def test_every_tile_is_computed_once(conv: Conv2D, cores: int) -> None:
+    """Protects the results of all layers; the numbers of tiles, which say what to ask for; and cores from unequal shares."""
+    tiles = order(conv, cores)
+    total = tiles.rows * tiles.tiles * tiles.channel_blocks
+    with IRBuilder() as builder, T.prim_func(s_tir=True):
+        found = T.arg("found", T.buffer((total, 5), "int32"))
+        count = T.arg("count", T.buffer((1,), "int32"))
+        with T.serial(tiles.items) as item, tiles.tile_loop(item) as place:
+            for column, value in enumerate((item, place.row, place.tile, place.channel_block, place.number)):
+                T.buffer_store(found, value, [count[0], column])
+            T.buffer_store(count, count[0] + 1, [0])
+    function = builder.get().with_attr("global_symbol", "visit")
+    library = tvm.compile(tvm.IRModule({"visit": function}), target="llvm")
+    rows, number = tvm.runtime.tensor(np.full((total, 5), -1, "int32")), tvm.runtime.tensor(np.zeros(1, "int32"))
+    library["visit"](rows, number)
+    assert number.numpy()[0] == total
+    visited = rows.numpy()
+    assert len(np.unique(visited[:, 1:4], axis=0)) == total
+    assert tiles.shares == cores
+    core = visited[:, 0] * cores // tiles.items
+    for part in (
+        visited[(core == c) & (visited[:, 3] == block)] for c, block in np.ndindex(cores, tiles.channel_blocks)
+    ):
+        np.testing.assert_array_equal(part[:, 4], range(len(part)))
+    of_core = np.bincount(core)
+    assert of_core.max() <= 1.05 * of_core.mean()
 
 
 @given(

@@ -155,8 +155,9 @@ class _Emitter:
         self.geometry = geometry
         needs_copy = geometry.needs_copy(STORAGE_DTYPE[request.inputs[0]])
         self.bands = MapBands(geometry) if needs_copy else None
-        self.order = TileOrder(geometry, self.bands)
         self.work = work(request, geometry.cost)
+        processor = geometry.processor
+        self.order = TileOrder(geometry, self.bands, processor.cores if processor.shares(self.work) else 1)
         self.dot = geometry.dot
         self.is_integer = is_integer
         self.inputs = [flat(b) for b in inputs]

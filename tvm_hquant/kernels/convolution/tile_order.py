@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from math import prod
+from functools import cached_property
+from itertools import pairwise
+from math import gcd, prod
 
 import numpy as np
 from tvm.tirx.script import builder as T
@@ -23,6 +25,11 @@ _DISTANCE = 4096
 """Bytes between the weights that a step reads and those that it asks for, where these are read once."""
 _TILES_PER_ITEM = 8
 """Tiles of one row that a thread takes at a time, at most."""
+_OF_ANOTHER_CORE = 3
+"""Times as long as a cache line from the last cache takes one that another core wrote: 3 ns on a Zen 4. There it
+takes 28 ns to write one that another core has read."""
+_LARGEST_SHARE = 1.05
+"""Pixels of the largest share of the map, at most, over those of an equal one."""
 
 
 @dataclass(frozen=True)
@@ -76,10 +83,12 @@ class UpcomingElements:
 
 @dataclass(frozen=True)
 class TileOrder:
-    """The order of the tiles of a convolution, or of a band of its map, in items that threads share out among themselves."""
+    """The order of the tiles of a convolution, or of a band of its map, in items that so many ``cores`` share out among
+    themselves."""
 
     geometry: AnchorGeometry
     bands: MapBands | None = None
+    cores: int = 1
 
     @property
     def rows(self) -> int:
@@ -97,14 +106,44 @@ class TileOrder:
     def channel_blocks(self) -> int:
         return self.geometry.groups * self.geometry.blocks
 
-    @property
+    @cached_property
+    def shares(self) -> int:
+        """Parts of the map that follow each other, each with all channels: one for every core, or 1 where cores share channels.
+
+        Cores that share channels all read the whole map, most of which others wrote; those that share the map all read the
+        weights, which stay in the last cache for all of them. A single core that computes all shares takes the weights of the
+        second one out of its second-level cache.
+        """
+        weights, l2_bytes = self._weight_bytes, self.geometry.processor.l2_bytes
+        is_possible = self.cores > 1 and self.weights_stay_outside and self.bands is None
+        if not is_possible or weights > min(l2_bytes, _OF_ANOTHER_CORE * self._map_bytes):
+            return 1
+        chunks = self._chunks_of_a_row(self.cores)
+        in_share, left = divmod(self.rows * chunks, self.cores)
+        if left:
+            return 1
+        starts = [self._pixels_before(*divmod(s * in_share, chunks), chunks) for s in range(self.cores + 1)]
+        largest = max(end - start for start, end in pairwise(starts))
+        return self.cores if largest * self.cores <= _LARGEST_SHARE * starts[-1] else 1
+
+    @cached_property
     def _chunks(self) -> int:
         """Items of a row, for one block of channels."""
-        tiles = self.tiles
+        return self._chunks_of_a_row(self.shares)
+
+    def _chunks_of_a_row(self, shares: int) -> int:
+        """As many as make so many shares equal, where a row has so many tiles."""
         is_item_of_a_thread = self.bands is None or not self.bands.shares_bands
         items = self.geometry.processor.fewest_items if is_item_of_a_thread else 1
-        most = max(1, min(_TILES_PER_ITEM, tiles * self.rows * self.channel_blocks // items))
-        return -(-tiles // most)
+        most = max(1, min(_TILES_PER_ITEM, self.tiles * self.rows * self.channel_blocks // items))
+        multiple = shares // gcd(self.rows, shares)
+        return min(-(-self.tiles // (most * multiple)) * multiple, self.tiles)
+
+    def _pixels_before(self, row: int, chunk: int, chunks: int) -> int:
+        """Pixels of the map before one of so many chunks of each row."""
+        first = chunk * self.tiles // chunks
+        of_runs = (max(0, min(first - run.first, run.count)) * run.pixels for run in self.geometry.row_tiles)
+        return row * self.geometry.output_size[1] + sum(of_runs)
 
     @property
     def items(self) -> int:
@@ -117,33 +156,53 @@ class TileOrder:
         It is for weights that do not stay in the second-level cache: these are walked through once. So are all that are asked
         for beforehand, where activations, which then come again for every block of channels, stay in the last cache.
         """
-        conv, dot, processor = self.geometry.conv, self.geometry.dot, self.geometry.processor
-        weights = self.geometry.points * prod(conv.weight_shape) * np.dtype(dot.weight_dtype).itemsize
-        activations = self.geometry.planes * prod(conv.input_shape) * np.dtype(dot.operand_dtype).itemsize
-        return weights > processor.l2_bytes or (dot.prefetches and activations <= processor.last_share)
+        dot, processor = self.geometry.dot, self.geometry.processor
+        activations = self.geometry.planes * prod(self.geometry.conv.input_shape) * self._operand_bytes
+        return self._weight_bytes > processor.l2_bytes or (dot.prefetches and activations <= processor.last_share)
+
+    @property
+    def _weight_bytes(self) -> int:
+        geometry = self.geometry
+        return geometry.points * prod(geometry.conv.weight_shape) * np.dtype(geometry.dot.weight_dtype).itemsize
+
+    @property
+    def _operand_bytes(self) -> int:
+        return np.dtype(self.geometry.dot.operand_dtype).itemsize
+
+    @property
+    def _map_bytes(self) -> int:
+        """Of all activations that are read and written, in the size of operands."""
+        conv = self.geometry.conv
+        outputs = (1 + conv.epilogue.has_residual) * prod(conv.output_shape)
+        return self._operand_bytes * (self.geometry.planes * prod(conv.input_shape) + outputs)
 
     @contextmanager
     def tile_loop(self, item: Expression, band: Expression = 0) -> Iterator[TilePlace]:
         """The loop over the tiles of an item; its statements are those of the tile at a place."""
-        tiles, rows, chunks = self.tiles, self.rows, self._chunks
-        per_item = -(-tiles // chunks)
+        tiles, chunks, shares = self.tiles, self._chunks, self.shares
+        in_share = self.rows * chunks // shares
         if self.weights_stay_outside:
-            channel_block, rest = T.bind(item // (rows * chunks)), T.bind(item % (rows * chunks))
-            row, chunk = T.bind(rest // chunks), T.bind(rest % chunks)
+            share = T.bind(item // (in_share * self.channel_blocks)) if shares > 1 else 0
+            channel_block = T.bind(item // in_share % self.channel_blocks)
+            place = T.bind(share * in_share + item % in_share)
         else:
+            share = 0
             place, channel_block = T.bind(item // self.channel_blocks), T.bind(item % self.channel_blocks)
-            row, chunk = T.bind(place // chunks), T.bind(place % chunks)
+        row, chunk = T.bind(place // chunks), T.bind(place % chunks)
+        first, last = T.bind(self._first_tile(chunk)), self._first_tile(chunk + 1)
 
         def place_of(tile: Expression) -> TilePlace:
             at = self._in_map(row, tile, band)
-            if self.weights_stay_outside:
-                return TilePlace(*at, channel_block, row * tiles + tile, rows * tiles)
-            return TilePlace(*at, channel_block, tile - chunk * per_item, per_item)
+            if not self.weights_stay_outside:
+                return TilePlace(*at, channel_block, tile - first, -(-tiles // chunks))
+            number = row * tiles + tile
+            if shares > 1:
+                start = share * in_share
+                number = number - (start // chunks * tiles + self._first_tile(start % chunks))
+            return TilePlace(*at, channel_block, number, -(-self.rows * tiles // shares))
 
         ends_early = self.bands is not None and not self.bands.is_even
         with ExitStack() as conditions:
-            first = T.bind(chunk * per_item)
-            last = first + per_item if tiles % per_item == 0 else T.min(first + per_item, tiles)
             if self.bands is not None and ends_early:
                 left = T.bind(self.bands.image_units - band % self.bands.per_image * self.bands.units)
                 if self.bands.is_single_row:
@@ -151,11 +210,16 @@ class TileOrder:
                 else:
                     conditions.enter_context(T.If(row < left))
                     conditions.enter_context(T.Then())
-            if per_item == 1 and not ends_early:
+            if tiles == chunks and not ends_early:
                 yield place_of(chunk)
                 return
             with T.serial(first, last) as tile:
                 yield place_of(tile)
+
+    def _first_tile(self, chunk: Expression) -> Expression:
+        """Of a chunk of a row; those of a row differ by a tile at most."""
+        tiles, chunks = self.tiles, self._chunks
+        return chunk * (tiles // chunks) if tiles % chunks == 0 else chunk * tiles // chunks
 
     def _in_map(self, row: Expression, tile: Expression, band: Expression) -> tuple[Expression, Expression]:
         """Row and tile of the map for those of a band."""
