@@ -20,6 +20,7 @@ from tvm_hquant import numerics
 from tvm_hquant.artifact import compile_artifact
 from tvm_hquant.channel_shuffles import find_absorbed_shuffles
 from tvm_hquant.compilation import lower
+from tvm_hquant.cpu_pipeline import CPU_PIPELINE
 from tvm_hquant.kernel_graph import KernelCall
 from tvm_hquant.kernels.interface import Kernel, KernelRequest
 from tvm_hquant.kernels.registry import ANCHOR_FAMILIES, families_for_target
@@ -139,7 +140,7 @@ def run_over_input(kernel: Kernel, constants, inputs: list[np.ndarray], target: 
     number = kernel.request.overwritten
     assert number is not None
     module = tvm.IRModule({"kernel": kernel.function.with_attr("global_symbol", "kernel")})
-    library = tvm.compile(module, target=tvm.target.Target(target))
+    library = tvm.compile(module, target=tvm.target.Target(target), tir_pipeline=CPU_PIPELINE)
     others = [array for index, array in enumerate(inputs) if index != number]
     buffer = tvm.runtime.tensor(np.ascontiguousarray(inputs[number]))
     library["kernel"](

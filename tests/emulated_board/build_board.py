@@ -41,6 +41,8 @@ deb [arch=arm64 signed-by={KEYS}] http://deb.debian.org/debian-security {SUITE}-
 SYSTEM_PACKAGES = ("python3.11", "libstdc++6")
 PYTHON_VERSION = "3.11"
 PLATFORMS = ("manylinux_2_28_aarch64", "manylinux_2_27_aarch64", "manylinux2014_aarch64", "manylinux_2_17_aarch64")
+MODULES = ("packages", f"root/usr/lib/python{PYTHON_VERSION}")
+"""Folders of Python modules on the board."""
 SAME_VERSION_AS_HERE = ("apache-tvm", "apache-tvm-ffi")
 PYTHON_PACKAGES = ("numpy>=2,<3", "ml_dtypes", "typing_extensions", "psutil", "tornado", "cloudpickle")
 
@@ -85,6 +87,7 @@ def build_board(folder: Path) -> None:
                 content.extractall(new / "packages")
         for cpu in TARGET_FEATURES:
             make_cpu_root(new, cpu)
+        compile_modules(new)
         Marker.wanted().write(new)
         if folder.exists():
             shutil.rmtree(folder)
@@ -139,6 +142,17 @@ def make_cpu_root(board: Path, cpu: str) -> None:
     (root / "proc" / "cpuinfo").write_text(f"processor\t: 0\nFeatures\t: {' '.join(features)}\n\n", encoding="utf-8")
 
 
+def compile_modules(board: Path) -> None:
+    """Writes the bytecode of the board's Python modules, unless it is there.
+
+    Without it, every process on the board compiles all that it imports: most of the time that ``import tvm`` takes. This
+    machine's Python does it where it has the board's version.
+    """
+    is_same = sys.version_info[:2] == tuple(map(int, PYTHON_VERSION.split(".")))
+    python = [sys.executable] if is_same else Board(board).command()
+    run([*python, "-m", "compileall", "-qq", *(str(board / folder) for folder in MODULES)])
+
+
 def run(command: Sequence[str]) -> str:
     """What a command wrote to standard output.
 
@@ -158,6 +172,7 @@ def main() -> int:
             if not (folder / "cpus" / cpu).is_dir():
                 make_cpu_root(folder, cpu)
                 print(f"added a {cpu}")
+        compile_modules(folder)
         print(f"the emulated board in {folder} is up to date")
         return 0
     try:

@@ -11,6 +11,7 @@ import tvm
 from hypothesis import strategies as st
 
 from tvm_hquant import numerics
+from tvm_hquant.cpu_pipeline import CPU_PIPELINE
 from tvm_hquant.kernels.convolution.saturation import centred_products, saturation_free_pairs
 from tvm_hquant.kernels.epilogues.proven_endings import proven_ending
 from tvm_hquant.kernels.instruction_set import load_instruction_set
@@ -68,7 +69,7 @@ AT_HAND = [*FAMILIES, *families(*_OTHERS)]
 def run_kernel(kernel: Kernel, constants, inputs: list[np.ndarray], target: dict) -> np.ndarray:
     """Compiles a kernel and calls it once."""
     module = tvm.IRModule({"kernel": kernel.function.with_attr("global_symbol", "kernel")})
-    library = tvm.compile(module, target=tvm.target.Target(target))
+    library = tvm.compile(module, target=tvm.target.Target(target), tir_pipeline=CPU_PIPELINE)
     request = kernel.request
     output = tvm.runtime.tensor(np.zeros(request.operator.output_shape, STORAGE_DTYPE[request.output]))
     arguments = [tvm.runtime.tensor(np.ascontiguousarray(a)) for a in (*inputs, *kernel.pack(constants))]

@@ -10,6 +10,7 @@ import tvm
 from hypothesis import strategies as st
 
 from tvm_hquant import numerics
+from tvm_hquant.cpu_pipeline import CPU_PIPELINE
 from tvm_hquant.kernels.interface import (
     Array,
     DequantizeConstants,
@@ -77,7 +78,7 @@ def stored_values(rng: np.random.Generator, shape: tuple[int, ...], storage: str
 def run_kernel(kernel: Kernel, case: Case, target: dict[str, str]) -> Array:
     """Compiles a kernel and calls it once."""
     module = tvm.IRModule({"kernel": kernel.function.with_attr("global_symbol", "kernel")})
-    library = tvm.compile(module, target=tvm.target.Target(target))
+    library = tvm.compile(module, target=tvm.target.Target(target), tir_pipeline=CPU_PIPELINE)
     request = case.request
     # What the kernel leaves unwritten shows.
     output = tvm.runtime.tensor(np.full(request.operator.output_shape, 77, STORAGE_DTYPE[request.output]))

@@ -17,6 +17,7 @@ import tvm
 
 from tests.kernels.anchor_cases import CASES, random_case
 from tvm_hquant import numerics
+from tvm_hquant.cpu_pipeline import CPU_PIPELINE
 from tvm_hquant.kernels.instruction_sets import amx
 from tvm_hquant.kernels.instruction_sets.amx import amx_kernel
 from tvm_hquant.kernels.interface import KernelRequest, Placement
@@ -56,7 +57,9 @@ def test_kernels_match_the_contract(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     kernels = {name: amx_kernel(request) for name, (request, _, _) in cases.items()}
     functions = {name: kernel.function.with_attr("global_symbol", name) for name, kernel in kernels.items()}
     mcpu = "x86-64-v4" if "avx512_vnni" in host_instruction_sets() else "x86-64-v2"
-    built = tvm.compile(tvm.IRModule(functions), target=tvm.target.Target({"kind": "llvm", "mcpu": mcpu}))
+    built = tvm.compile(
+        tvm.IRModule(functions), target=tvm.target.Target({"kind": "llvm", "mcpu": mcpu}), tir_pipeline=CPU_PIPELINE
+    )
     tiles = tmp_path / "tiles.o"
     source = Path(__file__).with_name("emulated_tiles.c")
     subprocess.run(["gcc", "-O2", "-fPIC", "-c", source, "-o", tiles], check=True)
@@ -77,7 +80,7 @@ def test_instructions() -> None:
     assert kernel is not None
     module = tvm.IRModule({"layer": kernel.function.with_attr("global_symbol", "layer")})
     target = load_target_spec("x86-64-amx").tvm_target()
-    source = str(tvm.compile(module, target=target).mod.inspect_source("s"))
+    source = str(tvm.compile(module, target=target, tir_pipeline=CPU_PIPELINE).mod.inspect_source("s"))
     counts = {
         name: source.count(f"\t{name}\t") for name in ("tileloadd", "tdpbusd", "tilestored", "ldtilecfg", "tilezero")
     }

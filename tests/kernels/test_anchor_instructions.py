@@ -11,6 +11,7 @@ import re
 import pytest
 import tvm
 
+from tvm_hquant.cpu_pipeline import CPU_PIPELINE
 from tvm_hquant.kernels.interface import KernelRequest, ProvenEnding
 from tvm_hquant.kernels.registry import families_for_target, select_kernel
 from tvm_hquant.operators import Conv2D, Dense, Window
@@ -37,7 +38,11 @@ def assembly(family: str, request: KernelRequest) -> str:
     """What LLVM generates for a request."""
     kernel = select_kernel(families_for_target((family,)), request)
     module = tvm.IRModule({"kernel": kernel.function.with_attr("global_symbol", "kernel")})
-    return str(tvm.compile(module, target=tvm.target.Target(TARGETS[family])).mod.inspect_source("s"))
+    return str(
+        tvm.compile(module, target=tvm.target.Target(TARGETS[family]), tir_pipeline=CPU_PIPELINE).mod.inspect_source(
+            "s"
+        )
+    )
 
 
 def innermost_loop(source: str, instruction: str) -> list[str]:
@@ -118,7 +123,7 @@ def test_object_files_for_macos() -> None:
             families_for_target(spec.instruction_sets), KernelRequest(PLAIN, (storage,), storage, weights)
         )
         module = tvm.IRModule({"kernel": kernel.function.with_attr("global_symbol", "kernel")})
-        source = str(tvm.compile(module, target=spec.tvm_target()).mod.inspect_source("s"))
+        source = str(tvm.compile(module, target=spec.tvm_target(), tir_pipeline=CPU_PIPELINE).mod.inspect_source("s"))
         assert "__TEXT,__text" in source
         assert re.search(rf"\b{instruction}", source)
 

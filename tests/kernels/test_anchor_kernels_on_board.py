@@ -16,6 +16,7 @@ import tvm
 from tests.emulated_board.board import Board, export_for_board, tvm_target
 from tests.kernels.anchor_cases import CASES, random_activations, random_case
 from tvm_hquant import numerics
+from tvm_hquant.cpu_pipeline import CPU_PIPELINE
 from tvm_hquant.kernels.epilogues.proven_endings import proven_ending
 from tvm_hquant.kernels.interface import IntegerElementwiseConstants, KernelRequest, NoConstants, Requantization
 from tvm_hquant.kernels.registry import families_for_target, select_kernel
@@ -180,7 +181,9 @@ def test_anchors_on_a_board_match_the_contract(
     names = " ".join(kernel.name for kernel, _ in expected.values())
     for instruction in INSTRUCTIONS[cpu]:
         assert instruction in names
-    library = export_for_board(tvm.compile(tvm.IRModule(functions), target=tvm_target(cpu)), tmp_path / "kernels.so")
+    library = export_for_board(
+        tvm.compile(tvm.IRModule(functions), target=tvm_target(cpu), tir_pipeline=CPU_PIPELINE), tmp_path / "kernels.so"
+    )
     np.savez(tmp_path / "arguments.npz", **arguments)
     script, outputs = Path(__file__).with_name("run_kernels_on_board.py"), tmp_path / "outputs.npz"
     result = emulated_board.run_python(

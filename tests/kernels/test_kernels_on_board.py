@@ -13,6 +13,7 @@ from kernel_cases import COMPOSITION, FLOATS, STORAGES, Case, assert_same_bits, 
 
 from tests.emulated_board.board import Board, export_for_board, tvm_target
 from tvm_hquant import numerics
+from tvm_hquant.cpu_pipeline import CPU_PIPELINE
 from tvm_hquant.kernels.interface import (
     Array,
     DequantizeConstants,
@@ -92,7 +93,9 @@ def run_on_board(board: Board, cases: dict[str, Case], folder: Path) -> dict[str
         output = np.zeros(case.request.operator.output_shape, STORAGE_DTYPE[case.request.output])
         arrays = [*case.inputs(), *kernel.pack(case.constants), output]
         arguments |= {f"{name}/{position}": array for position, array in enumerate(arrays)}
-    library = export_for_board(tvm.compile(tvm.IRModule(functions), target=tvm_target(CPU)), folder / "kernels.so")
+    library = export_for_board(
+        tvm.compile(tvm.IRModule(functions), target=tvm_target(CPU), tir_pipeline=CPU_PIPELINE), folder / "kernels.so"
+    )
     np.savez(folder / "arguments.npz", **arguments)
     script = Path(__file__).with_name("run_kernels_on_board.py")
     outputs = folder / "outputs.npz"

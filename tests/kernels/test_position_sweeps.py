@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from tests.kernels.kernel_cases import Case, assert_same_bits
 from tvm_hquant import numerics
+from tvm_hquant.cpu_pipeline import CPU_PIPELINE
 from tvm_hquant.kernels.convolution.position_sweeps import PositionSweeps
 from tvm_hquant.kernels.convolution.template import conv2d_kernel
 from tvm_hquant.kernels.dot_product import FloatDot
@@ -81,7 +82,7 @@ def test_sweeps_are_exact(family: str) -> None:
     assert all(kernel.name.startswith(f"{family}.") and kernel.name.endswith(" sweeps]") for kernel in kernels)
     functions = {f"layer_{i}": k.function.with_attr("global_symbol", f"layer_{i}") for i, k in enumerate(kernels)}
     target = tvm.target.Target({"kind": "llvm", "mcpu": TARGETS[family]})
-    library = tvm.compile(tvm.IRModule(functions), target=target)
+    library = tvm.compile(tvm.IRModule(functions), target=target, tir_pipeline=CPU_PIPELINE)
     for i, (kernel, c) in enumerate(zip(kernels, cases, strict=True)):
         inputs = c.inputs()
         output = tvm.runtime.tensor(np.full(c.request.operator.output_shape, 77, STORAGE_DTYPE[storage]))

@@ -16,6 +16,7 @@ from hypothesis.extra import numpy as hnp
 
 from tests.kernels.anchor_cases import HOST, TARGETS, random_case, run_kernel
 from tvm_hquant import numerics
+from tvm_hquant.cpu_pipeline import CPU_PIPELINE
 from tvm_hquant.kernels.convolution.step_groups import group_steps
 from tvm_hquant.kernels.interface import KernelRequest
 from tvm_hquant.kernels.registry import ANCHOR_FAMILIES
@@ -88,7 +89,7 @@ def test_steps_in_another_order_give_the_same_sums(operator: Conv2D) -> None:
     assert kernel is not None
     assert "pairs" in kernel.name
     module = tvm.IRModule({"kernel": kernel.function.with_attr("global_symbol", "kernel")})
-    library = tvm.compile(module, target=tvm.target.Target(TARGETS["avx2"]))
+    library = tvm.compile(module, target=tvm.target.Target(TARGETS["avx2"]), tir_pipeline=CPU_PIPELINE)
     counts = []
     for smallest, largest in ((0, 10), (0, 64), (64, 64)):
         _, constants, _ = random_case(rng, kernel.request, 64)

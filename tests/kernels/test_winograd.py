@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from tests.kernels.anchor_cases import HOST, TARGETS, random_case, run_kernel
 from tests.kernels.code_endings import CodeEnding, code_endings
 from tvm_hquant import numerics
+from tvm_hquant.cpu_pipeline import CPU_PIPELINE
 from tvm_hquant.errors import KernelError
 from tvm_hquant.kernels.convolution.winograd import WinogradGeometry, can_transform, saved_products, winograd_kernel
 from tvm_hquant.kernels.epilogues.proven_endings import proven_ending
@@ -105,7 +106,7 @@ def test_writes_into_a_wider_buffer() -> None:
     placed = replace(request, placement=Placement(16, 64))
     kernel = winograd_kernel(placed, VECTORS, "avx2")
     module = tvm.IRModule({"kernel": kernel.function.with_attr("global_symbol", "kernel")})
-    library = tvm.compile(module, target=tvm.target.Target(TARGETS["avx2"]))
+    library = tvm.compile(module, target=tvm.target.Target(TARGETS["avx2"]), tir_pipeline=CPU_PIPELINE)
     output = tvm.runtime.tensor(np.full(placed.output_shape, 77, np.uint8))
     library["kernel"](
         *(tvm.runtime.tensor(np.ascontiguousarray(a)) for a in (*inputs, *kernel.pack(constants))), output

@@ -12,6 +12,7 @@ import tvm
 from tests.kernels.anchor_cases import HOST, TARGETS, random_case
 from tests.kernels.kernel_cases import Case, assert_same_bits, elementwise_constants, requantization, stored_values
 from tvm_hquant import numerics
+from tvm_hquant.cpu_pipeline import CPU_PIPELINE
 from tvm_hquant.kernels.convolution.patches import conv_of_patches
 from tvm_hquant.kernels.convolution.winograd import WinogradGeometry
 from tvm_hquant.kernels.interface import (
@@ -185,7 +186,7 @@ def test_all_processors_compute_the_same_bits(processor: Processor) -> None:
     module = tvm.IRModule(
         {symbols[name]: k.function.with_attr("global_symbol", symbols[name]) for name, k in kernels.items()}
     )
-    library = tvm.compile(module, target=tvm.target.Target(TARGETS[instruction_set]))
+    library = tvm.compile(module, target=tvm.target.Target(TARGETS[instruction_set]), tir_pipeline=CPU_PIPELINE)
     for name, (request, constants, inputs) in cases.items():
         output = tvm.runtime.tensor(np.full(request.output_shape, 77, STORAGE_DTYPE[request.output]))
         arguments = [np.ascontiguousarray(a) for a in (*inputs, *kernels[name].pack(constants))]

@@ -10,6 +10,7 @@ import numpy as np
 import tvm
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tvm import tirx
 from tvm.script import ir as I
 from tvm.script import tirx as T
 
@@ -64,23 +65,10 @@ def test_module_of_the_caller_is_left_alone() -> None:
 )
 def test_what_is_printed_is_the_constant(value: np.float32 | np.float64) -> None:
     """Printed with seven digits as TVM prints floats, and computed as C does, the expression is the constant, to the bit."""
-    dtype = str(value.dtype)
-
-    @I.ir_module(s_tir=True)
-    class Constant:
-        @T.prim_func(s_tir=True)
-        def fill(y: T.Buffer((1,), dtype)) -> None:
-            y[0] = T.FloatImm(dtype, float(value))
-
-    stored = _stored(exact_float_constants()(Constant)["fill"].body)
+    constant = tirx.Evaluate(tirx.FloatImm(str(value.dtype), float(value)))
+    stored = exact_float_constants()(tvm.IRModule({"constant": tirx.PrimFunc([], constant)}))["constant"].body.value
     computed = _compute(stored, value.dtype.type)
     assert computed.tobytes() == value.tobytes() or (math.isnan(computed) and math.isnan(value))
-
-
-def _stored(statement: Any) -> Any:
-    while not hasattr(statement, "value"):
-        statement = getattr(statement, "body", None) or statement.block
-    return statement.value
 
 
 def _compute(expression: Any, kind: type) -> Any:

@@ -21,6 +21,7 @@ from tests.small_models import with_weights
 from tvm_hquant import numerics
 from tvm_hquant.artifact import compile_artifact
 from tvm_hquant.compilation import lower
+from tvm_hquant.cpu_pipeline import CPU_PIPELINE
 from tvm_hquant.kernels.interface import KernelRequest, LayerConstants, NoConstants, Placement
 from tvm_hquant.kernels.registry import families_for_target, select_kernel
 from tvm_hquant.operators import Concat, Conv2D, Movement, Window
@@ -174,7 +175,7 @@ def test_kernels_write_their_part_only(case: tuple, offset: int, behind: int) ->
     placed = replace(request, placement=Placement(offset, offset + own + behind))
     kernel = select_kernel(families_for_target((family,)), placed)
     module = tvm.IRModule({"kernel": kernel.function.with_attr("global_symbol", "kernel")})
-    library = tvm.compile(module, target=tvm.target.Target(anchors.TARGETS[family]))
+    library = tvm.compile(module, target=tvm.target.Target(anchors.TARGETS[family]), tir_pipeline=CPU_PIPELINE)
     expected = numerics.evaluate(request, constants, inputs)
     buffer = tvm.runtime.tensor(np.full(placed.output_shape, 77, expected.dtype))
     arguments = [tvm.runtime.tensor(np.ascontiguousarray(a)) for a in (*inputs, *kernel.pack(constants))]

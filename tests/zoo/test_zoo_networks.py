@@ -24,6 +24,9 @@ NETWORKS = (
 
 CALIBRATION_SAMPLES = 8
 
+ON_ONE_TARGET = {"cifar10_resnet50": "x86-64-avx2", "cifar10_googlenet": "host"}
+"""Networks that take long to compile; their kinds of layers are in smaller ones for the other target."""
+
 
 @dataclass(frozen=True, eq=False)
 class Network:
@@ -72,14 +75,16 @@ def test_uniform_a8w8_converts_only_the_input(network: Network) -> None:
     assert set(readers) <= behind, "what is in float stands between the last layer with weights and the output"
 
 
-@pytest.mark.parametrize("network", NETWORKS, indirect=True)
+@pytest.mark.parametrize("network", [n for n in NETWORKS if n != "cifar10_resnet56"], indirect=True)
 def test_mixed_plan_is_deployed_as_simulated(network: Network) -> None:
     """Nine precisions in turn over all layers: module and simulator agree on every sample, layers and contract too.
 
-    On this machine's own instructions, and on plain AVX2.
+    On this machine's own instructions, and on plain AVX2. ResNet-56 is ResNet-20 with more layers of the same shapes.
     """
-    (compared,) = compare_model(network.session, network.model, ["host", "x86-64-avx2"], ["mixed"], 2, 1)
-    assert len(compared) == 2
+    only = ON_ONE_TARGET.get(network.model.title)
+    targets = [only] if only else ["host", "x86-64-avx2"]
+    (compared,) = compare_model(network.session, network.model, targets, ["mixed"], 2, 1)
+    assert len(compared) == len(targets)
     for comparison in compared:
         assert comparison.samples == 2
         assert comparison.layers > 0
