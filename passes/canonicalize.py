@@ -31,6 +31,7 @@ What each operator looks like afterwards, in NCHW:
   ``R.nn.conv2d`` of maps with one row, in as many groups as there are matrices;
 - batch norm and per-channel constants: folded into the layer before, else a depthwise 1×1 convolution with bias (on
   tensors of other than four axes ``R.multiply`` and ``R.add``);
+- slopes per channel (PReLU): x + (slope − 1) · min(x, 0), ``R.clip``, a depthwise 1×1 convolution, ``R.add``;
 - clamps: ``R.nn.relu`` or ``R.clip``, in front of a concat if layers absorb them there, none of what lies within their
   bounds already; x · sigmoid(x): ``R.nn.silu``;
 - mean over rows and columns: ``R.mean(x, axis=[2, 3], keepdims=True)``, and a reshape where the axes are dropped;
@@ -62,6 +63,7 @@ from tvm_hquant.relax_ir.canonical_rules import (
     elementwise,
     movement,
     sequences,
+    slopes,
     upsampling,
     windows,
 )
@@ -100,6 +102,7 @@ RULES = (
     affine.move_factor_behind_matmul,
     constant_matrices.spell_product_with_constants,
     elementwise.spell_silu,
+    slopes.spell_slopes,
 )
 
 

@@ -160,7 +160,14 @@ def padding_cases() -> list[Case]:
             "conv2d nn.pad" + _ENDS,
         ),
         # Another loop nest from the importer, which must not be taken for the pad that its name resembles.
-        Case("reflecting_pad", onnx_model([node("Pad", "x p", "y", mode="reflect")], ones), "call_tir"),
+        Case("reflecting_pad", onnx_model([node("Pad", "x p", "y", mode="reflect")], ones), "take take"),
+        Case(
+            "pad_that_repeats_its_edge",
+            onnx_model(
+                [node("Pad", "x p - a", "y", mode="edge")], {"p": np.array([2, 0]), "a": np.array([-1])}, opset=18
+            ),
+            "take",
+        ),
         Case(
             "pad_channels",
             onnx_model([node("Relu", "x", "r"), node("Pad", "r p", "y")], {"p": np.array([0, 2, 0, 0, 0, 1, 0, 0])}),
@@ -199,7 +206,7 @@ def pooling_cases() -> list[Case]:
 
 
 def sequence_cases() -> list[Case]:
-    weights = random_weights(12, w=(6, 2, 3), v=(6, 1, 3), u=(6, 4, 1), b=(6,)) | _BN
+    weights = random_weights(12, w=(6, 2, 3), v=(6, 1, 3), u=(6, 4, 1), b=(6,), slopes=(6, 1)) | _BN
     sequence = {"x": (2, 4, 15)}
     convolution = node("Conv", "x w b", "c", group=2, strides=[2], dilations=[2], pads=[3, 1])
     ends = " permute_dims permute_dims reshape reshape"
@@ -208,6 +215,12 @@ def sequence_cases() -> list[Case]:
         return Case(nodes[0].op_type.lower(), onnx_model([convolution, *nodes], weights, sequence), operators)
 
     return [
+        following("add conv2d mean permute_dims reshape reshape", node("ReduceMean", "c", "y", axes=[-1], keepdims=0)),
+        following(
+            "add add add clip conv2d conv2d conv2d" + ends,
+            node("PRelu", "c slopes", "p"),
+            node("BatchNormalization", f"p {_BN_INPUTS}", "y"),
+        ),
         following("add conv2d conv2d nn.relu" + ends, node("Relu", "c", "r"), node("Conv", "r v", "y", group=6)),
         following("add conv2d" + ends, node("BatchNormalization", f"c {_BN_INPUTS}", "y")),
         following(
@@ -339,6 +352,11 @@ def elementwise_cases() -> list[Case]:
         Case(
             "prelu",
             onnx_model([conv, node("PRelu", "c slope", "y")], _CONV | slope),
+            "add add clip conv2d conv2d" + _ENDS,
+        ),
+        Case(
+            "prelu_of_one_slope",
+            onnx_model([conv, node("PRelu", "c slope", "y")], _CONV | {"slope": np.float32([0.25])}),
             "add conv2d nn.prelu" + _ENDS,
         ),
         Case(

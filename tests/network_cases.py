@@ -28,10 +28,7 @@ class NetworkCase:
 _LEFT_TO_TVM = {
     "transformer": "nn.layer_norm",
     "sqrt": "sqrt",
-    "prelu": "nn.prelu",
     "log_softmax": "nn.log_softmax",
-    "pad_reflect": "call_tir",
-    "pad_edge": "call_tir",
     "depth_to_space": "call_tir",
     "expand": "broadcast_to",
     "lp_pool": "multiply power",

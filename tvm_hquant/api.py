@@ -104,7 +104,7 @@ def quantize(
     rounding: str = "output-error",
     input_shapes: Mapping[str, Sequence[int]] | None = None,
     seed: int = 0,
-    baselines: bool = True,
+    baselines: bool | None = None,
     progress: Progress = silent_progress,
     observe: StageObserver | None = None,
 ) -> QuantizationResult:
@@ -128,7 +128,7 @@ def quantize(
         journal: file in which evaluations are kept and found, such as that of a search; None: nowhere.
         executor, workers: as in :func:`search_front`.
         seed: of the splits of the data.
-        baselines: whether the report measures the uniform quantizations too.
+        baselines: whether the report measures the uniform quantizations too; by default all but where ``precision`` names one.
 
     Raises:
         HQuantError: a subclass that says what is wrong with model, spec, data or plan.
@@ -139,7 +139,7 @@ def quantize(
         tuple(precisions) if precisions else None,
         fixed,
         seed,
-        baselines,
+        precision is None if baselines is None else baselines,
         objective,
         suffix_precision=suffix_precision,
     )

@@ -36,7 +36,7 @@ def fold_shape_computations(model: Any) -> None:
     graph = model.graph
     known = _small_constants(graph)
     while True:
-        shapes = _static_shapes(model) if any(node.op_type == "Shape" for node in graph.node) else {}
+        shapes = static_shapes(model) if any(node.op_type == "Shape" for node in graph.node) else {}
         folded = False
         for index, node in enumerate(graph.node):
             value = _value(node, known, shapes, model.opset_import)
@@ -51,7 +51,7 @@ def fold_shape_computations(model: Any) -> None:
             return
 
 
-def _static_shapes(model: Any) -> dict[str, tuple[int, ...]]:
+def static_shapes(model: Any) -> dict[str, tuple[int, ...]]:
     """Shapes of all tensors for which ONNX's inference finds a static one. Weights are left out of its sight."""
     sketch = onnx.ModelProto()
     sketch.CopyFrom(model)

@@ -26,6 +26,7 @@ from tvm_hquant.frontend.onnx_file import (
     read_onnx,
 )
 from tvm_hquant.frontend.onnx_folding import fold_shape_computations
+from tvm_hquant.frontend.onnx_pads import spell_repeating_pads
 from tvm_hquant.frontend.onnx_shapes import fixed_input_shapes, with_fixed_inputs
 from tvm_hquant.frontend.relax_import import check_static
 from tvm_hquant.layers import INPUTS_ATTRIBUTE, OUTPUTS_ATTRIBUTE
@@ -55,6 +56,7 @@ def import_onnx(
     check_output_shapes(proto, label)
     fold_shape_computations(proto)
     check_sizes(proto, label)
+    spell_repeating_pads(proto)
     _sort_weights_from_constants(proto.graph)
     inputs = [i.name for i in model_inputs(proto.graph)]
     outputs = [o.name for o in proto.graph.output]

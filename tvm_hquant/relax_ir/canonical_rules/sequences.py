@@ -28,7 +28,7 @@ _ELEMENTWISE = frozenset(
     f"relax.{name}"
     for name in (
         "add", "subtract", "multiply", "divide", "maximum", "minimum", "power", "clip", "abs", "negative", "floor", "ceil",
-        "round", "exp", "log", "sqrt", "tanh", "sigmoid", "erf", "nn.relu", "nn.relu6", "nn.leakyrelu", "nn.gelu",
+        "round", "exp", "log", "sqrt", "tanh", "sigmoid", "erf", "nn.relu", "nn.relu6", "nn.leakyrelu", "nn.prelu", "nn.gelu",
         "nn.gelu_tanh", "nn.silu", "nn.softplus", "nn.selu", "nn.dropout",
     )
 )  # fmt: skip
@@ -75,12 +75,12 @@ def move_sequence_behind_operator(call: Any, graph: Graph) -> Any | None:
     if isinstance(call, relax.TupleGetItem):
         return _batch_norm(call, graph)
     name = operator_name(call)
+    if name in ("relax.mean", "relax.max") and is_float32(call):
+        return _reduction(call, graph)
     if not isinstance(call.ty, relax.TensorType) or len(call.ty.shape or ()) != 3 or not is_float32(call):
         return None
     if name in _ELEMENTWISE:
         moved = _elementwise(call, graph)
-    elif name in ("relax.mean", "relax.max"):
-        moved = _reduction(call, graph)
     elif name == "relax.concat":
         moved = _concat(call, graph)
     else:
@@ -110,11 +110,12 @@ def _operand(tensor: Any, graph: Graph) -> Any:
 
 
 def _reduction(call: Any, graph: Graph) -> Any | None:
+    """The mean or maximum along a sequence, of which the axis may be dropped."""
     inner = _known_map(call.args[0], graph)
     if inner is None or call.attrs.axis is None or [int(a) % 3 for a in call.attrs.axis] != [2]:
         return None
     make = relax.op.mean if operator_name(call) == "relax.mean" else relax.op.max
-    return make(inner, axis=[2, 3], keepdims=True) if bool(call.attrs.keepdims) else None
+    return relax.op.reshape(graph.emit(make(inner, axis=[2, 3], keepdims=True)), shape_of(call))
 
 
 def _concat(call: Any, graph: Graph) -> Any | None:
