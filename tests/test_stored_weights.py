@@ -12,6 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.onnx_models import node, onnx_model, random_inputs, random_weights
+from tests.pipeline_checks import import_model, uniform_plan
 from tests.planned_models import mixed_plan, one_sample, partitioned, shared_session
 from tvm_hquant.artifact import compile_artifact
 from tvm_hquant.bfloat16 import bfloat16_bits
@@ -92,6 +94,17 @@ def test_artifacts_keep_codes_and_run_as_simulated(artifact: Artifact) -> None:
 
 
 STORED = {"stem": ("bfloat16", 4), "left": ("float16", 8), "right": ("a16w8", 3), "merge": ("float32", 2)}
+
+
+def test_scales_per_channel_are_packed_or_kept() -> None:
+    """The kernel of a layer with one weight a channel reads codes as floats: the artifact is whole all the same."""
+    weights = random_weights(w=(32, 4, 1, 1), v=(32,), gamma=(32,), beta=(32,), mean=(32,), variance=(32,))
+    normalized = node("BatchNormalization", "r gamma beta mean variance", "n")
+    nodes = [node("Conv", "x w v", "c"), node("Relu", "c", "r"), normalized, node("Add", "n r", "y")]
+    model = onnx_model(nodes, weights)
+    session = import_model(model, random_inputs(model)).session
+    artifact = compile_artifact(session.mod, uniform_plan(session, "a8w8"), session.spec)
+    assert verify_artifact(artifact).holds
 
 
 def test_storage_apart_from_computation(tmp_path: Path) -> None:

@@ -37,9 +37,11 @@ def packed_weights(mod: IRModule, plan: PrecisionPlan, families: Sequence[Kernel
             continue
         request: KernelRequest = decode(str(function.attrs[REQUEST_ATTRIBUTE]))
         array = call_constants(function)[0]
+        stored: StoredWeights | None = None
         if array.dtype.kind == "i":
-            stored: StoredWeights | None = stored_integers(array)
-        else:
+            stored = stored_integers(array)
+        elif request.weights not in ("int8", "int16"):
+            # A kernel of codes that reads them as floats has a few for each channel, and keeps them.
             stored = _floats(select_kernel(families, request), codes, array)
         # Whatever order a kernel packs in: what is made again must be what it reads, or the library keeps the array.
         if stored is not None and len(stored.data) < array.nbytes and _same_bits(stored.array(), array):
