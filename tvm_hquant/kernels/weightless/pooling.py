@@ -1,4 +1,4 @@
-"""Pools over windows: rows of the output go to the threads, channels into vectors.
+"""Pools over windows: rows of the output go to the threads, channels into vectors, of which some are taken together.
 
 Padding takes no part because the loops over a window begin and end at the border of the map, so no branch is needed.
 """
@@ -6,6 +6,7 @@ Padding takes no part because the loops over a window begin and end at the borde
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from tvm.tirx.script import builder as T
@@ -37,6 +38,9 @@ from tvm_hquant.tensor_format import STORAGE_DTYPE
 
 _STEP = 3
 """Instructions that take an element of the window."""
+
+_MOST_VECTORS = 8
+"""Vectors of channels that are taken together, at most: half of the registers of AVX2."""
 
 Pool = MaxPool2D | AveragePool2D
 
@@ -97,8 +101,22 @@ def pool_kernel(request: KernelRequest, vector_bytes: int, processor: Processor 
     return None
 
 
+@dataclass(frozen=True)
+class _Part:
+    """Neighbouring columns of the output, and the columns of their windows that lie on the map where these are the same."""
+
+    start: int
+    stop: int
+    columns: tuple[int, int] | None
+
+
 class _PoolLoops:
-    """The loops around a window: one output vector after the other."""
+    """The loops around a window: one output pixel after the other, some vectors of its channels together.
+
+    These vectors do not wait for each other, and the loops around the window are walked through once for all of them. Over
+    most columns of the output, those whose windows have the same columns on the map, these columns are known: LLVM unrolls
+    the loop over them.
+    """
 
     def __init__(
         self,
@@ -112,29 +130,53 @@ class _PoolLoops:
         self.request, self.processor = request, processor
         self.operator, self.lanes = operator, fitting_lanes(operator.input_shape[3], lanes)
         self.source, self.output = flat(source), flat(output)
+        self.rows, self.columns = window_axes(operator.input_shape, operator.window)
 
     def emit(self, dtype: str, start: float, step: Step, finish: Finish) -> None:
         """accumulator = start; accumulator = step(accumulator, x) for the window; output = finish(accumulator, row, column)."""
-        _, height, width, channels = self.operator.input_shape
-        batch, out_h, out_w, _ = self.operator.output_shape
-        rows, columns = window_axes(self.operator.input_shape, self.operator.window)
+        batch, out_h, out_w, channels = self.operator.output_shape
         outputs = batch * out_h * out_w * vectors(channels, self.lanes)
-        instructions = outputs * (rows.kernel * columns.kernel * _STEP + ARITHMETIC)
+        instructions = outputs * (self.rows.kernel * self.columns.kernel * _STEP + ARITHMETIC)
         with row_loop(batch * out_h, work(self.request, instructions), self.processor) as line:
             image, row = T.floordiv(line, out_h), T.floormod(line, out_h)
-            row_begin, row_end = rows.steps(row)
-            with T.serial(out_w) as column:
-                column_begin, column_end = columns.steps(column)
-                with vector_loop(channels, self.lanes) as channel:
-                    accumulator = _Accumulator(dtype, self.lanes, start)
-                    with T.serial(row_begin, row_end) as y, T.serial(column_begin, column_end) as x:
-                        pixel = (image * height + rows.base(row) + y * rows.dilation) * width
-                        pixel += columns.base(column) + x * columns.dilation
-                        value = load(self.source, pixel * channels + channel, self.lanes)
-                        accumulator.set(step(accumulator.get(), value))
-                    result = finish(accumulator.get(), row, column)
-                    place = (line * out_w + column) * self.request.output_shape[-1] + self.request.output_offset
-                    store(self.output, place + channel, result, self.lanes)
+            first_row = T.bind(image * self.operator.input_shape[1] + self.rows.base(row))
+            reached_rows = self.rows.steps(row)
+            for part in self._parts():
+                with T.serial(part.stop - part.start) as number_in_part:
+                    column = T.bind(part.start + number_in_part)
+                    reached_columns = self.columns.steps(column) if part.columns is None else part.columns
+                    with vector_loop(channels, self._together * self.lanes) as channel:
+                        accumulators = [_Accumulator(dtype, self.lanes, start) for _ in range(self._together)]
+                        with T.serial(*reached_rows) as y, T.serial(*reached_columns) as x:
+                            pixel = (first_row + y * self.rows.dilation) * self.operator.input_shape[2]
+                            pixel += self.columns.base(column) + x * self.columns.dilation
+                            for number, accumulator in enumerate(accumulators):
+                                place = pixel * channels + channel + number * self.lanes
+                                accumulator.set(step(accumulator.get(), load(self.source, place, self.lanes)))
+                        pixel = (line * out_w + column) * self.request.output_shape[-1] + self.request.output_offset
+                        for number, accumulator in enumerate(accumulators):
+                            result = finish(accumulator.get(), row, column)
+                            store(self.output, pixel + channel + number * self.lanes, result, self.lanes)
+
+    @property
+    def _together(self) -> int:
+        """Vectors of channels that are taken together."""
+        channels = self.operator.input_shape[3]
+        counts = range(1, min(_MOST_VECTORS, channels // self.lanes) + 1)
+        # Around a window stands what takes about as long as a vector. Of equal counts the largest.
+        return min(counts, key=lambda count: (vectors(channels, count * self.lanes) * (count + 1), -count))
+
+    def _parts(self) -> Sequence[_Part]:
+        """The columns of the output, parted: most of them, whose windows have the same columns on the map, and the others."""
+        sections, width = self.columns.sections, self.columns.output_size
+        ends = [*(section.start for section in sections[1:]), width]
+        longest, end = max(zip(sections, ends, strict=True), key=lambda pair: pair[1] - pair[0].start)
+        parts = (
+            _Part(0, longest.start, None),
+            _Part(longest.start, end, (longest.begin, longest.end)),
+            _Part(end, width, None),
+        )
+        return [part for part in parts if part.start < part.stop]
 
 
 def _max_pool(request: KernelRequest, operator: MaxPool2D, lanes: int, processor: Processor) -> Kernel:
