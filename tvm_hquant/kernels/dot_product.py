@@ -51,6 +51,9 @@ class DotProduct(Protocol):
         operand_cost: what loading and repeating an operand costs beside the multiply-adds, in multiply-adds of a vector.
         latency: accumulators that hide the latency of a multiply-add.
         operand_steps: steps whose operands come from memory at once, a power of two (a chain takes its own steps at least).
+        unrolled: steps that the body of a loop takes. What stands around steps, as the loop itself and asking for memory, is
+            instructions too: they count where steps alone are nearly as many as a core starts in their time, and more so where
+            another thread runs on the same core.
         groups: groups of channels that the lanes take turns among. The ``products`` channels of every group that a step takes
             then lie side by side in memory, group after group, and ``operands`` gives all of them, for ``in_turns``.
         weight_cost: what loading a vector of weights costs, likewise.
@@ -105,6 +108,8 @@ class DotProduct(Protocol):
     def latency(self) -> int: ...
     @property
     def operand_steps(self) -> int: ...
+    @property
+    def unrolled(self) -> int: ...
     @property
     def groups(self) -> int: ...
     @property
@@ -182,6 +187,7 @@ class OnePixel:
     groups_steps: bool = False
     reverses_products: bool = False
     prefetches: bool = False
+    unrolled: int = 1
     sweeps: bool = False
     addresses: int = 8
     lookahead: int = 0
@@ -293,6 +299,7 @@ class FloatDot(RepeatedOperand):
     operand_cost: float = 0.5
     weight_cost: float = 1.0
     prefetches: bool = False
+    unrolled: int = 1
     sweeps: bool = False
     lookahead: int = 0
     latency: int = 12

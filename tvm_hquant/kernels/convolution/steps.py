@@ -25,6 +25,11 @@ def register(dtype: str, lanes: int) -> Buffer:
     return T.alloc_buffer((lanes,), dtype, scope=STACK)
 
 
+def unrolled(count: int, most: int, fewest: int = 1) -> int:
+    """How many of ``count`` equal parts a loop's body takes: up to ``most``, but so that there are ``fewest`` bodies."""
+    return max(1, min(most, count // fewest))
+
+
 @dataclass(frozen=True)
 class StepEmitter:
     """Writes the steps of tiles. Accumulators are named by pixel and vector of channels.
@@ -73,28 +78,35 @@ class StepEmitter:
         overlapping = steps == geometry.steps and geometry.full_steps < steps
         full, rest = geometry.parts(steps - overlapping)
 
-        def part(first: Expression, count: int) -> None:
-            """``count`` steps from step ``first``."""
-            at = activation + first * (dot.products * dot.groups)
+        def part(first: Expression, count: int, size: int = full_steps) -> None:
+            """``count`` loads of operands for ``size`` steps each, from step ``first``."""
             for elements in upcoming:
-                elements.prefetch(done + first, count)
-            self._steps(pixels, accumulators, at, weight + first * step_weights, count)
+                elements.prefetch(done + first, count * size)
+            for number in range(count):
+                step = first + number * size
+                at = activation + step * (dot.products * dot.groups)
+                self._steps(pixels, accumulators, at, weight + step * step_weights, size)
 
+        fewest = pixels if between is not None else 1
+        at_once = unrolled(full, max(1, dot.unrolled // full_steps), fewest)
+        bodies, left = divmod(full, at_once)
         if between is not None:
-            # Parts of equal length are loops of one body.
-            parts = next((size for size in range(pixels, full) if full % size == 0), full)
-            with T.serial(parts) as number:
+            # Loops of equal length have one body.
+            loops = next((size for size in range(pixels, bodies) if bodies % size == 0), bodies)
+            with T.serial(loops) as number:
                 between(T.min(number, pixels - 1))
-                with T.serial(full // parts) as step:
-                    part((number * (full // parts) + step) * full_steps, full_steps)
-        elif full > 1:
-            with T.serial(full) as number:
-                part(number * full_steps, full_steps)
-        elif full:
-            part(0, full_steps)
+                with T.serial(bodies // loops) as body:
+                    part((number * (bodies // loops) + body) * (at_once * full_steps), at_once)
+        elif bodies > 1:
+            with T.serial(bodies) as body:
+                part(body * (at_once * full_steps), at_once)
+        elif bodies:
+            part(0, at_once)
+        if left:
+            part(bodies * at_once * full_steps, left)
         first = full * full_steps
         for size in rest:
-            part(first, size)
+            part(first, 1, size)
             first += size
         if overlapping:
             last = activation + (geometry.run_inputs - dot.products)

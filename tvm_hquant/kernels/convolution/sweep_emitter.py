@@ -11,7 +11,7 @@ from tvm.tirx.script import builder as T
 
 from tvm_hquant.kernels.convolution.geometry import AnchorGeometry
 from tvm_hquant.kernels.convolution.position_sweeps import PositionSweeps
-from tvm_hquant.kernels.convolution.steps import register
+from tvm_hquant.kernels.convolution.steps import register, unrolled
 from tvm_hquant.kernels.convolution.tile_order import UpcomingElements, elements_ahead
 from tvm_hquant.kernels.epilogues.epilogue import Epilogue
 from tvm_hquant.kernels.interface import KernelRequest
@@ -139,9 +139,7 @@ class SweepEmitter:
             upcoming = UpcomingElements(self.weights, T.bind(ahead), elements, in_one)
 
         def part(first: Expression, count: int) -> None:
-            """``count`` steps from step ``first``."""
-            if upcoming is not None:
-                upcoming.prefetch(first, count)
+            """``count`` steps from step ``first``, whose operands are loaded at once."""
             channel = T.Cast("int64", first * dot.products)
             operands: list[list[Expression]] = []
             at = T.bind(weight + first * geometry.step_weights)
@@ -156,12 +154,22 @@ class SweepEmitter:
                         value = dot.accumulate(load(accumulators[i, j], 0, lanes), [operands[i][step]], [of_vectors[j]])
                         store(accumulators[i, j], 0, value, lanes)
 
+        def parts(first: Expression, count: int, length: int) -> None:
+            """``count`` parts of ``length`` steps from step ``first``."""
+            if upcoming is not None:
+                upcoming.prefetch(first, count * length)
+            for number in range(count):
+                part(first + number * length, length)
+
         full, rest = geometry.parts(steps)
-        with T.serial(full) as full_part:
-            part(full_part * dot.operand_steps, dot.operand_steps)
+        at_once = unrolled(full, max(1, dot.unrolled // dot.operand_steps))
+        with T.serial(full // at_once) as body:
+            parts(body * (at_once * dot.operand_steps), at_once, dot.operand_steps)
+        if full % at_once:
+            parts(T.int32(full // at_once * at_once * dot.operand_steps), full % at_once, dot.operand_steps)
         first = full * dot.operand_steps
         for count in rest:
-            part(T.int32(first), count)
+            parts(T.int32(first), 1, count)
             first += count
         for (i, j), accumulator in accumulators.items():
             store(sums, outputs[i] + j * lanes, load(accumulator, 0, lanes), lanes)

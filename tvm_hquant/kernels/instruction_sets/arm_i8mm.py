@@ -58,6 +58,7 @@ class UsmmlaDot:
     groups_steps: bool = False
     reverses_products: bool = False
     prefetches: bool = False
+    unrolled: int = 1
     sweeps: bool = False
     addresses: int = 0
     lookahead: int = 0

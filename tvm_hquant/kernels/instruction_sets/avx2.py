@@ -159,6 +159,7 @@ def _dot(request: KernelRequest) -> DotProduct:
         request.weights,
         operand_cost=0.45,
         prefetches=True,
+        unrolled=4,
         sweeps=sweeps,
         lookahead=176,
         latency=8,
