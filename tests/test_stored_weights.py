@@ -98,9 +98,12 @@ STORED = {"stem": ("bfloat16", 4), "left": ("float16", 8), "right": ("a16w8", 3)
 
 def test_scales_per_channel_are_packed_or_kept() -> None:
     """The kernel of a layer with one weight a channel reads codes as floats: the artifact is whole all the same."""
-    weights = random_weights(w=(32, 4, 1, 1), v=(32,), gamma=(32,), beta=(32,), mean=(32,), variance=(32,))
+    weights = random_weights(
+        w=(32, 4, 1, 1), last=(8, 32, 1, 1), v=(32,), gamma=(32,), beta=(32,), mean=(32,), variance=(32,)
+    )
     normalized = node("BatchNormalization", "r gamma beta mean variance", "n")
-    nodes = [node("Conv", "x w v", "c"), node("Relu", "c", "r"), normalized, node("Add", "n r", "y")]
+    nodes = [node("Conv", "x w v", "c"), node("Relu", "c", "r"), normalized, node("Add", "n r", "s")]
+    nodes.append(node("Conv", "s last", "y"))
     model = onnx_model(nodes, weights)
     session = import_model(model, random_inputs(model)).session
     artifact = compile_artifact(session.mod, uniform_plan(session, "a8w8"), session.spec)
