@@ -198,6 +198,11 @@ def pooling_cases() -> list[Case]:
         Case("global_average_pool", pooled("GlobalAveragePool"), "mean permute_dims reshape"),
         Case("reduce_mean", pooled("ReduceMean", axes=[-1, -2], keepdims=0), "mean permute_dims reshape"),
         Case(
+            "instance_normalization",
+            onnx_model([node("Conv", "x w b", "c"), node("InstanceNormalization", "c gamma beta", "y")], _CONV | _BN),
+            "add add add conv2d conv2d divide mean sqrt subtract variance" + _ENDS,
+        ),
+        Case(
             "local_response_normalization",
             pooled("LRN", size=3, alpha=0.3, beta=0.6, bias=2.0),
             "add avg_pool3d divide multiply multiply power reshape reshape",

@@ -328,6 +328,7 @@ _HANDLERS: Mapping[str, Handler] = {
     "relax.sum": _reduction,
     "relax.max": _reduction,
     "relax.min": _reduction,
+    "relax.variance": _reduction,
     "relax.nn.softmax": _along_axis,
     "relax.nn.log_softmax": _along_axis,
     "relax.nn.prelu": _along_axis,
