@@ -37,7 +37,7 @@ def annotate_precision(plan: PrecisionPlan, spec: TargetSpec | None = None) -> A
 
     Raises (when run):
         PlanError: the plan is for another model.
-        PrecisionError: the spec does not offer a layer's precision, or it has no kernel.
+        PrecisionError: the spec does not offer a layer's precision.
     """
 
     def transform(mod: IRModule, _context: Any) -> IRModule:
@@ -47,11 +47,6 @@ def annotate_precision(plan: PrecisionPlan, spec: TargetSpec | None = None) -> A
         for layer in graph.layers:
             decision = plan.layers[layer.name]
             precision = parse_precision(decision.precision)
-            if not precision.is_realized and layer.is_anchor:
-                raise PrecisionError(
-                    f"layer {layer.name}: {precision.name} is simulated only and has no kernel; give it one of the "
-                    "precisions that 'hquant inspect' lists for it"
-                )
             against = spec.reason_against(precision.name, layer.operator_kind) if spec else None
             if against is not None and layer.is_anchor:
                 raise PrecisionError(f"layer {layer.name} cannot be {precision.name} on {plan.target}: {against}")

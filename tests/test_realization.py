@@ -71,20 +71,20 @@ def random_convolution(seed: int = 0) -> Layer:
 
 
 @pytest.mark.parametrize(
-    ("name", "storage", "weights", "points"),
+    ("name", "storage", "points"),
     [
-        ("a8w8", BYTE, "int8", 1), ("int8", SIGNED, "int8", 1), ("a8w4", BYTE, "int8", 1), ("a16w8", WIDE, "int8", 1),
-        ("a16w16", WIDE, "int8", 2), ("a8w12", BYTE, "int16", 1),
+        ("a8w8", BYTE, 1), ("int8", SIGNED, 1), ("a8w4", BYTE, 1), ("a16w8", WIDE, 1), ("a16w16", WIDE, 2),
+        ("a8w12", BYTE, 2), ("a12w9", WIDE, 2),
     ],
 )  # fmt: skip
-def test_integer_layer_asks_for_an_integer_kernel(name: str, storage: TensorFormat, weights: str, points: int) -> None:
-    """Storages of all tensors, the type of the codes and the number of points are the whole request: no values in it."""
+def test_integer_layer_asks_for_an_integer_kernel(name: str, storage: TensorFormat, points: int) -> None:
+    """Storages of all tensors and the number of points are the whole request: no values in it."""
     layer = random_convolution()
     precision = parse_precision(name)
     codes = quantize_layer_weights(layer, precision)
     request, constants = realize_layer(layer, precision, [storage], BYTE, codes)
     proven = (request.saturation_free_pairs, request.centred_products, False, request.ending)
-    assert request == KernelRequest(layer.operator, (storage.storage,), "uint8", weights, points, *proven)
+    assert request == KernelRequest(layer.operator, (storage.storage,), "uint8", "int8", points, *proven)
     assert isinstance(constants, IntegerAnchorConstants)
     np.testing.assert_array_equal(constants.weight_codes, codes.codes)
     assert constants.input_zero_point == storage.storage_zero_point
@@ -109,8 +109,10 @@ def test_request_says_what_narrow_weights_prove() -> None:
     assert proofs == sorted(proofs), "fewer bits prove at least as much"
     assert proofs[1] >= 1, "two products of 7-bit weights always fit"
     assert proofs[-1] > proofs[1]
-    wide = parse_precision("a8w12")
-    assert realize_layer(layer, wide, [BYTE], BYTE, quantize_layer_weights(layer, wide))[0].saturation_free_pairs == 0
+    halves = parse_precision("a8w12"), parse_precision("a8w6")
+    wide, narrow = (realize_layer(layer, p, [BYTE], BYTE, quantize_layer_weights(layer, p))[0] for p in halves)
+    assert wide.saturation_free_pairs >= 2, "two points of 6 bits are as fast as one, each"
+    assert narrow.saturation_free_pairs >= 2
 
 
 def test_request_says_what_constants_prove_of_the_clamp() -> None:

@@ -16,12 +16,12 @@ from tvm_hquant.calibration.observers import make_observer
 from tvm_hquant.compilation import StageObserver, lower
 from tvm_hquant.cost.measured import remembered_layer_times
 from tvm_hquant.cpu_features import cpu_identity
-from tvm_hquant.errors import DataError, PrecisionError
+from tvm_hquant.errors import DataError
 from tvm_hquant.front import Front, FrontWriter
 from tvm_hquant.kernels.registry import families_for_target, host_instruction_sets
 from tvm_hquant.plan import PrecisionPlan, load_plan
 from tvm_hquant.planning import make_plan, uniform_decisions, with_calibration
-from tvm_hquant.precision import REALIZED, Precision, parse_precision
+from tvm_hquant.precision import Precision, parse_precision
 from tvm_hquant.preparation import prepare_module
 from tvm_hquant.progress import Progress, silent_progress
 from tvm_hquant.quantizer import Options, QuantizationResult, Quantizer, assign_roles
@@ -155,7 +155,7 @@ def quantize(
     if plan is not None or calibration is None:
         return plan_without_search(session, calibration, plan=plan, precision=precision)
     if precision is not None:
-        wanted = _realized(precision).name
+        wanted = parse_precision(precision).name
         options = replace(options, precisions=(wanted, "float32"))
         strategy = UniformStrategy(wanted)
     roles = assign_roles(calibration, evaluation, session, options)
@@ -351,16 +351,9 @@ def _with_plan(
 def _precision_without_search(precision: str | None, has_calibration: bool) -> Precision:
     if precision is None:
         raise DataError("no calibration data: give --calibration, or a precision that needs none (w8 … w2, float32)")
-    wanted = _realized(precision)
+    wanted = parse_precision(precision)
     if wanted.needs_calibration and not has_calibration:
         raise DataError(
             f"{wanted.name} needs calibration data: give --calibration, or use w8 … w2 or a float precision"
         )
     return wanted
-
-
-def _realized(name: str) -> Precision:
-    precision = parse_precision(name)
-    if not precision.is_realized:
-        raise PrecisionError(f"{precision.name} is simulated only and has no kernel: use one of {', '.join(REALIZED)}")
-    return precision

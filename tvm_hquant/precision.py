@@ -17,9 +17,9 @@ name                  activations                weights
 ``bfloat16w4``, …     bfloat16 (float16) storage integer codes of 2 to 8 bits, made bfloat16 (float16) again
 ====================  =========================  ====================================================
 
-Any other pair ``a{2…16}w{2…8}`` runs in the kernels of a wider one (:attr:`Precision.carrier`), ``a6w6`` in those of ``a8w6``,
-``a12w4`` in those of ``a16w8``: codes are narrower, and weights take their own bits in the file. Pairs with weights of 9 to 16
-bits are simulated with exact integer sums and the same epilogue, but have no kernel.
+Any other pair ``a{2…16}w{2…16}`` runs in the kernels of a wider one (:attr:`Precision.carrier`), ``a6w6`` in those of ``a8w6``,
+``a12w4`` in those of ``a16w8``: codes are narrower, and weights take their own bits in the file. Weights of 9 to 16 bits are
+two points that share the bits, as those of ``a16w16`` do: ``a12w12`` has two of 6 bits, ``a8w9`` one of 5 and one of 4.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ class Arithmetic(StrEnum):
 class Precision:
     """One precision of a layer.
 
-    ``activation_bits`` and ``weight_bits`` count the bits that are stored for a value. ``weight_points`` is the
-    number of weight tensors of ``point_bits`` bits whose scaled sum stands for the weights; ``terms`` is their mean number over
-    output channels, those that have fewer having zero codes in the others. ``symmetric`` says that activation codes
-    are int8 with zero point 0.
+    ``activation_bits`` and ``weight_bits`` count the bits of a value. ``weight_points`` is the number of weight tensors whose
+    scaled sum stands for the weights, and ``point_bits`` the bits of the first of them (:attr:`point_widths`); ``terms`` is
+    their mean number over output channels where that is a knob, those that have fewer having zero codes in the others.
+    ``symmetric`` says that activation codes are int8 with zero point 0.
     """
 
     name: str
@@ -89,9 +89,15 @@ class Precision:
         bits = 8 if self.activation_bits <= 8 else 16
         if self.is_multipoint:
             return _multipoint(bits, self.point_bits, self.terms)
-        if self.weight_points > 1 or self.weight_bits > 8:
-            return self
-        return A16W8 if bits == 16 else parse_precision(f"a8w{self.weight_bits}")
+        narrow = bits == 16 and self.weight_bits <= 8
+        return A16W8 if narrow else parse_precision(f"a{bits}w{self.weight_bits}")
+
+    @property
+    def point_widths(self) -> tuple[int, ...]:
+        """Bits of each weight tensor of the sum."""
+        if self.is_multipoint:
+            return (self.point_bits,) * self.weight_points
+        return (self.point_bits, self.weight_bits - self.point_bits) if self.weight_points == 2 else (self.weight_bits,)
 
     @property
     def needs_calibration(self) -> bool:
@@ -115,19 +121,16 @@ class Precision:
         return parse_precision(f"a{self.activation_bits}w{bits}" if self.is_integer else f"w{bits}")
 
     @property
-    def is_realized(self) -> bool:
-        """Whether a compiled module can have this precision; otherwise it is only simulated."""
-        carrier = self.computed.carrier
-        return carrier.name in _REALIZED_NAMES or carrier.is_multipoint
-
-    @property
     def is_multipoint(self) -> bool:
-        """Whether output channels have a number of weight points of their own."""
+        """Whether the mean number of weight points is a knob, and output channels have numbers of their own."""
         return self.terms > 1
 
 
 def _integer(name: str, activation_bits: int, weight_bits: int) -> Precision:
-    return Precision(name, Arithmetic.INTEGER, activation_bits, weight_bits)
+    if weight_bits <= 8:
+        return Precision(name, Arithmetic.INTEGER, activation_bits, weight_bits)
+    first = (weight_bits + 1) // 2
+    return Precision(name, Arithmetic.INTEGER, activation_bits, weight_bits, weight_points=2, point_bits=first)
 
 
 def _multipoint(activation_bits: int, point_bits: int, terms: float) -> Precision:
@@ -143,17 +146,16 @@ BFLOAT16 = Precision("bfloat16", Arithmetic.FLOAT, 16, 16)
 A8W8 = _integer("a8w8", 8, 8)
 INT8 = Precision("int8", Arithmetic.INTEGER, 8, 8, symmetric=True)
 A16W8 = _integer("a16w8", 16, 8)
-A16W16 = Precision("a16w16", Arithmetic.INTEGER, 16, 16, weight_points=2)
+A16W16 = _integer("a16w16", 16, 16)
 
 ALIASES = {"uint8": "a8w8", "fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 
 _NAMED = {p.name: p for p in (FLOAT32, FLOAT16, BFLOAT16, A8W8, INT8, A16W8, A16W16)}
-_REALIZED_NAMES = frozenset([*_NAMED, *(f"a8w{bits}" for bits in range(2, 9)), *(f"w{bits}" for bits in range(2, 9))])
 REALIZED: tuple[str, ...] = (
     "a8w8", "int8", *(f"a8w{b}" for b in range(7, 1, -1)), "a16w8", "a16w16",
     "float16", "bfloat16", "float32", *(f"w{b}" for b in range(8, 1, -1)),
 )  # fmt: skip
-"""Names of all precisions that a compiled module can have, in the order in which lists show them."""
+"""Names of the precisions that target specs offer and lists show, in that order; others run in the kernels of these."""
 
 _PAIR = re.compile(r"a(\d{1,2})w(\d{1,2})")
 _MULTIPOINT = re.compile(r"a(\d{1,2})w([2-8])x(\d(?:\.\d{1,2})?)")
@@ -183,5 +185,5 @@ def parse_precision(name: str) -> Precision:
             return _integer(canonical, activation_bits, weight_bits)
     raise PrecisionError(
         f"unknown precision {name!r}: use one of {', '.join(REALIZED)}, bfloat16wN or float16wN with 2 to 8 bits, sums of "
-        "terms such as a8w4x2, or aXwY with 2 to 16 bits each (above 8 bits of weights simulated only)"
+        "terms such as a8w4x2, or aXwY with 2 to 16 bits each"
     )

@@ -29,7 +29,7 @@ class QuantizedWeights:
     """Weights as codes; real = Σ over points of codes · scales.
 
     Attributes:
-        codes: int8 (int16 above 8 bits) [points, out_channels, in_channels / groups, kernel_h, kernel_w].
+        codes: int8 [points, out_channels, in_channels / groups, kernel_h, kernel_w].
         scales: float32 [points, out_channels].
         bias: float32 [out_channels], real values; a method may have corrected it.
     """
@@ -70,12 +70,11 @@ def quantize_layer_weights(
     assert layer.bias is not None
     weights = layer.weights
     if _has_fitted_steps(precision, rounding, moments):
-        bits, terms = precision.weight_bits, 1.0
-        if precision.weight_points > 1:
-            bits, terms = (precision.point_bits, precision.terms) if precision.is_multipoint else (8, 2.0)
+        bits = precision.point_widths[0]
+        terms = precision.terms if precision.is_multipoint else float(precision.weight_points)
         codes, scales = multipoint_codes(weights, bits, terms, rounding.quantizer(moments), rounding.per_channel)
     elif precision.weight_points > 1:
-        codes, scales = numerics.weight_points(weights, precision.weight_points)
+        codes, scales = numerics.weight_points(weights, precision.point_widths)
     else:
         given = None
         if not rounding.per_channel:

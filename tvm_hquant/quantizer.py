@@ -10,7 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from tvm import IRModule
@@ -214,7 +214,7 @@ class Quantizer:
         self._losses.append(losses)
 
         def evaluate(assignments: Sequence[Assignment], stored_bits: int | None = None) -> list[float]:
-            self._keep(assignments, losses, costs, stored_bits)
+            self._keep(assignments, losses, self._as_stored(costs, stored_bits), stored_bits)
             return losses.losses(assignments, stored_bits)
 
         is_accuracy = self.metric.name == "top1"
@@ -233,7 +233,14 @@ class Quantizer:
             lambda pairs: losses.of_layers(pairs, self.single_layer_plans),
             evaluate,
             lambda pairs: self.single_layer_plans.plans(pairs),
+            partial(self._as_stored, costs),
         )
+
+    def _as_stored(self, costs: CostModel, stored_bits: int | None) -> CostModel:
+        """What plans cost whose weights are stored in so many bits where a precision has more: that changes bytes alone."""
+        if stored_bits is None or self.options.objective != "size":
+            return costs
+        return plan_costs(self.session, self.candidates, "size", stored_bits=stored_bits)
 
     def search(self, strategy: SearchStrategy | str | None = None, front: bool = False) -> SearchResult:
         """Finds precisions for all layers with weights; ``archive`` then holds all plans that were evaluated.
@@ -255,7 +262,7 @@ class Quantizer:
         chosen = {layer: decision.precision for layer, decision in result.decisions.items()}
         stored_bits = stored_bits_of(result.decisions)
         if self.archive.find(chosen, stored_bits) is None:
-            self._keep([chosen], self._losses[-1], problem.costs, stored_bits)
+            self._keep([chosen], self._losses[-1], self._as_stored(problem.costs, stored_bits), stored_bits)
         decided = {
             layer.name: self._with_rules(layer, result.decisions[layer.name]) for layer in self.session.graph.anchors
         }

@@ -110,10 +110,8 @@ def _integer_anchor(
     weights: QuantizedWeights | None,
 ) -> Realized:
     assert weights is not None
-    is_int8 = weights.codes.dtype == np.int8
-    if is_int8:
-        for codes in weights.codes:
-            numerics.check_accumulator(codes, inputs[0].storage_zero_point, f"layer {layer.name}")
+    for codes in weights.codes:
+        numerics.check_accumulator(codes, inputs[0].storage_zero_point, f"layer {layer.name}")
     residual = inputs[1] if operator.epilogue.has_residual else None
     constants = numerics.integer_anchor_constants(
         weights.codes, weights.scales, weights.bias, inputs[0], output, operator.epilogue, residual
@@ -123,11 +121,11 @@ def _integer_anchor(
         operator,
         tuple(f.storage for f in inputs),
         output.storage,
-        str(weights.codes.dtype),
+        "int8",
         len(weights.codes),
-        saturation_free_pairs(weights.codes) if is_int8 else 0,
-        centred_products(weights.codes) if is_int8 else 2,
-        ending=proven_ending(constants) if is_int8 and ends_in_bytes else ProvenEnding(),
+        saturation_free_pairs(weights.codes),
+        centred_products(weights.codes),
+        ending=proven_ending(constants) if ends_in_bytes else ProvenEnding(),
     )
     return request, constants
 

@@ -314,7 +314,7 @@ def _weight_bytes(step: Step) -> int:
     """Bytes of an anchor's weights as its kernel reads them: a byte for each code, whatever its width."""
     if step.request is None or not isinstance(step.request.operator, (Conv2D, Dense)):
         return 0
-    sizes = {"int8": 1, "int16": 2, "float32": 4}
+    sizes = {"int8": 1, "float32": 4}
     return (
         math.prod(step.request.operator.weight_shape) * step.request.weight_points * sizes.get(step.request.weights, 2)
     )

@@ -153,7 +153,7 @@ MISTAKES: dict[str, tuple[str, tuple[str, ...]]] = {
     "shapes of other rank": (f"{COMPILE} --input-shapes input:[1,1,8]", ("1×1×8", "4")),
     "target with a typo": (f"{COMPILE} --target cortex-a67", ("cortex-a67", "did you mean cortex-a76")),
     "unknown CPU": (f"{COMPILE} --target cpu.toml", ("z80", "mcpu")),
-    "simulated only": (f"{COMPILE} --calibration data.npz --precision a12w12", ("a12w12", "no kernel")),
+    "too many bits": (f"{COMPILE} --calibration data.npz --precision a12w17", ("a12w17", "2 to 16 bits")),
     "budget that is no number": (f"{COMPILE} --calibration data.npz --max-drop nan", ("max_drop",)),
     "floats on integers": (
         f"{COMPILE} --calibration data.npz --precision float16 --target generic-int8-npu",

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tests.onnx_models import node, onnx_model
 from tests.planned_models import shared_session
-from tvm_hquant.cost.plan_costs import computed_precision, neighbours, plan_costs, weighted_macs
+from tvm_hquant.cost.plan_costs import neighbours, plan_costs, weighted_macs
 from tvm_hquant.cost.predicted import predicted_cycles, weight_bytes
 from tvm_hquant.errors import SearchError
 from tvm_hquant.layers import LayerGraph, read_layers
@@ -122,9 +122,11 @@ def test_size_and_macs() -> None:
         plan_costs(session, candidates("residual"), "energy")
 
 
-def test_narrow_widths_count_as_what_computes_them() -> None:
-    """a6w6 runs on the kernel of a8w6, whose codes are wider than it needs."""
-    found = {
-        name: computed_precision(parse_precision(name)).name for name in ("a6w6", "a4w4", "a8w5", "a12w8", "a12w12")
-    }
-    assert found == {"a6w6": "a8w6", "a4w4": "a8w4", "a8w5": "a8w5", "a12w8": "a16w8", "a12w12": "a16w16"}
+def test_weights_of_two_points_take_the_bits_of_both() -> None:
+    """What a search for size counts is what the artifact packs: 9 bits are 5 and 4, both packed in 5."""
+    layer = shared_session("residual").graph.anchors[0]
+    own = {name: weight_bytes(layer, parse_precision(name)) for name in ("a8w9", "a12w10", "a16w16", "a8w8")}
+    assert own["a8w9"] == own["a12w10"]
+    channels = layer.operator.output_shape[-1]
+    assert own["a16w16"] == 2 * layer.parameter_count + 12 * channels
+    assert own["a8w9"] == layer.parameter_count * 10 / 8 + 12 * channels

@@ -94,9 +94,9 @@ def random_case(rng: np.random.Generator, request: KernelRequest, weight_limit: 
         random_activations(rng, shape, storage)
         for shape, storage in zip(input_shapes(operator), request.inputs, strict=True)
     ]
-    if request.weights in ("int8", "int16"):
-        limit = weight_limit if request.weights == "int8" else 2000
-        codes = rng.integers(-limit, limit + 1, (request.weight_points, *conv.weight_shape)).astype(request.weights)
+    if request.weights == "int8":
+        limit = weight_limit
+        codes = rng.integers(-limit, limit + 1, (request.weight_points, *conv.weight_shape)).astype(np.int8)
         largest = 255 if request.inputs[0] == "uint8" else 65535
         size = math.sqrt(math.prod(conv.weight_shape[1:])) * limit * largest / 4
         out = {"uint8": 128.0, "uint16": 30000.0}.get(request.output, 3.0)

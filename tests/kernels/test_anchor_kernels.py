@@ -173,14 +173,6 @@ def test_where_codes_need_no_padding() -> None:
         assert len(geometry.window_parts) == (9 if skips else 1)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("case", ["3x3 padded", "depthwise", "dense"])
-@pytest.mark.parametrize("storage", ["uint8", "uint16"])
-def test_wide_weights_are_exact(family: str, case: str, storage: str) -> None:
-    """Weights of 9 to 16 bits, which are only simulated: sums beyond int32 stay exact."""
-    check(family, KernelRequest(CASES[case], (storage,), "float32", "int16"))
-
-
 @pytest.mark.parametrize("family", families("avx_vnni"))
 @pytest.mark.parametrize("case", ["3x3 padded", "grouped", "depthwise", "dense", "stem, three channels"])
 def test_family_of_codes_is_exact(family: str, case: str) -> None:

@@ -76,7 +76,6 @@ def test_what_other_kernels_do() -> None:
         replace(plain, output="float32"),
         replace(plain, inputs=("uint16",)),
         replace(plain, weight_points=2),
-        replace(plain, weights="int16"),
         narrow,
     ]
     found = [interleaved_depthwise_kernel(request, vectors, "avx2") for request in others]

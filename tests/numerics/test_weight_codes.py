@@ -13,14 +13,14 @@ from tvm_hquant.errors import PrecisionError
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(2, 16), st.integers(0, 2**32 - 1), st.sampled_from([1e-3, 1.0, 1e4]))
+@given(st.integers(2, 8), st.integers(0, 2**32 - 1), st.sampled_from([1e-3, 1.0, 1e4]))
 def test_codes_keep_their_limits(bits: int, seed: int, spread: float) -> None:
     """Symmetric, at most 2^bits consecutive codes, never −128 at 8 bits; the error is half a step."""
     rng = np.random.default_rng(seed)
     weights = (rng.standard_t(2, (5, 3, 2, 2)) * spread).astype(np.float32)
     codes, scales = numerics.quantize_weights(weights, bits)
     limit = 2 ** (bits - 1) - 1
-    assert codes.dtype == (np.int8 if bits <= 8 else np.int16)
+    assert codes.dtype == np.int8
     assert scales.dtype == np.float32
     assert np.abs(codes.astype(int)).max() <= limit
     error = np.abs(codes * scales.astype(np.float64)[:, None, None, None] - weights)
@@ -45,9 +45,9 @@ def test_given_scales_clip() -> None:
     np.testing.assert_array_equal(numerics.dequantize_weights(codes, scales), [[3.5, -3.5, 1.0]])
 
 
-@pytest.mark.parametrize("bits", [1, 17])
+@pytest.mark.parametrize("bits", [1, 9])
 def test_other_widths_are_refused(bits: int) -> None:
-    """1 bit has no symmetric codes, 17 do not fit int16."""
+    """1 bit has no symmetric codes, 9 do not fit int8: wider weights are sums of points."""
     with pytest.raises(PrecisionError, match=f"{bits} bits"):
         numerics.quantize_weights(np.ones((1, 1)), bits)
 
@@ -58,7 +58,7 @@ def test_every_point_makes_the_error_smaller() -> None:
     first, _ = numerics.quantize_weights(weights, 8)
     errors = []
     for points in (1, 2, 3):
-        codes, scales = numerics.weight_points(weights, points)
+        codes, scales = numerics.weight_points(weights, [8] * points)
         assert codes.shape == (points, 6, 40)
         assert codes.dtype == np.int8
         assert scales.shape == (points, 6)
@@ -69,10 +69,22 @@ def test_every_point_makes_the_error_smaller() -> None:
     assert errors[2] < errors[1] / 200
 
 
+@pytest.mark.parametrize("bits", range(9, 17))
+def test_two_points_are_nearly_as_exact_as_one_of_all_bits(bits: int) -> None:
+    """The largest error is at most 1.4 times that of plain codes of so many bits."""
+    weights = np.random.default_rng(bits).normal(size=(6, 200)).astype(np.float32)
+    codes, scales = numerics.weight_points(weights, ((bits + 1) // 2, bits // 2))
+    limits = [2 ** (width - 1) - 1 for width in ((bits + 1) // 2, bits // 2)]
+    assert [np.abs(own.astype(int)).max() for own in codes] <= limits
+    error = np.abs((codes * scales.astype(np.float64)[:, :, None]).sum(axis=0) - weights).max(axis=1)
+    plain = np.abs(weights).max(axis=1) / (2 ** (bits - 1) - 1) / 2
+    assert np.all(error <= 1.4 * plain)
+
+
 def test_points_of_exact_weights() -> None:
     """Nothing left to round: the next point is zero, with a scale that is neither 0 nor far off."""
     weights = float32_array([[127, 3], [0, 0]])
-    codes, scales = numerics.weight_points(weights, 2)
+    codes, scales = numerics.weight_points(weights, [8, 8])
     assert not codes[1].any()
     np.testing.assert_array_equal(scales[1], float32_array([2.0**-24, 2.0**-24]))
 

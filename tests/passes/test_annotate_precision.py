@@ -133,13 +133,6 @@ def test_plan_of_another_model_is_refused() -> None:
         annotate_precision(other)(convolution_module())
 
 
-def test_precision_without_a_kernel_is_refused() -> None:
-    """Widths that exist only in the simulator must not reach code generation."""
-    module = convolution_module()
-    with pytest.raises(PrecisionError, match="layer stem: a5w13 is simulated only"):
-        annotate_precision(plan_of(read_layers(module), stem="a5w13"))(module)
-
-
 def test_precision_that_the_target_forbids_is_refused_with_its_reason() -> None:
     """An edited plan cannot go around the target spec; the message has the spec's own words."""
     module = convolution_module()

@@ -17,7 +17,7 @@ from tvm_hquant.rounding.weight_rounding import METHODS, OUTPUT_ERROR, WeightRou
 from tvm_hquant.target_spec.schema import Rules
 
 
-@pytest.mark.parametrize("precision", ["a8w8", "a8w4", "a16w16", "a8w4x1.5", "w6"])
+@pytest.mark.parametrize("precision", ["a8w8", "a8w4", "a16w16", "a8w9", "a8w4x1.5", "w6"])
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_rounds_every_kind_of_weights(method: str, precision: str) -> None:
     """The sum of all points stays near the weights; floor never rounds up; powers of two are what they say."""

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tests.planned_models import random_samples, shared_session
 from tests.search.synthetic import SyntheticNetwork, precisions
 from tvm_hquant.calibration.data import open_data
+from tvm_hquant.cost.predicted import weight_bytes
 from tvm_hquant.errors import SearchError
 from tvm_hquant.precision import parse_precision
 from tvm_hquant.quantizer import DataRoles, Options, Quantizer
@@ -20,9 +21,7 @@ from tvm_hquant.search.layout import (
     GradientStrategy,
     HessianStrategy,
     LayoutData,
-    MonotoneStrategy,
     combined,
-    is_lossless,
     squared_perturbation,
 )
 from tvm_hquant.search.problem import SearchProblem
@@ -108,38 +107,6 @@ def test_budget_ties_single_layers_and_budgets_that_cannot_be_met() -> None:
     assert set(precisions(nothing).values()) == {"float32"}
 
 
-def test_monotone_precision_only_grows() -> None:
-    """Algorithm 2 by hand: levels in execution order, and the longest cheap beginning that keeps a budget."""
-    of = network(dict.fromkeys("abcd", ("a8w4", "a8w8", "float32")), {"a": 1.0, "b": 1.0, "c": 5.0, "d": 50.0})
-    found = MonotoneStrategy().search(of.problem(1.0, levels={"float32": 1, "a8w4": 2, "a8w8": 1}))
-    assert list(precisions(found).values()) == ["a8w4", "a8w4", "a8w8", "float32"]
-    budget = of.loss({"a": "a8w8", "b": "a8w8", "c": "a8w8", "d": "float32"})
-    found = MonotoneStrategy().search(of.problem(budget))
-    assert list(precisions(found).values()) == ["a8w8", "a8w8", "a8w8", "float32"]
-    assert found.within_budget
-    forbidden = network(
-        {"a": ("a8w8", "float32"), "b": ("float32",), "c": ("a8w8", "float32")}, dict.fromkeys("abc", 1.0)
-    )
-    found = MonotoneStrategy().search(forbidden.problem(1.0))
-    assert list(precisions(found).values()) == ["a8w8", "float32", "float32"]
-    with pytest.raises(SearchError, match="layer b a8w8, which it may not have"):
-        MonotoneStrategy().search(forbidden.problem(1.0, levels={"a8w8": 2, "float32": 1}))
-
-
-def test_lossless_conversions() -> None:
-    """What a conversion loses decides where monotone may step up."""
-    steps = [("a8w8", "float32"), ("bfloat16", "float32"), ("a8w4", "a8w8"), ("float16", "float16")]
-    lossy = [
-        ("float32", "bfloat16"),
-        ("bfloat16", "float16"),
-        ("a8w8", "int8"),
-        ("a8w8", "bfloat16"),
-        ("a8w8", "a16w8"),
-    ]
-    assert all(is_lossless(parse_precision(a), parse_precision(b)) for a, b in steps)
-    assert not any(is_lossless(parse_precision(a), parse_precision(b)) for a, b in lossy)
-
-
 def test_weights_and_inputs_with_levels_of_their_own() -> None:
     """Algorithm 3's second branch meets precisions that exist, else the more exact of the two."""
     candidates = ("a8w8", "a8w4", "bfloat16", "float32", "w4", "w8")
@@ -216,3 +183,18 @@ def test_joint_losses_are_those_of_the_weights_as_stored() -> None:
         != stored.digest
         == session.program({name: parse_precision(d.precision) for name, d in found.decisions.items()}, 3).digest
     )
+
+
+def test_size_is_that_of_the_weights_as_stored() -> None:
+    """A float layer whose weights are stored in 3 bits does not take the bytes of floats in the file, so not in the search."""
+    session = shared_session("residual")
+    samples = open_data(random_samples(session, 6, seed=5), session.signature)
+    options = Options("kl", 10.0, ("a8w8", "float32"), baselines=False, objective="size")
+    quantizer = Quantizer(session, DataRoles(samples, samples, samples, 0), options)
+    found = quantizer.search(AfterStorageStrategy(LayoutData(session, samples), stored_bits=3))
+    plan = quantizer.plan(found.decisions)
+    stored = sum(weight_bytes(layer, plan.layers[layer.name].weight_precision) for layer in session.graph.anchors)
+    evaluated = quantizer.archive.find({n: d.precision for n, d in found.decisions.items()}, 3)
+    assert evaluated is not None
+    assert evaluated.cost == stored
+    assert stored < sum(weight_bytes(layer, parse_precision("a8w8")) for layer in session.graph.anchors)

@@ -41,11 +41,13 @@ def plan_costs(
     candidates: Mapping[str, tuple[str, ...]],
     objective: str,
     measured: Mapping[LayerPrecision, float] | None = None,
+    stored_bits: int | None = None,
 ) -> CostModel:
     """The cost model of all plans that can be made of the candidates.
 
     Args:
         measured: times in microseconds of layers with weights, for ``latency``; those that are not in it are predicted.
+        stored_bits: of all weights in the artifact, where a precision has more: they count for ``size``.
 
     Raises:
         SearchError: there is no such objective.
@@ -55,7 +57,11 @@ def plan_costs(
     layers = session.graph.by_name
     if objective == "size":
         return CostModel(
-            {(n, p): weight_bytes(layers[n], parse_precision(p)) for n, ps in candidates.items() for p in ps}
+            {
+                (n, p): weight_bytes(layers[n], _as_stored(parse_precision(p), stored_bits))
+                for n, ps in candidates.items()
+                for p in ps
+            }
         )
     if objective == "macs":
         return CostModel(
@@ -64,17 +70,18 @@ def plan_costs(
     raise SearchError(f"unknown objective {objective!r}: use one of {', '.join(OBJECTIVES)}")
 
 
+def _as_stored(precision: Precision, bits: int | None) -> Precision:
+    """The precision that weights take the bytes of if they are stored in at most so many bits."""
+    if bits is None or precision.weight_bits <= bits:
+        return precision
+    return precision.computed.with_stored_weights(bits)
+
+
 def weighted_macs(layer: Layer, precision: Precision) -> float:
     """Multiply-accumulates of a layer in units of 8 × 8 bits. Weights that are only stored in few bits count as float32."""
     computed = precision.computed
     weight_bits = computed.weight_bits if computed.activation_bits < 32 else 32
     return layer.macs * computed.activation_bits * weight_bits / 64
-
-
-def computed_precision(precision: Precision) -> Precision:
-    """The precision at whose speed a layer is taken to run: that of its kernels; ``a16w16`` where weights have 9 to 16 bits."""
-    carrier = precision.carrier
-    return carrier if not precision.is_integer or carrier.is_realized else parse_precision("a16w16")
 
 
 class _Latency:
@@ -111,7 +118,7 @@ class _Latency:
         spec, layer = self._session.spec, self._session.graph.by_name[layer_name]
         if isinstance(layer.operator, Movement) and layer.operator.function == "reshape":
             return 0.0
-        computed = computed_precision(parse_precision(precision))
+        computed = parse_precision(precision)
         clock = spec.unit_for(computed.name, layer.operator_kind).clock_ghz
         return predicted_cycles(spec, layer, computed) / (1e3 * clock)
 

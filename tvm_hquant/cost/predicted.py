@@ -29,4 +29,7 @@ def weight_bytes(layer: Layer, precision: Precision) -> float:
     channels = layer.operator.output_shape[-1]
     if precision.arithmetic is Arithmetic.FLOAT:
         return layer.parameter_count * precision.weight_bits / 8 + 4 * channels
-    return layer.parameter_count * precision.weight_bits / 8 + 4 * channels * (1 + precision.weight_points)
+    bits = precision.weight_bits
+    if precision.weight_points > 1 and not precision.is_multipoint:
+        bits = 2 * max(precision.point_widths)  # Both points are packed in the bits of the wider one.
+    return layer.parameter_count * bits / 8 + 4 * channels * (1 + precision.weight_points)

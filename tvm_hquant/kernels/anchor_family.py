@@ -156,4 +156,4 @@ class AnchorFamily:
 
 def _is_depthwise(request: KernelRequest) -> bool:
     operator = request.operator
-    return isinstance(operator, Conv2D) and operator.is_depthwise and request.weights != "int16"
+    return isinstance(operator, Conv2D) and operator.is_depthwise

@@ -47,7 +47,7 @@ class DotProduct(Protocol):
         operand_dtype: of activations in memory when the step reads them.
         operand_offset: what is added to stored codes on the way: by the step, or by the copy where ``operand_dtype`` is int8.
         weight_dtype: of packed weights.
-        accumulator_dtype: int32, float32 or float64.
+        accumulator_dtype: int32 or float32.
         operand_cost: what loading and repeating an operand costs beside the multiply-adds, in multiply-adds of a vector.
         latency: accumulators that hide the latency of a multiply-add.
         operand_steps: steps whose operands come from memory at once, a power of two (a chain takes its own steps at least).
@@ -326,34 +326,6 @@ class FloatDot(RepeatedOperand):
         self, accumulator: Expression, operands: Sequence[Expression], weights: Sequence[Expression]
     ) -> Expression:
         return LlvmPrimitives().fma(operands[0], widen(weights[0], self.storage), accumulator)
-
-
-@dataclass(frozen=True)
-class WideDot(RepeatedOperand):
-    """Exact sums in float64 for weights of more than 8 bits, which are only simulated: every sum stays below 2^53."""
-
-    lanes: int
-    registers: int
-    products: int = 1
-    chain: int = 1
-    operand_dtype: str = "float64"
-    operand_offset: int = 0
-    weight_dtype: str = "int16"
-    accumulator_dtype: str = "float64"
-    name: str = "float64_fma"
-    operand_cost: float = 0.5
-
-    def operand(self, buffer: Buffer, index: Expression) -> Expression:
-        return T.broadcast(buffer[index], self.lanes)
-
-    def of_units(self, units: Expression) -> Expression:
-        return T.reinterpret(vector_type("float64", self.lanes), units)
-
-    def accumulate(
-        self, accumulator: Expression, operands: Sequence[Expression], weights: Sequence[Expression]
-    ) -> Expression:
-        wide = convert(weights[0], "float64")
-        return T.call_llvm_pure_intrin(f"float64x{self.lanes}", "llvm.fma", operands[0], wide, accumulator)
 
 
 @dataclass(frozen=True)

@@ -57,8 +57,8 @@ class KernelRequest:
         operator: shapes and attributes.
         inputs: storage of each activation input, in the operator's order; a fused residual comes last.
         output: storage of the output.
-        weights: storage of an anchor's weights: ``int8`` codes, ``int16`` codes (widths that are only simulated), or the
-            float storage of a float layer. ``""`` where there are none.
+        weights: storage of an anchor's weights: ``int8`` codes, or the float storage of a float layer. ``""`` where there
+            are none.
         weight_points: how many weight tensors are summed (multipoint); 1 for plain weights.
         saturation_free_pairs: what the weights prove: how many chained sums of two products u8·s8 surely fit int16.
             0: not even one pair. Kernels may use it to be faster, never to compute other values.
@@ -117,7 +117,7 @@ class IntegerAnchorConstants:
     """Constants of an integer convolution or dense layer.
 
     Attributes:
-        weight_codes: int8 (or int16) [points, out_channels, in_channels / groups, kernel_h, kernel_w].
+        weight_codes: int8 [points, out_channels, in_channels / groups, kernel_h, kernel_w].
         input_zero_point: of the stored codes: 0…255, or 0…65535 for uint16 (high byte and low byte of it are the zero
             points of the two planes).
         multiplier: float32 [points, out_channels]. The high plane of 16-bit codes uses 256 times that.

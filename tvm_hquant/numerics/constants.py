@@ -32,7 +32,7 @@ def integer_anchor_constants(
     """Constants of an integer convolution or dense layer.
 
     Args:
-        weight_codes: int8 or int16 [points, out, in / groups, kh, kw] (or [points, out, in] for a dense layer).
+        weight_codes: int8 [points, out, in / groups, kh, kw] (or [points, out, in] for a dense layer).
         weight_scales: float32 [points, out].
         bias: float [out]; zeros where there is none.
         input_format, output_format: of the activations; a float output has scale 1.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -19,13 +20,13 @@ _LARGEST_ACTIVATION_CODE = 255
 
 
 def weight_code_limit(bits: int) -> int:
-    """The largest magnitude of symmetric codes of 2 to 16 bits: 2^(bits − 1) − 1, so 127 at 8 bits.
+    """The largest magnitude of symmetric codes of 2 to 8 bits: 2^(bits − 1) − 1, so 127 at 8 bits.
 
     Raises:
-        PrecisionError: fewer than 2 bits or more than 16.
+        PrecisionError: fewer than 2 bits or more than 8.
     """
-    if not 2 <= bits <= 16:
-        raise PrecisionError(f"weights cannot have {bits} bits: use 2 to 16")
+    if not 2 <= bits <= 8:
+        raise PrecisionError(f"codes of weights cannot have {bits} bits: use 2 to 8, or a sum of several points")
     return int(2 ** (bits - 1) - 1)
 
 
@@ -55,15 +56,15 @@ def round_weights(weights: npt.ArrayLike, scales: npt.ArrayLike, bits: int) -> A
     Args:
         weights: [out, …].
         scales: [out], positive.
-        bits: 2 to 16.
+        bits: 2 to 8.
 
     Returns:
-        int8 up to 8 bits, else int16, of the shape of ``weights``, within ±(2^(bits − 1) − 1).
+        int8 of the shape of ``weights``, within ±(2^(bits − 1) − 1).
     """
     limit = weight_code_limit(bits)
     matrix = _channels(weights)
     codes = np.clip(np.rint(matrix / np.asarray(scales, np.float64)[:, None]), -limit, limit)
-    return codes.astype(np.int8 if bits <= 8 else np.int16).reshape(np.shape(weights))
+    return codes.astype(np.int8).reshape(np.shape(weights))
 
 
 def quantize_weights(
@@ -73,15 +74,15 @@ def quantize_weights(
 
     Args:
         weights: float32 [out, …].
-        bits: 2 to 16.
+        bits: 2 to 8.
         scales: [out]; the largest magnitude of each channel over the largest code if not given.
 
     Returns:
-        Codes (int8 up to 8 bits, else int16; shape of ``weights``) and scales (float32 [out]). Scales are raised to
-        2⁻²⁴ of the layer's largest; a layer of zeros has scales 1.
+        Codes (int8, shape of ``weights``) and scales (float32 [out]). Scales are raised to 2⁻²⁴ of the layer's largest; a
+        layer of zeros has scales 1.
 
     Raises:
-        PrecisionError: fewer than 2 bits or more than 16.
+        PrecisionError: fewer than 2 bits or more than 8.
     """
     if scales is None:
         scales = np.abs(_channels(weights)).max(axis=1, initial=0.0) / weight_code_limit(bits)
@@ -101,13 +102,13 @@ def dequantize_weights(codes: npt.ArrayLike, scales: npt.ArrayLike) -> FloatArra
     return np.asarray(values * factors, np.float32)
 
 
-def weight_points(weights: npt.ArrayLike, points: int) -> tuple[Array, FloatArray]:
-    """Weights as a sum of 8-bit tensors, each rounding what the ones before it left (greedy multipoint quantization,
+def weight_points(weights: npt.ArrayLike, widths: Sequence[int]) -> tuple[Array, FloatArray]:
+    """Weights as a sum of tensors of few bits, each rounding what the ones before it left (greedy multipoint quantization,
     X. Liu, M. Ye, D. Zhou, Q. Liu: Post-training Quantization with Multiple Points, AAAI 2021).
 
     Args:
         weights: float32 [out, …].
-        points: how many, at least 1.
+        widths: bits of each point, 2 to 8; at least one.
 
     Returns:
         int8 codes [points, out, …] and float32 scales [points, out], by descending scale. No scale is less than 2⁻²⁴
@@ -116,11 +117,11 @@ def weight_points(weights: npt.ArrayLike, points: int) -> tuple[Array, FloatArra
     residual = np.asarray(weights, np.float64)
     codes, scales = [], []
     floor: float | None = None
-    for _ in range(points):
-        largest = np.abs(_channels(residual)).max(axis=1, initial=0.0) / weight_code_limit(8)
+    for bits in widths:
+        largest = np.abs(_channels(residual)).max(axis=1, initial=0.0) / weight_code_limit(bits)
         point_scales = limited_scales(largest, floor)
         floor = smallest_scale(largest) if floor is None else floor
-        point_codes = round_weights(residual, point_scales, 8)
+        point_codes = round_weights(residual, point_scales, bits)
         shape = (-1, *[1] * (residual.ndim - 1))
         residual = residual - point_scales.astype(np.float64).reshape(shape) * point_codes
         codes.append(point_codes)

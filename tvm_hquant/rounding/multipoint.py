@@ -57,7 +57,7 @@ def multipoint_codes(
 
     Args:
         weights: float32 [out, …].
-        bits: of each point, 2 to 16.
+        bits: of each point, 2 to 8.
         terms: mean number of points over the output channels, at least 1. Every channel has one; the others go one by one to
             the channel whose error they lower most.
         quantizer: makes the points; rounding to nearest if not given.
@@ -65,7 +65,7 @@ def multipoint_codes(
             ``terms`` rounded up.
 
     Returns:
-        int8 codes (int16 above 8 bits) [ceil(terms), out, …] and float32 scales [ceil(terms), out].
+        int8 codes [ceil(terms), out, …] and float32 scales [ceil(terms), out].
     """
     quantizer = quantizer or NearestQuantizer()
     own = np.asarray(weights, np.float64)
@@ -97,9 +97,7 @@ def multipoint_codes(
         result_steps[:number, chosen] = found.steps[:, chosen]
         # Points that a channel lacks have the step that it would have there: no scale is ever far from the others.
         result_steps[number:, chosen] = sums[-1].steps[number:, chosen]
-    return result_codes.astype(np.int8 if bits <= 8 else np.int16).reshape(count, *own.shape), result_steps.astype(
-        np.float32
-    )
+    return result_codes.astype(np.int8).reshape(count, *own.shape), result_steps.astype(np.float32)
 
 
 def allocated_terms(errors: Doubles, terms: float) -> npt.NDArray[np.int64]:

@@ -49,7 +49,7 @@ class PointQuantizer(ABC):
 
         Args:
             rows: [out, columns].
-            bits: 2 to 16.
+            bits: 2 to 8.
             smallest: no step is less; 2⁻²⁴ of the largest step if None.
             tied: all rows have the same step.
         """

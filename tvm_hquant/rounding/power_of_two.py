@@ -23,7 +23,7 @@ def power_of_two_codes(weights: npt.ArrayLike, bits: int, tied: bool = False) ->
 
     Args:
         weights: [out, columns].
-        bits: 2 to 16.
+        bits: 2 to 8.
         tied: all output channels have the same step, from the range of all.
 
     Returns:

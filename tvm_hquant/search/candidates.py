@@ -47,7 +47,7 @@ class CandidateRules:
         precisions: names to choose from. Given by the user, all of them are meant, the cheapest first; by default the search
             starts from 8 bits.
         fixed: precisions fixed by the user, for layers by name or pattern.
-        objective: what is minimized. A width without a kernel, such as ``a12w12``, can be searched, but not for latency.
+        objective: what is minimized.
         keep_all: whether to keep precisions that cannot make a layer faster, since each has to go to some layers.
 
     For latency a layer may not have what the target computes no faster than something more exact: weights of fewer bits than
@@ -80,7 +80,7 @@ class CandidateRules:
         fixed = self.fixed(layer)
         if fixed is not None:
             return (fixed,)
-        allowed = [name for name in self._precisions if self._refusal(layer, parse_precision(name)) is None]
+        allowed = [name for name in self._precisions if self._session.refusal(layer, parse_precision(name)) is None]
         if not allowed:
             raise PrecisionError(
                 f"layer {layer.name} ({layer.operator_kind}) can have none of {', '.join(self._precisions)} on "
@@ -118,19 +118,13 @@ class CandidateRules:
         """
         low = [precision for name in self._precisions if (precision := parse_precision(name)) != FLOAT32]
         integers = [precision for precision in low if precision.is_integer]
-        refusals = [self._refusal(layer, precision) for precision in integers or low]
+        refusals = [self._session.refusal(layer, precision) for precision in integers or low]
         return refusals[0] if refusals and all(refusals) else None
 
     def unused(self) -> tuple[str, ...]:
         """Patterns that match no layer."""
         names = [layer.name for layer in self._session.graph.layers]
         return tuple(p for p in self._rules if not any(fnmatchcase(name, p) for name in names))
-
-    def _refusal(self, layer: Layer, precision: Precision) -> Refusal | None:
-        if not precision.is_realized and self._objective != "latency":
-            impossible = self._session.impossible(layer, precision)
-            return None if impossible is None else Refusal("no kernel", impossible)
-        return self._session.refusal(layer, precision)
 
     def _no_faster(self, kind: str, names: Sequence[str]) -> frozenset[str]:
         """Precisions that a more exact one equals in speed, by the rates of the spec for a kind of operator."""
@@ -153,10 +147,8 @@ class CandidateRules:
         return frozenset.intersection(*(self._no_faster(kind, self._precisions) for kind in kinds))
 
     def _order(self, layer: Layer, precision: Precision) -> tuple[bool, float, float]:
-        is_float = precision.name == "float32"
-        if precision.is_realized:
-            return is_float, predicted_cycles(self._session.spec, layer, precision), weight_bytes(layer, precision)
-        return is_float, 0.0, weight_bytes(layer, precision) + precision.activation_bits
+        cycles = predicted_cycles(self._session.spec, layer, precision)
+        return precision == FLOAT32, cycles, weight_bytes(layer, precision)
 
 
 def _is_wider(precision: Precision, other: Precision) -> bool:

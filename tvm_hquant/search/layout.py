@@ -8,8 +8,7 @@ the mean gradient of the weights is 0, that of what layers read is not, so (Prob
 
 * *gradient* (Algorithm 1): the layers with the larger norms get the levels with the smaller errors. ‖ε_i‖ is taken as the
   largest error of a level (:func:`~tvm_hquant.search.surrogate.largest_error`), as the paper does.
-* *monotone* (Algorithm 2): precision only grows from input to output, and only in conversions that lose nothing, so that all
-  ε_i are 0 (Problem 3).
+* *monotone* (Algorithm 2) is :mod:`tvm_hquant.search.monotone`.
 * *after-storage* (Algorithm 3): the weights were rounded for storage, so their gradients, taken at the rounded weights, are not
   0. Where weights and inputs share a level the sum of both norms ranks the layers; else each ranks its own.
 * *hawq-v2* (Z. Dong et al., NeurIPS 2020): Ω = average Hessian trace · ‖Q(W) − W‖², the least sum.
@@ -24,7 +23,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from itertools import pairwise
 
 import numpy as np
 
@@ -36,8 +34,6 @@ from tvm_hquant.quantized_weights import quantize_layer_weights
 from tvm_hquant.search.problem import Assignment, LayerPrecision, SearchProblem, SearchResult
 from tvm_hquant.search.surrogate import (
     activation_error,
-    check_levels,
-    first_within_budget,
     largest_error,
     one_plan,
     search_by_prediction,
@@ -101,41 +97,6 @@ class GradientStrategy:
         return search_by_prediction(problem, _times_error(problem, norms), lambda n: f"gradient norm {norms[n]:.3g}")
 
 
-@dataclass(frozen=True)
-class MonotoneStrategy:
-    """Algorithm 2."""
-
-    @property
-    def name(self) -> str:
-        return "monotone"
-
-    def search(self, problem: SearchProblem) -> SearchResult:
-        """Levels by falling error in execution order, or the cheapest such plan for the budget.
-
-        A layer that may not have its turn's precision gets the next one up, and so does what follows.
-
-        Raises:
-            SearchError: the prescribed levels cannot stand in this order, or a conversion between them loses something.
-        """
-        if problem.levels is not None:
-            slots = check_levels(problem)[::-1]
-            for low, high in pairwise(slots):
-                if not is_lossless(parse_precision(low), parse_precision(high)):
-                    raise SearchError(
-                        f"from {low} to {high} something is lost: monotone wants levels of one lossless chain"
-                    )
-            plan = dict(zip(problem.candidates, slots, strict=True))
-            wrong = [layer for layer, p in plan.items() if p not in problem.candidates[layer]]
-            if wrong:
-                raise SearchError(f"monotone would give layer {wrong[0]} {plan[wrong[0]]}, which it may not have")
-            return one_plan(problem, plan, lambda _layer: "its place in execution order")
-        plans = monotone_plans(problem.candidates)
-        if not plans:
-            raise SearchError("no plan is monotone: the layers' candidates do not share a lossless chain")
-        plans.sort(key=lambda plan: problem.costs.total(plan))
-        return first_within_budget(problem, plans, lambda _layer: "its place in execution order")
-
-
 @dataclass(frozen=True, eq=False)
 class AfterStorageStrategy:
     """Algorithm 3.
@@ -163,7 +124,7 @@ class AfterStorageStrategy:
     def search(self, problem: SearchProblem) -> SearchResult:
         """Levels by falling error to layers by rising norm, or the cheapest plan for the budget; weights stored apart.
 
-        Joint losses are those of the weights as they are stored.
+        Joint losses and bytes are those of the weights as they are stored.
 
         Raises:
             SearchError: no plan has the prescribed levels.
@@ -171,6 +132,8 @@ class AfterStorageStrategy:
         of_inputs, of_weights = self.norms()
         if problem.evaluate_stored is not None:
             problem = replace(problem, evaluate=partial(_stored, problem.evaluate_stored, self.stored_bits))
+        if problem.stored_costs is not None:
+            problem = replace(problem, costs=problem.stored_costs(self.stored_bits))
 
         def describe(layer: str) -> str:
             return f"gradient norm of the input {of_inputs[layer]:.3g}, of the weights {of_weights[layer]:.3g}"
@@ -249,45 +212,6 @@ def squared_perturbation(layer: Layer, precision: Precision) -> float:
     shape = (*codes.scales.shape, *[1] * (own.ndim - 1))
     total = np.sum(codes.codes.astype(np.float64) * codes.scales.astype(np.float64).reshape(shape), axis=0)
     return float(np.sum((total - own) ** 2))
-
-
-def is_lossless(low: Precision, high: Precision) -> bool:
-    """Whether what is stored for a layer in ``low`` is read in ``high`` without loss (but for float32's own rounding)."""
-    if high.name == "float32" or low.name == high.name:
-        return True
-    reads = (
-        (low.arithmetic, low.activation_bits, low.symmetric),
-        (high.arithmetic, high.activation_bits, high.symmetric),
-    )
-    return low.is_integer and reads[0] == reads[1] and low.weight_bits <= high.weight_bits
-
-
-def monotone_plans(candidates: Mapping[str, Sequence[str]]) -> list[dict[str, str]]:
-    """All plans with at most one step up in execution order, for every pair of precisions without loss between them."""
-    names = list(dict.fromkeys(p for own in candidates.values() for p in own))
-    names.sort(key=lambda name: -largest_error(parse_precision(name)))
-    plans: dict[tuple[tuple[str, str], ...], None] = {}
-    for low in names:
-        for high in names:
-            if not is_lossless(parse_precision(low), parse_precision(high)):
-                continue
-            for boundary in range(len(candidates) + 1 if low != high else 1):
-                plan = _one_step(candidates, low, high, boundary)
-                if plan is not None:
-                    plans[tuple(plan.items())] = None
-    return [dict(plan) for plan in plans]
-
-
-def _one_step(candidates: Mapping[str, Sequence[str]], low: str, high: str, boundary: int) -> dict[str, str] | None:
-    plan: dict[str, str] = {}
-    current = low
-    for number, (layer, own) in enumerate(candidates.items()):
-        if number >= boundary or low not in own:
-            current = high
-        if current not in own:
-            return None
-        plan[layer] = current
-    return plan
 
 
 def combined(inputs: str, weights: str, candidates: Sequence[str]) -> str:

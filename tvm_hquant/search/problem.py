@@ -67,6 +67,7 @@ class SearchProblem:
         seed: of whatever a strategy draws at random.
         smooth: losses of the same plans that nearly add up over layers, in the unit of ``measure``; None: ``evaluate`` does.
         measure_on_search: as ``measure``, on the search samples: closer to what ``smooth`` says of plans, and more expensive.
+        stored_costs: as ``costs``, with weights stored in so many bits where a precision has more.
         measured_plans: the plans that are evaluated to measure pairs, for those who count them as plans.
     """
 
@@ -84,6 +85,7 @@ class SearchProblem:
     measure_on_search: Callable[[Sequence[LayerPrecision]], Mapping[LayerPrecision, float]] | None = None
     evaluate_stored: Callable[[Sequence[Assignment], int], Sequence[float]] | None = None
     measured_plans: Callable[[Sequence[LayerPrecision]], Sequence[Assignment]] | None = None
+    stored_costs: Callable[[int], CostModel] | None = None
 
 
 @dataclass(frozen=True)

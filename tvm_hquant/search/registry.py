@@ -16,8 +16,8 @@ from tvm_hquant.search.layout import (
     GradientStrategy,
     HessianStrategy,
     LayoutData,
-    MonotoneStrategy,
 )
+from tvm_hquant.search.monotone import MonotoneStrategy
 from tvm_hquant.search.multipoint import MultipointStrategy
 from tvm_hquant.search.problem import SearchStrategy
 

@@ -55,7 +55,7 @@ def _realized_precision(name: str) -> str:
         precision = parse_precision(name)
     except PrecisionError as error:
         raise ValueError(str(error)) from None
-    if not precision.is_realized or precision.carrier != precision:
+    if precision.carrier != precision:
         raise ValueError(f"has no kernel of its own; use one of {', '.join(REALIZED)}")
     return precision.name
 

@@ -14,7 +14,7 @@ from tvm_hquant.cpu_features import normalize_features
 from tvm_hquant.errors import PrecisionError, TargetSpecError
 from tvm_hquant.kernels.instruction_set import load_instruction_set
 from tvm_hquant.kernels.processor import CACHE_LINE, Processor
-from tvm_hquant.precision import Arithmetic, Precision, parse_precision
+from tvm_hquant.precision import A16W16, Arithmetic, Precision, parse_precision
 from tvm_hquant.target_spec.schema import (
     Conversion,
     CpuFeatures,
@@ -129,10 +129,7 @@ class TargetSpec(Table):
         against = self.rule_against(precision, operator_kind, layer_name)
         if against is not None:
             return against
-        asked = parse_precision(precision)
-        if not asked.is_realized:
-            return f"{asked.name} is simulated only: no kernel computes it"
-        wanted = _equivalent(asked, operator_kind)
+        wanted = _equivalent(parse_precision(precision), operator_kind)
         if not self._units_for(wanted, operator_kind):
             return f"no unit of {self.name} computes {operator_kind} in {wanted.name}"
         return None
@@ -286,8 +283,8 @@ class TargetSpec(Table):
 
     def _units_for(self, precision: Precision, operator_kind: str) -> tuple[tuple[Unit, float], ...]:
         """Units that offer the precision, or one that is the same to this operator, each with its best rate."""
-        if precision.is_multipoint:
-            # One pass of the kernel for each point, at the rate of its width, or of 8 bits where the unit knows no other.
+        if precision.weight_points > 1 and precision != A16W16:
+            # One pass of the kernel for each point, at the rate of the widest, or of 8 bits where the unit knows no other.
             for bits in (precision.point_bits, 8):
                 one = parse_precision(f"a{precision.activation_bits}w{bits}")
                 if units := self._units_for(one, operator_kind):

@@ -60,7 +60,7 @@ def conv2d_geometry(
 ) -> AnchorGeometry:
     """How a convolution or dense layer is cut into tiles."""
     assert isinstance(request.operator, (Conv2D, Dense))
-    planes = 2 if request.weights in ("int8", "int16") and request.inputs[0] == "uint16" else 1
+    planes = 2 if request.weights == "int8" and request.inputs[0] == "uint16" else 1
     conv, patches = as_conv2d(request.operator), None
     has_codes = request.weights == "int8" and request.inputs[0] == "uint8"
     if has_codes and takes_patches(conv, dot.products, dot.splits_pixels, dot.lanes):
@@ -72,7 +72,7 @@ def conv2d_geometry(
         and request.inputs[1:] in ((), ("uint8",))
         and conv.out_channels // conv.groups * dot.groups >= dot.lanes
     )
-    if request.weights in ("int8", "int16"):
+    if request.weights == "int8":
         # Sums start without what is left out. The contract's check of weights bounds sums over the whole window alone.
         is_neutral = conv.macs // prod(conv.output_shape) <= _MOST_PRODUCTS
     else:
@@ -100,7 +100,7 @@ def conv2d_kernel(
         KernelError: ``tile`` is not a candidate for this layer.
     """
     geometry = conv2d_geometry(request, dot, tile, vectors, processor)
-    is_integer = request.weights in ("int8", "int16")
+    is_integer = request.weights == "int8"
     packing, count = AnchorPacking(geometry), geometry.weight_elements * geometry.points
     if is_integer:
         types = integer_array_types(

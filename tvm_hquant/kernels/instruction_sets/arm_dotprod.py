@@ -17,7 +17,7 @@ from tvm_hquant.kernels.arm.floats import arm_float_dot
 from tvm_hquant.kernels.arm.operands import LANES, REGISTERS, TOP_BITS, ElementOperands, word_operands
 from tvm_hquant.kernels.arm.words import ArmWords
 from tvm_hquant.kernels.depthwise.interleaved import interleaved_depthwise_kernel
-from tvm_hquant.kernels.dot_product import DotProduct, WideDot
+from tvm_hquant.kernels.dot_product import DotProduct
 from tvm_hquant.kernels.instruction_set import Host, InstructionSet
 from tvm_hquant.kernels.interface import Kernel, KernelRequest
 from tvm_hquant.kernels.kernel_function import Buffer
@@ -54,8 +54,6 @@ class SdotDot(ElementOperands):
 def _dot(request: KernelRequest) -> DotProduct:
     if request.weights == "int8":
         return SdotDot()
-    if request.weights == "int16":
-        return WideDot(2, REGISTERS)
     return arm_float_dot(request)
 
 

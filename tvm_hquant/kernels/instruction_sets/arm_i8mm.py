@@ -21,7 +21,7 @@ from tvm_hquant.kernels.arm.operands import LANES, REGISTERS, ElementOperands, h
 from tvm_hquant.kernels.arm.words import ArmWords
 from tvm_hquant.kernels.convolution.geometry import as_conv2d
 from tvm_hquant.kernels.depthwise.interleaved import interleaved_depthwise_kernel
-from tvm_hquant.kernels.dot_product import DotProduct, WideDot
+from tvm_hquant.kernels.dot_product import DotProduct
 from tvm_hquant.kernels.instruction_set import Host, InstructionSet
 from tvm_hquant.kernels.interface import Kernel, KernelRequest
 from tvm_hquant.kernels.kernel_function import Buffer
@@ -138,8 +138,6 @@ class SudotDot(ElementOperands):
 def _dot(request: KernelRequest) -> DotProduct:
     if request.weights == "int8":
         return UsmmlaDot() if _has_pairs_of_pixels(request) else SudotDot()
-    if request.weights == "int16":
-        return WideDot(2, REGISTERS)
     return arm_float_dot(request)
 
 

@@ -28,7 +28,7 @@ from tvm_hquant.kernels.arm.operands import (
 )
 from tvm_hquant.kernels.convolution.geometry import as_conv2d
 from tvm_hquant.kernels.convolution.patches import takes_patches
-from tvm_hquant.kernels.dot_product import DotProduct, RepeatedOperand, WideDot
+from tvm_hquant.kernels.dot_product import DotProduct, RepeatedOperand
 from tvm_hquant.kernels.instruction_set import Host, InstructionSet
 from tvm_hquant.kernels.interface import KernelRequest
 from tvm_hquant.kernels.kernel_function import Buffer
@@ -114,8 +114,6 @@ def _dot(request: KernelRequest) -> DotProduct:
         if _has_octets(request):
             return octet_dot(request.centred_products)
         return PairDot(min(2, request.centred_products))
-    if request.weights == "int16":
-        return WideDot(2, REGISTERS)
     return arm_float_dot(request)
 
 

@@ -16,7 +16,7 @@ from tvm.tirx.script import builder as T
 
 from tvm_hquant.kernels.anchor_family import AnchorFamily
 from tvm_hquant.kernels.convolution.winograd import can_transform, saved_products
-from tvm_hquant.kernels.dot_product import DotProduct, FloatDot, RepeatedOperand, ShortSums, WideDot
+from tvm_hquant.kernels.dot_product import DotProduct, FloatDot, RepeatedOperand, ShortSums
 from tvm_hquant.kernels.instruction_set import Host, InstructionSet
 from tvm_hquant.kernels.interface import KernelRequest
 from tvm_hquant.kernels.primitives import Expression, convert
@@ -148,8 +148,6 @@ def _dot(request: KernelRequest) -> DotProduct:
     if request.weights == "int8":
         pairs = request.saturation_free_pairs
         return ByteDot(pairs) if pairs else WordDot()
-    if request.weights == "int16":
-        return WideDot(4, _REGISTERS)
     # Measured on a Zen 4: an operand, which is repeated as it is loaded, costs less than half of what a vector of weights does.
     # The latency is four cycles of two multiply-adds each.
     sweeps = request.weights == request.inputs[0] == "float32"

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from tvm.tirx.script import builder as T
 
 from tvm_hquant.kernels.anchor_family import AnchorFamily
-from tvm_hquant.kernels.dot_product import DotProduct, FloatDot, RepeatedOperand, WideDot
+from tvm_hquant.kernels.dot_product import DotProduct, FloatDot, RepeatedOperand
 from tvm_hquant.kernels.instruction_set import Host, InstructionSet
 from tvm_hquant.kernels.interface import KernelRequest
 from tvm_hquant.kernels.primitives import Expression
@@ -60,8 +60,6 @@ class VnniDot(RepeatedOperand):
 def _dot(request: KernelRequest) -> DotProduct:
     if request.weights == "int8":
         return VnniDot()
-    if request.weights == "int16":
-        return WideDot(8, _REGISTERS)
     # Loads run beside the products here, too; most weights come from the second-level cache. Others are widened.
     is_plain = request.weights == "float32"
     return FloatDot(

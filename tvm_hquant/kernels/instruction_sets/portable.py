@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tvm_hquant.kernels.anchor_family import AnchorFamily
-from tvm_hquant.kernels.dot_product import DotProduct, FloatDot, WideDot, WideningDot
+from tvm_hquant.kernels.dot_product import DotProduct, FloatDot, WideningDot
 from tvm_hquant.kernels.instruction_set import Host, InstructionSet
 from tvm_hquant.kernels.interface import KernelRequest
 from tvm_hquant.kernels.weightless.family import CommonFamily
@@ -15,8 +15,6 @@ _REGISTERS = 16
 def _dot(request: KernelRequest) -> DotProduct:
     if request.weights == "int8":
         return WideningDot(_LANES, _REGISTERS)
-    if request.weights == "int16":
-        return WideDot(2, _REGISTERS)
     return FloatDot(_LANES, _REGISTERS, request.weights)
 
 
