@@ -142,7 +142,7 @@ class _Search:
     def _solve(self, bounds: Sequence[float]) -> list[dict[str, str] | None]:
         problem = self.problem
         program = IntegerProgram(problem.candidates, problem.costs, self.model.losses, problem.levels)
-        return [program.solve(bound) for bound in bounds]
+        return program.solve_all(bounds)
 
     def _cheapest_suffices(self) -> bool:
         """Whether one plan is wanted and the cheapest one keeps the budget."""

@@ -10,6 +10,9 @@
 y stands for the product x(l, p)·x(m, q): with these two sums, the tightest linear form of a pair, y is 0 or 1 by itself.
 Precisions that cost the same beside every precision of a neighbour, such as all that read 8-bit codes, share one y.
 
+Where neighbours cost nothing beyond what each does by itself, as bytes and operations do, :mod:`.additive_program` solves it
+without HiGHS, in less time.
+
 HiGHS is called directly: the version inside SciPy 1.17, 1.12, writes lines to the standard output that no option turns off
 (ERGO-Code/HiGHS, issue 2783).
 """
@@ -17,13 +20,15 @@ HiGHS is called directly: the version inside SciPy 1.17, 1.12, writes lines to t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import highspy
 import numpy as np
 import numpy.typing as npt
 
+from tvm_hquant.search.additive_program import AdditiveProgram, TooManyStatesError, choices_of
 from tvm_hquant.search.problem import CostModel, LayerPrecision
 
 Floats = npt.NDArray[np.float64]
@@ -51,7 +56,55 @@ class IntegerProgram:
 
     def solve(self, bound: float) -> dict[str, str] | None:
         """The plan of least cost whose losses add up to at most ``bound``; None if there is none."""
+        if self._additive is not None:
+            try:
+                numbers = self._additive.solve(bound)
+            except TooManyStatesError:
+                return _Model(self, bound).solve()
+            if numbers is None:
+                return None
+            return {layer: own[n] for (layer, own), n in zip(self.candidates.items(), numbers, strict=True)}
         return _Model(self, bound).solve()
+
+    def solve_all(self, bounds: Sequence[float]) -> list[dict[str, str] | None]:
+        """:meth:`solve` for several bounds, in their order.
+
+        A plan that is optimal for a bound is so for all smaller ones that it still keeps: those are not solved again.
+        """
+        found: dict[float, dict[str, str] | None] = {}
+        plan: dict[str, str] | None = None
+        least = -math.inf
+        for number, bound in enumerate(sorted(set(bounds), reverse=True)):
+            if number == 0 or (plan is not None and least > bound):
+                plan = self.solve(bound)
+                least = math.inf if plan is None else sum(self.losses[pair] for pair in plan.items())
+            found[bound] = plan
+        return [found[bound] for bound in bounds]
+
+    @cached_property
+    def _additive(self) -> AdditiveProgram | None:
+        """The same program where neighbours cost nothing beyond what each does; None where they do, or there are levels."""
+        if self.levels is not None or any(any(extra.values()) for extra in self.costs.pairs.values()):
+            return None
+        objective = dict(zip(self.pairs, self.objective().tolist(), strict=True))
+        return AdditiveProgram(choices_of(self.candidates, objective, self.losses))
+
+    @property
+    def pairs(self) -> list[LayerPrecision]:
+        """All layers with all their precisions."""
+        return [(layer, p) for layer, precisions in self.candidates.items() for p in precisions]
+
+    @property
+    def cost_scale(self) -> float:
+        """The largest cost of a layer."""
+        return max((abs(self.costs.layers[pair]) for pair in self.pairs), default=0.0) or 1.0
+
+    def objective(self) -> Floats:
+        """What is minimized for each of :attr:`pairs`: its cost over the largest, and a small part of its loss."""
+        costs = np.array([self.costs.layers[pair] for pair in self.pairs])
+        losses = np.array([self.losses[pair] for pair in self.pairs])
+        finite = np.where(np.isfinite(losses), losses, 0.0)
+        return np.asarray(costs / self.cost_scale + _TIE * finite / (finite.max(initial=0.0) or 1.0), np.float64)
 
 
 class _Model:
@@ -59,10 +112,9 @@ class _Model:
 
     def __init__(self, program: IntegerProgram, bound: float) -> None:
         self.program = program
-        pairs = [(layer, p) for layer, precisions in program.candidates.items() for p in precisions]
-        self.x = {pair: number for number, pair in enumerate(pairs)}
-        self.count = len(pairs)
-        self.objective = [program.costs.layers[pair] for pair in pairs]
+        self.x = {pair: number for number, pair in enumerate(program.pairs)}
+        self.count = len(self.x)
+        self.objective = program.objective().tolist()
         self.rows: list[tuple[dict[int, float], float, float]] = []
         self.bound = bound
         for layer, precisions in program.candidates.items():
@@ -81,11 +133,7 @@ class _Model:
         upper = np.ones(self.count)
         # A loss beyond the bound is never chosen; left to the solver, tiny parts of it would fit its tolerances.
         upper[: len(losses)][~np.isfinite(losses) | (losses > self.bound)] = 0.0
-        scale = max(map(abs, self.objective), default=1.0) or 1.0
-        objective = np.array(self.objective) / scale
-        finite = np.where(np.isfinite(losses), losses, 0.0)
-        objective[: len(losses)] += _TIE * finite / (finite.max() or 1.0)
-        found = self._optimum(objective, upper)
+        found = self._optimum(np.array(self.objective), upper)
         if found is None:
             return None
         return {layer: p for (layer, p), number in self.x.items() if found[number] > 0.5}
@@ -132,7 +180,8 @@ class _Model:
         rows = _classes(own, lambda p: tuple(extra.get((p, q), 0.0) for q in other))
         columns = _classes(other, lambda q: tuple(extra.get((p, q), 0.0) for p in own))
         y = {(r, c): self.count + i * len(columns) + j for i, r in enumerate(rows) for j, c in enumerate(columns)}
-        self.objective += [extra.get((r[0], c[0]), 0.0) for r in rows for c in columns]
+        scale = self.program.cost_scale
+        self.objective += [extra.get((r[0], c[0]), 0.0) / scale for r in rows for c in columns]
         self.count += len(y)
         for r in rows:
             self._add({**{y[r, c]: 1.0 for c in columns}, **{self.x[first, p]: -1.0 for p in r}}, 0.0, 0.0)

@@ -35,7 +35,8 @@ class MonotoneStrategy:
     def search(self, problem: SearchProblem) -> SearchResult:
         """Levels by falling error in execution order, or the cheapest such plan for the budget.
 
-        A layer that may not have its turn's precision gets the next one up, and so does what follows.
+        A layer that may not have its turn's precision gets the next one up, and so does what follows. Where layers that may
+        have one precision only leave no plan for a budget, they stand apart: precision grows over the others.
 
         Raises:
             SearchError: the prescribed levels cannot stand in this order, or a conversion between them loses something.
@@ -54,6 +55,9 @@ class MonotoneStrategy:
             return one_plan(problem, plan, lambda _layer: "its place in execution order")
         plans = monotone_plans(problem.candidates, problem.costs)
         if not plans:
+            without_choice = {layer: own[0] for layer, own in problem.candidates.items() if len(own) == 1}
+            plans = monotone_plans(problem.candidates, problem.costs, without_choice)
+        if not plans:
             raise SearchError("no plan is monotone: the layers' candidates do not share a lossless chain")
         return first_within_budget(problem, plans, lambda _layer: "its place in execution order")
 
@@ -69,12 +73,18 @@ def is_lossless(low: Precision, high: Precision) -> bool:
     return low.is_integer and reads[0] == reads[1] and low.weight_bits <= high.weight_bits
 
 
-def monotone_plans(candidates: Mapping[str, Sequence[str]], costs: CostModel) -> list[dict[str, str]]:
+def monotone_plans(
+    candidates: Mapping[str, Sequence[str]], costs: CostModel, apart: Mapping[str, str] | None = None
+) -> list[dict[str, str]]:
     """Plans whose precision only grows, the cheapest first, each with a smaller sum of largest errors than all before.
+
+    ``apart`` are layers whose precision has no part in that.
 
     Of every chain of lossless conversions all plans with at most one step, and plans with any number of steps: for many prices
     of the error that of least cost and price together, conversions left aside.
     """
+    layers, fixed = tuple(candidates), apart or {}
+    candidates = {layer: own for layer, own in candidates.items() if layer not in fixed}
     names = list(dict.fromkeys(p for own in candidates.values() for p in own))
     errors = {name: largest_error(parse_precision(name)) for name in names}
     found: dict[tuple[tuple[str, str], ...], None] = {}
@@ -88,12 +98,16 @@ def monotone_plans(candidates: Mapping[str, Sequence[str]], costs: CostModel) ->
             plan = _cheapest(candidates, costs, chain, errors, price)
             if plan is not None:
                 found[tuple(plan.items())] = None
-    ranked = [(costs.total(dict(own)), sum(errors[p] for _, p in own), own) for own in found]
+    ranked: list[tuple[float, float, dict[str, str]]] = []
+    for own in found:
+        chosen = {**dict(own), **fixed}
+        whole = {layer: chosen[layer] for layer in layers}
+        ranked.append((costs.total(whole), sum(errors[p] for _, p in own), whole))
     kept: list[dict[str, str]] = []
     least = math.inf
-    for _, error, own in sorted(ranked, key=lambda entry: entry[:2]):
+    for _, error, whole in sorted(ranked, key=lambda entry: entry[:2]):
         if error < least:
-            kept.append(dict(own))
+            kept.append(whole)
             least = error
     return kept
 

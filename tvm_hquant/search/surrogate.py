@@ -120,8 +120,7 @@ def search_by_prediction(
     plans[tuple(cheapest.items())] = None
     if largest > smallest:
         span = largest - smallest
-        for part in _BOUND_PARTS:
-            found = program.solve(smallest + span * part)
+        for found in program.solve_all([smallest + span * part for part in _BOUND_PARTS]):
             if found is not None:
                 plans[tuple(found.items())] = None
     plans[tuple(exact.items())] = None
