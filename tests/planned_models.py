@@ -126,8 +126,8 @@ def mixed_plan(session: QuantizationSession, precisions: Mapping[str, str]) -> P
 
 
 MIXED = {
-    "residual": {"conv1": "a8w8", "conv2": "a12w13", "head": "bfloat16"},
-    "branches": {"stem": "a16w8", "left": "int8", "right": "a8w9", "merge": "float16"},
+    "residual": {"conv1": "a8w8", "conv2": "a16w8", "head": "bfloat16"},
+    "branches": {"stem": "a16w8", "left": "int8", "right": "a8w8", "merge": "float16"},
 }
 """For each model a plan in which as many kinds of precision meet as it has layers with weights."""
 

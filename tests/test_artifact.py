@@ -19,7 +19,9 @@ import pytest
 
 from tests.planned_models import (
     host_spec,
+    mixed_plan,
     named_plan,
+    one_sample,
     partitioned,
     random_samples,
     shared_session,
@@ -395,3 +397,19 @@ def test_runs_where_only_the_runtime_is_installed(folder: Path, tmp_path: Path) 
     ]  # fmt: skip
     with np.load(tmp_path / "outputs.npz") as outputs:
         np.testing.assert_array_equal(outputs["logits"], expected_outputs("residual", inputs)[0])
+
+
+def test_weights_of_9_to_16_bits(tmp_path: Path) -> None:
+    """They are two points of few bits: what is deployed is what was simulated, and the file packs both."""
+    session = shared_session("residual")
+    plan = mixed_plan(session, {"conv1": "a8w9", "conv2": "a12w12", "head": "a16w15"})
+    assert {codes.codes.shape[0] for codes in plan.weights.values()} == {2}
+    artifact = compile_artifact(partitioned("residual"), plan, host_spec()).save(tmp_path / "wide")
+    inputs = one_sample(session)
+    program = session.builder.program(plan.precisions(), plan.scales, plan.layer_weights)
+    session.engine.compile([program])
+    expected = session.engine.run(inputs, [program])[0][0]
+    np.testing.assert_array_equal(artifact.run(inputs)["logits"], expected)
+    packed = {entry["layer"]: entry["bits"] for entry in read_manifest(artifact.folder)["packed_weights"]}
+    assert packed["conv1"] == 5
+    assert packed["conv2"] == 6
