@@ -19,7 +19,8 @@ from tests.kernels.code_endings import CodeEnding, code_endings
 from tvm_hquant import numerics
 from tvm_hquant.cpu_pipeline import CPU_PIPELINE
 from tvm_hquant.errors import KernelError
-from tvm_hquant.kernels.convolution.winograd import WinogradGeometry, can_transform, saved_products, winograd_kernel
+from tvm_hquant.kernels.convolution.winograd import can_transform, saved_products, winograd_kernel
+from tvm_hquant.kernels.convolution.winograd_geometry import WinogradGeometry
 from tvm_hquant.kernels.epilogues.proven_endings import proven_ending
 from tvm_hquant.kernels.interface import IntegerAnchorConstants, KernelRequest, Placement, Requantization, Tile
 from tvm_hquant.kernels.processor import ASSUMED_PROCESSOR, Processor

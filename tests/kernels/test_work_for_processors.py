@@ -14,7 +14,7 @@ from tests.kernels.kernel_cases import Case, assert_same_bits, elementwise_const
 from tvm_hquant import numerics
 from tvm_hquant.cpu_pipeline import CPU_PIPELINE
 from tvm_hquant.kernels.convolution.patches import conv_of_patches
-from tvm_hquant.kernels.convolution.winograd import WinogradGeometry
+from tvm_hquant.kernels.convolution.winograd_geometry import WinogradGeometry
 from tvm_hquant.kernels.interface import (
     Array,
     Kernel,
@@ -130,6 +130,18 @@ def test_winograd_blocks_fit_the_second_level_cache(l2_kib: int, cores: int) -> 
         assert geometry.work <= 1.05 * geometry.blocks * (geometry.block_tiles + 2)
         shared = geometry.blocks if geometry.shares_tiles else geometry.channel_blocks
         assert shared >= min(cores, 2)
+
+
+def test_threads_that_share_channels_transform_tiles_by_themselves() -> None:
+    """Protects Winograd's layers of few tiles from what one core has transformed coming slowly to the others; and one thread
+    from transforming anew what the spec expects other cores to do."""
+    request = _codes(Conv2D((1, 14, 14, 256), 256, PADDED))
+    script = select_kernel(families_for_target(("avx2", "portable"), Processor(cores=4)), request).function.script()
+    before, *inside = script.split("T.parallel(")
+    assert len(inside) == 1
+    assert "runtime.NumThreads" in before
+    assert "alloc_buffer" not in before
+    assert "alloc_buffer" in inside[0]
 
 
 def test_copies_are_shared_with_the_layer() -> None:

@@ -112,3 +112,8 @@ def flat_loop(length: int, lanes: int, work: float, processor: Processor) -> Ite
 def row_loop(rows: int, work: float, processor: Processor) -> Any:
     """A loop over rows, shared out to threads where a kernel has ``work`` enough."""
     return T.parallel(rows) if rows > 1 and processor.shares(work) else T.serial(rows)
+
+
+def thread_count() -> Expression:
+    """Threads that share a parallel loop while the kernel runs, of which a target spec knows nothing."""
+    return T.bind(T.call_packed("runtime.NumThreads"))

@@ -11,57 +11,35 @@ Source: A. Lavin, S. Gray, "Fast Algorithms for Convolutional Neural Networks", 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from math import prod
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 from tvm.tirx.script import builder as T
 
 from tvm_hquant.kernels.anchor_constants import integer_array_types, pack_integer
 from tvm_hquant.kernels.convolution.activation_copy import ActivationCopy
-from tvm_hquant.kernels.convolution.row_tiles import TileRun, cut_row
 from tvm_hquant.kernels.convolution.steps import register
+from tvm_hquant.kernels.convolution.winograd_geometry import INPUTS, OUTPUTS, POSITIONS, TAPS, VECTORS, WinogradGeometry
 from tvm_hquant.kernels.dot_product import repeated_word
 from tvm_hquant.kernels.epilogues.epilogue import scale_accumulator
-from tvm_hquant.kernels.epilogues.packed_epilogue import PackedEpilogue, channel_order
+from tvm_hquant.kernels.epilogues.packed_epilogue import PackedEpilogue
 from tvm_hquant.kernels.interface import Array, Kernel, KernelRequest, LayerConstants
 from tvm_hquant.kernels.kernel_function import Buffer, kernel_function
 from tvm_hquant.kernels.primitives import Expression, convert, int_like
-from tvm_hquant.kernels.processor import ASSUMED_PROCESSOR, CACHE_LINE, Processor
-from tvm_hquant.kernels.vector_loops import flat, load, store
+from tvm_hquant.kernels.processor import ASSUMED_PROCESSOR, Processor
+from tvm_hquant.kernels.vector_loops import flat, load, store, thread_count
 from tvm_hquant.kernels.work import work
 from tvm_hquant.kernels.x86.byte_vectors import ByteVectors
 from tvm_hquant.operators import Conv2D, Window
 
-_POSITIONS = 16
-"""Products of a tile for each pair of channels."""
 _DIRECT_PRODUCTS = 36
 """What they take the place of."""
-_TRANSFORM_TILES = 2
-"""Tiles whose products take the time of transforming the weights."""
-_OUTPUTS = 2
-"""Rows and columns of outputs of a tile."""
-_INPUTS = 4
-"""Rows and columns of codes that it reads."""
 _MOST_CHANNELS = 2**31 // (2 * 4 * 255 * 127 * 9)
 """Of so many input channels, sums of two of the numbers that become an output stay within int32: each of them is at most four
 times the largest sum."""
 _LANES = 16
 """Channels of a vector of int16."""
-_SUMS = 6
-"""Tiles whose sums are in registers at a time, in ``_VECTORS`` vectors of output channels."""
-_VECTORS = 2
-_MOST_WORK = 1.05
-"""Times the least work, at most, that blocks for the cores may be: a network may run on fewer of them than it is made for."""
-
-_WORTH_MEMORY = 1.02
-"""Times the least time and work that smaller blocks, which take less memory, may take."""
-
-_TAPS = 3
-"""Rows and columns of the window."""
 
 
 def can_transform(request: KernelRequest, lanes: int) -> bool:
@@ -74,10 +52,10 @@ def can_transform(request: KernelRequest, lanes: int) -> bool:
     return (
         is_plain
         and conv.window == Window((3, 3), (1, 1), conv.window.padding, (1, 1))
-        and min(conv.output_shape[1:3]) >= _OUTPUTS
+        and min(conv.output_shape[1:3]) >= OUTPUTS
         and conv.in_channels % _LANES == 0
         and conv.in_channels <= _MOST_CHANNELS
-        and conv.out_channels % (_VECTORS * lanes) == 0
+        and conv.out_channels % (VECTORS * lanes) == 0
     )
 
 
@@ -86,7 +64,7 @@ def saved_products(conv: Conv2D, lanes: int, processor: Processor = ASSUMED_PROC
     less by what transforming the weights takes for each block."""
     outputs = conv.input_shape[0] * prod(conv.output_shape[1:3])
     tiles = WinogradGeometry(conv, lanes, processor).work
-    return outputs / _OUTPUTS**2 * _DIRECT_PRODUCTS / (tiles * _POSITIONS)
+    return outputs / OUTPUTS**2 * _DIRECT_PRODUCTS / (tiles * POSITIONS)
 
 
 def winograd_kernel(
@@ -105,142 +83,6 @@ def winograd_kernel(
 
     name = f"{family}.conv2d[winograd {vectors.product} {geometry.block_rows}x{geometry.tiles[1]} tiles]"
     return Kernel(request, name, kernel_function(request, types, emit), pack)
-
-
-@dataclass(frozen=True)
-class WinogradGeometry:
-    """A convolution in tiles of 2×2 outputs; the last ones of a row or column overlap those before them."""
-
-    conv: Conv2D
-    lanes: int
-    processor: Processor = ASSUMED_PROCESSOR
-    planes: int = 1
-    points: int = 1
-
-    @property
-    def tiles(self) -> tuple[int, int]:
-        """Rows and columns of tiles."""
-        _, height, width, _ = self.conv.output_shape
-        return -(-height // _OUTPUTS), -(-width // _OUTPUTS)
-
-    @cached_property
-    def block_rows(self) -> int:
-        """Rows of tiles that are transformed before they are multiplied.
-
-        With their sums they stay in the second-level cache, and let the cores be done first, or nearly so in less memory; but
-        with little more work in all.
-        """
-        rows, columns = self.tiles
-        tile_bytes = _POSITIONS * (2 * self.conv.in_channels + 4 * self.block_channels)
-        most = min(rows, max(1, self.processor.l2_bytes // (columns * tile_bytes)))
-        work = {count: self._work(count) for count in range(1, most + 1)}
-        allowed = [count for count in work if work[count] <= _MOST_WORK * min(work.values())]
-        best = min(allowed, key=lambda count: (self._span(count), work[count]))
-        most_work = max(work[best], _WORTH_MEMORY * min(work.values()))
-        most_span = _WORTH_MEMORY * self._span(best)
-        return min(count for count in allowed if self._span(count) <= most_span and work[count] <= most_work)
-
-    def _blocks(self, rows: int) -> int:
-        """Blocks of so many rows in all images."""
-        return self.conv.input_shape[0] * -(-self.tiles[0] // rows)
-
-    def _work(self, rows: int) -> int:
-        """Tiles of blocks of so many rows, and what transforming the weights for each takes, in tiles."""
-        return self._blocks(rows) * (rows * self.tiles[1] + _TRANSFORM_TILES)
-
-    def _span(self, rows: int) -> int:
-        """The same of the core that is done last, times the blocks of channels."""
-        return min(self._turns(rows)) * (rows * self.tiles[1] + _TRANSFORM_TILES)
-
-    def _turns(self, rows: int) -> tuple[int, int]:
-        """How many blocks of tiles and channels a core takes: where cores share the blocks of tiles, and where the channels."""
-        blocks, cores = self._blocks(rows), self.processor.cores
-        return -(-blocks // cores) * self.channel_blocks, blocks * -(-self.channel_blocks // cores)
-
-    @property
-    def shares_tiles(self) -> bool:
-        """Whether cores share the blocks of tiles, not the channels of each. Of equal ways it is that of more parts."""
-        by_tiles, by_channels = self._turns(self.block_rows)
-        return (by_tiles, -self.blocks) <= (by_channels, -self.channel_blocks)
-
-    @property
-    def work(self) -> int:
-        """Tiles in all, with what transforming the weights takes."""
-        return self._work(self.block_rows)
-
-    @property
-    def instructions(self) -> float:
-        """Multiply-adds of vectors."""
-        return self.work * _POSITIONS * self.conv.in_channels / 2 * self.conv.out_channels / self.lanes
-
-    @property
-    def blocks(self) -> int:
-        """Blocks of tiles of all images."""
-        return self._blocks(self.block_rows)
-
-    @property
-    def channel_blocks(self) -> int:
-        return self.conv.out_channels // self.block_channels
-
-    @property
-    def block_inputs(self) -> int:
-        """Rows of the padded map that the tiles of a block read."""
-        return min(_OUTPUTS * self.block_rows + _INPUTS - _OUTPUTS, self.padded_size[0])
-
-    @property
-    def block_tiles(self) -> int:
-        return self.block_rows * self.tiles[1]
-
-    @property
-    def source_stride(self) -> int:
-        """Elements from a position to the next one in the transformed codes."""
-        return _apart(self.block_tiles * self.conv.in_channels, 2)
-
-    @property
-    def sums_stride(self) -> int:
-        """Elements from a position to the next one in the sums of some channels."""
-        return _apart(self.block_tiles * self.block_channels, 4)
-
-    @property
-    def block_channels(self) -> int:
-        """Output channels whose sums are computed together."""
-        return _VECTORS * self.lanes
-
-    @cached_property
-    def runs(self) -> tuple[TileRun, ...]:
-        """How the tiles of a block are cut into groups whose sums are in registers."""
-        return cut_row(self.block_tiles, _SUMS, lambda tiles: tiles * _VECTORS + 2.0)
-
-    @property
-    def padded_size(self) -> tuple[int, int]:
-        _, height, width, _ = self.conv.input_shape
-        top, left, bottom, right = self.conv.window.padding
-        return height + top + bottom, width + left + right
-
-    @cached_property
-    def channel_rows(self) -> npt.NDArray[np.int64]:
-        """Output channel of every packed lane."""
-        blocks = np.arange(0, self.conv.out_channels, self.block_channels)
-        return np.add.outer(blocks, channel_order(_VECTORS, self.block_channels, self.lanes)).reshape(-1)
-
-    def pack_channels(self, values: Array, fill: float = 0) -> Array:
-        """[..., out_channels] in the order of the lanes."""
-        return np.ascontiguousarray(values[..., self.channel_rows])
-
-    def pack_weights(self, weights: Array) -> Array:
-        """[1, out, in, 3, 3] as block of outputs, pair of inputs, vector, row and column of the window, lane, input; flat."""
-        rows = weights[0, self.channel_rows]
-        blocks = rows.reshape(-1, _VECTORS, self.lanes, self.conv.in_channels // 2, 2, _TAPS**2)
-        return np.ascontiguousarray(blocks.transpose(0, 3, 1, 5, 2, 4).reshape(-1))
-
-    @property
-    def weight_elements(self) -> int:
-        return _TAPS**2 * self.conv.in_channels * self.conv.out_channels
-
-    @property
-    def weight_stride(self) -> int:
-        """Elements from a position to the next one in the transformed weights of a block of outputs."""
-        return _apart(self.conv.in_channels * self.block_channels, 2)
 
 
 class _Emitter:
@@ -264,33 +106,49 @@ class _Emitter:
         )
 
     def emit(self) -> None:
-        geometry, conv = self.geometry, self.geometry.conv
-        images = conv.input_shape[0]
-        per_image = geometry.blocks // images
-        by_tiles = geometry.shares_tiles
-        with self._shared(geometry.blocks, by_tiles) as number:
-            transformed = T.alloc_buffer((_POSITIONS * geometry.source_stride,), "int16")
-            image = T.bind(number // per_image)
-            first = T.bind(T.min(number % per_image * geometry.block_rows, geometry.tiles[0] - geometry.block_rows))
-            if any(conv.window.padding):
-                self._pad(image, first, replace(geometry.processor, cores=1) if by_tiles else geometry.processor)
-            with self._shared(geometry.block_rows, not by_tiles) as row, T.serial(geometry.tiles[1]) as column:
-                self._transform(transformed, image, first, row, column)
-            with self._shared(geometry.channel_blocks, not by_tiles) as block:
-                weights = T.alloc_buffer((_POSITIONS * geometry.weight_stride,), "int16")
-                self._transform_weights(weights, block)
-                sums = T.alloc_buffer((_POSITIONS * geometry.sums_stride,), "int32")
-                with T.serial(_POSITIONS) as position:
-                    self._multiply(transformed, weights, sums, position)
-                with T.serial(geometry.block_rows) as row, T.serial(geometry.tiles[1]) as column:
-                    self._finish(sums, image, first, row, column, block)
+        """Writes all loops.
 
-    def _pad(self, image: Expression, first: Expression, processor: Processor) -> None:
+        Threads that share channels each transform all tiles, into memory of their own: to exchange them would take longer.
+        """
+        geometry, channel_blocks = self.geometry, self.geometry.channel_blocks
+        has_work = geometry.processor.shares(work(self.request, geometry.instructions))
+        if geometry.shares_tiles or channel_blocks == 1 or not has_work:
+            is_shared = has_work and geometry.shares_tiles and geometry.blocks > 1
+            with (T.parallel if is_shared else T.serial)(geometry.blocks) as number:
+                self._block(number, 0, channel_blocks)
+            return
+        threads = T.bind(T.min(thread_count(), channel_blocks))
+        with T.parallel(threads) as thread:
+            first, end = (T.bind(number * channel_blocks // threads) for number in (thread, thread + 1))
+            with T.serial(geometry.blocks) as number:
+                self._block(number, first, end)
+
+    def _block(self, number: Expression, first_channels: Expression, end_channels: Expression) -> None:
+        """Transforms the tiles of a block, and multiplies them for some blocks of channels."""
+        geometry, conv = self.geometry, self.geometry.conv
+        per_image = geometry.blocks // conv.input_shape[0]
+        transformed = T.alloc_buffer((POSITIONS * geometry.source_stride,), "int16")
+        image = T.bind(number // per_image)
+        first = T.bind(T.min(number % per_image * geometry.block_rows, geometry.tiles[0] - geometry.block_rows))
+        if any(conv.window.padding):
+            self._pad(image, first)
+        with T.serial(geometry.block_rows) as row, T.serial(geometry.tiles[1]) as column:
+            self._transform(transformed, image, first, row, column)
+        with T.serial(first_channels, end_channels) as block:
+            weights = T.alloc_buffer((POSITIONS * geometry.weight_stride,), "int16")
+            self._transform_weights(weights, block)
+            sums = T.alloc_buffer((POSITIONS * geometry.sums_stride,), "int32")
+            with T.serial(POSITIONS) as position:
+                self._multiply(transformed, weights, sums, position)
+            with T.serial(geometry.block_rows) as row, T.serial(geometry.tiles[1]) as column:
+                self._finish(sums, image, first, row, column, block)
+
+    def _pad(self, image: Expression, first: Expression) -> None:
         """Copies the rows that a block of tiles reads, with padding around them."""
         geometry, conv = self.geometry, self.geometry.conv
         (height, width), rows = geometry.padded_size, geometry.block_inputs
         self.source = T.alloc_buffer((rows * width * conv.in_channels,), "uint8")
-        self.first_row = T.bind(image * height + T.min(_OUTPUTS * first, height - rows))
+        self.first_row = T.bind(image * height + T.min(OUTPUTS * first, height - rows))
         fill = T.Cast("uint8", self.zero_points[2])
         copy = ActivationCopy(
             conv,
@@ -301,25 +159,18 @@ class _Emitter:
             self.source,
             (fill,),
             0,
-            processor,
+            replace(geometry.processor, cores=1),
             plane_rows=rows,
         )
         copy.emit_rows(image, self.first_row - image * height, rows)
 
-    def _shared(self, count: int, is_wanted: bool) -> Any:
-        """A loop that threads share, if wanted, where there is work enough."""
-        is_shared = (
-            is_wanted and count > 1 and self.geometry.processor.shares(work(self.request, self.geometry.instructions))
-        )
-        return T.parallel(count) if is_shared else T.serial(count)
-
     def _pixel(self, first: Expression, row: Expression, column: Expression) -> tuple[Expression, Expression]:
         """Row and column of a tile's first output."""
         _, height, width, _ = self.geometry.conv.output_shape
-        y, x = _OUTPUTS * (first + row), _OUTPUTS * column
+        y, x = OUTPUTS * (first + row), OUTPUTS * column
         return (
-            T.bind(T.min(y, height - _OUTPUTS) if height % _OUTPUTS else y),
-            T.bind(T.min(x, width - _OUTPUTS) if width % _OUTPUTS else x),
+            T.bind(T.min(y, height - OUTPUTS) if height % OUTPUTS else y),
+            T.bind(T.min(x, width - OUTPUTS) if width % OUTPUTS else x),
         )
 
     def _transform(
@@ -334,27 +185,27 @@ class _Emitter:
         with T.serial(channels // _LANES) as vector:
             at = T.bind(vector * _LANES)
             columns = []
-            for j in range(_INPUTS):
-                places = [start + ((i * width + j) * channels + at) for i in range(_INPUTS)]
+            for j in range(INPUTS):
+                places = [start + ((i * width + j) * channels + at) for i in range(INPUTS)]
                 columns.append(_differences([convert(load(self.source, place, _LANES), "int16") for place in places]))
-            for i in range(_INPUTS):
+            for i in range(INPUTS):
                 for j, value in enumerate(_differences([column[i] for column in columns])):
-                    place = (_INPUTS * i + j) * geometry.source_stride + tile + at
+                    place = (INPUTS * i + j) * geometry.source_stride + tile + at
                     store(transformed, place, value, _LANES)
 
     def _transform_weights(self, transformed: Buffer, block: Expression) -> None:
         """G g Gᵀ, times 4, of the weights of a block of channels."""
         geometry, count = self.geometry, 2 * self.geometry.lanes
-        vectors = geometry.conv.in_channels // 2 * _VECTORS
+        vectors = geometry.conv.in_channels // 2 * VECTORS
         first = T.bind(block * vectors)
         with T.serial(vectors) as vector:
-            start = T.bind((first + vector) * (_TAPS**2 * count))
-            window = [load(self.weights, start + tap * count, count) for tap in range(_TAPS**2)]
+            start = T.bind((first + vector) * (TAPS**2 * count))
+            window = [load(self.weights, start + tap * count, count) for tap in range(TAPS**2)]
             weights = [convert(value, "int16") for value in window]
-            columns = [_interpolated(weights[column::_TAPS]) for column in range(_TAPS)]
-            for i in range(_INPUTS):
+            columns = [_interpolated(weights[column::TAPS]) for column in range(TAPS)]
+            for i in range(INPUTS):
                 for j, value in enumerate(_interpolated([column[i] for column in columns])):
-                    place = (_INPUTS * i + j) * geometry.weight_stride + vector * count
+                    place = (INPUTS * i + j) * geometry.weight_stride + vector * count
                     store(transformed, place, value, count)
 
     def _multiply(self, transformed: Buffer, weights: Buffer, sums: Buffer, position: Expression) -> None:
@@ -368,16 +219,16 @@ class _Emitter:
                 tile = run.start + number * run.pixels
                 is_exact = run.start + run.count * run.pixels <= geometry.block_tiles
                 tile = T.bind(tile if is_exact else T.min(tile, geometry.block_tiles - run.pixels))
-                totals = {(i, j): register("int32", lanes) for i in range(run.pixels) for j in range(_VECTORS)}
+                totals = {(i, j): register("int32", lanes) for i in range(run.pixels) for j in range(VECTORS)}
                 for total in totals.values():
                     store(total, 0, T.broadcast(T.int32(0), lanes), lanes)
                 with T.serial(channels // 2) as pair:
                     at = T.bind(source + tile * channels + 2 * pair)
-                    codes = T.bind(weight + pair * (_VECTORS * count))
-                    of_vectors = [T.bind(load(weights, codes + j * count, count)) for j in range(_VECTORS)]
+                    codes = T.bind(weight + pair * (VECTORS * count))
+                    of_vectors = [T.bind(load(weights, codes + j * count, count)) for j in range(VECTORS)]
                     for i in range(run.pixels):
                         operand = T.bind(repeated_word(transformed, at + i * channels, "int16", lanes))
-                        for j in range(_VECTORS):
+                        for j in range(VECTORS):
                             value = self.vectors.multiply(load(totals[i, j], 0, lanes), operand, of_vectors[j])
                             store(totals[i, j], 0, value, lanes)
                 for (i, j), total in totals.items():
@@ -400,29 +251,24 @@ class _Emitter:
         tile = T.bind((row * geometry.tiles[1] + column) * geometry.block_channels)
         channel = T.bind(block * geometry.block_channels)
         values: dict[tuple[int, int, int], Expression] = {}
-        for j in range(_VECTORS):
+        for j in range(VECTORS):
             of_position = [
-                T.bind(load(sums, p * geometry.sums_stride + tile + j * lanes, lanes)) for p in range(_POSITIONS)
+                T.bind(load(sums, p * geometry.sums_stride + tile + j * lanes, lanes)) for p in range(POSITIONS)
             ]
-            columns = [_sums(of_position[k::_INPUTS]) for k in range(_INPUTS)]
+            columns = [_sums(of_position[k::INPUTS]) for k in range(INPUTS)]
             constants = [load(a, channel + j * lanes, lanes) for a in (self.starts, self.multipliers, self.offsets)]
             start, multiplier, offset = map(T.bind, constants)
-            for r in range(_OUTPUTS):
+            for r in range(OUTPUTS):
                 for c, four_times in enumerate(_sums([found[r] for found in columns])):
                     total = (four_times >> int_like(2, four_times)) + start
                     values[r, c, j] = T.bind(scale_accumulator(total, multiplier, offset))
         outputs = self.request.output_shape[-1]
-        for r in range(_OUTPUTS):
+        for r in range(OUTPUTS):
             place = T.bind(((image * height + y + r) * width + x) * outputs + self.request.output_offset + channel)
             self.epilogue.finish(
-                [[values[r, c, j] for j in range(_VECTORS)] for c in range(_OUTPUTS)],
-                [place + c * outputs for c in range(_OUTPUTS)],
+                [[values[r, c, j] for j in range(VECTORS)] for c in range(OUTPUTS)],
+                [place + c * outputs for c in range(OUTPUTS)],
             )
-
-
-def _apart(count: int, size: int) -> int:
-    """``count`` elements of ``size`` bytes and a cache line: what lies a power of two apart would share sets of the cache."""
-    return count + CACHE_LINE // size
 
 
 def _interpolated(g: Sequence[Any]) -> list[Any]:
