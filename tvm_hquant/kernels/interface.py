@@ -246,10 +246,12 @@ class Tile:
 
 
 class KernelFamily(Protocol):
-    """Kernels of one instruction set."""
+    """Kernels of one instruction set. Families are values: what equal ones gave for a request is not asked for again."""
 
     @property
     def name(self) -> str: ...
+
+    def __hash__(self) -> int: ...
 
     def kernel(self, request: KernelRequest) -> Kernel | None:
         """The kernel for a request, or None where the family leaves it to the next one of the target's list."""

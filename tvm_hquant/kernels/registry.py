@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import TypeGuard
 
 from tvm_hquant.cpu_features import cpu_features
@@ -39,6 +39,15 @@ def _asks_for_processor(family: KernelFamily | ProcessorFamily) -> TypeGuard[Pro
     return hasattr(family, "on")
 
 
+@lru_cache(maxsize=512)
+def family_kernel(family: KernelFamily, request: KernelRequest) -> Kernel | None:
+    """What a family has for a request.
+
+    Passes, the simulator and the check of artifacts ask for the same kernels again: each is made once.
+    """
+    return family.kernel(request)
+
+
 def select_kernel(families: Sequence[KernelFamily], request: KernelRequest) -> Kernel:
     """The kernel of the first family that has one.
 
@@ -46,7 +55,7 @@ def select_kernel(families: Sequence[KernelFamily], request: KernelRequest) -> K
         KernelError: none has.
     """
     for family in families:
-        kernel = family.kernel(request)
+        kernel = family_kernel(family, request)
         if kernel is not None:
             return kernel
     raise KernelError(
