@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from tvm import rpc
 
 from tests.planned_models import host_spec, named_plan, partitioned, random_samples, shared_session
 from tvm_hquant import numerics
 from tvm_hquant.artifact import compile_artifact
+from tvm_hquant.deployed_library import DeployedLibrary
 from tvm_hquant.errors import ArtifactError, DataError, HQuantError, PlanError
 from tvm_hquant.kernels.interface import KernelRequest, LayerConstants
 from tvm_hquant.kernels.registry import families_for_target, select_kernel
@@ -237,6 +239,21 @@ def test_wrong_rpc_addresses(artifacts: dict[str, Artifact], address: str) -> No
     """The form is checked before anything is sent."""
     with pytest.raises(DataError, match="is not HOST:PORT"):
         verify_artifact(artifacts["residual"], rpc=address)
+
+
+def test_layers_that_write_in_place_are_verified_over_rpc(tmp_path: Path) -> None:
+    """Such a layer gives back what it was given, which a server cannot send as it sends other tensors."""
+    plan = named_plan("branches", "float32")
+    artifact = compile_artifact(partitioned("branches"), plan, host_spec()).save(tmp_path / "artifact")
+    stored = DeployedLibrary(artifact).stored_outputs(artifact_program(artifact)[1])
+    assert [kernel for kernel in stored.kernels.values() if kernel.request.overwritten is not None]
+    assert [part for part in stored.parts.values() if not part.makes_buffer]
+    server = rpc.Server("127.0.0.1", port=19500, port_end=19700, silent=True)
+    try:
+        report = verify_artifact(artifact, rpc=f"127.0.0.1:{server.port}")
+    finally:
+        server.terminate()
+    assert report.holds
 
 
 def test_nobody_at_the_rpc_address(artifacts: dict[str, Artifact]) -> None:

@@ -40,7 +40,7 @@ class DeployedLibrary:
     """
 
     def __init__(self, artifact: Artifact, rpc: str | None = None) -> None:
-        self.name = rpc or "this machine"
+        self.name, self._is_remote = rpc or "this machine", rpc is not None
         spec = read_target_spec(artifact.manifest["target"]["spec"], "the artifact's target spec")
         self.families = families_of_manifest(artifact.manifest, spec)
         self._symbols = {str(e["name"]): str(e["function"]) for e in artifact.manifest["layers"] if e.get("function")}
@@ -76,7 +76,7 @@ class DeployedLibrary:
         if self._main is None:
             self._main = self._machine["main"]
         inputs = [self._tensor(sample[name]) for name in self._input_names]
-        result = self._main(*inputs, *self._weights.values())
+        result = self._called(self._main, "main", [*inputs, *self._weights.values()])
         return [result.numpy()] if hasattr(result, "numpy") else [r.numpy() for r in result]
 
     def stored_outputs(self, program: Program) -> StoredOutputs:
@@ -123,8 +123,18 @@ class DeployedLibrary:
 
     def _run(self, name: str, inputs: Sequence[Array]) -> Array:
         weights = [self._weights[name]] if name in self._weights else []
-        result: Array = self._layer(name)(*map(self._tensor, inputs), *weights).numpy()
+        function = self._layer(name)
+        result: Array = self._called(function, self._symbols[name], [*map(self._tensor, inputs), *weights]).numpy()
         return result
+
+    def _called(self, function: Any, symbol: str, arguments: Sequence[Any]) -> Any:
+        """What a function of the machine gives for tensors."""
+        if not self._is_remote:
+            return function(*arguments)
+        # Over RPC a function can give back neither several tensors nor one that it was given.
+        self._machine.set_input(symbol, *arguments)
+        self._machine.invoke_stateful(symbol)
+        return self._machine.get_outputs(symbol)
 
     def _run_part(self, name: str, part: ConcatPart, inputs: Sequence[Array]) -> Array:
         """What a layer makes that writes into the buffer of a concatenation."""

@@ -57,6 +57,13 @@ def test_planes_and_points_are_exact(family: str, case: str, storage: str, point
     check(family, KernelRequest(CASES[case], (storage,), output, "int8", points))
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_words_of_rows_that_always_exist(family: str) -> None:
+    """Above the map there is padding and below it none, so the compiler knows that the last rows of a word are there."""
+    operator = Conv2D((1, 12, 9, 32), 32, Window((3, 1), padding=(1, 0, 0, 1)), groups=32)
+    check(family, KernelRequest(operator, ("uint16",), "uint16", "int8"))
+
+
 @pytest.mark.parametrize("family", AT_HAND)
 @pytest.mark.parametrize("case", ["3x3 padded", "grouped, few channels", "depthwise", "dense"])
 @pytest.mark.parametrize(("residual", "output"), [("uint8", "uint8"), ("uint16", "float32"), ("uint8", "uint16")])

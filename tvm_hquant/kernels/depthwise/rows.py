@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 from tvm.tirx.script import builder as T
 
 from tvm_hquant.kernels.depthwise.geometry import DepthwiseGeometry
@@ -53,7 +54,7 @@ class DepthwiseRows:
         base = T.bind(prepared * (geometry.padded_width * lanes))
         needs_mask = top > 0 or self._may_pass(height, bottom)
         exists = [T.And(row >= 0, row < height) for row in rows]
-        mask = self._word([T.Select(e, T.int32(self._part_mask), T.int32(0)) for e in exists]) if needs_mask else None
+        mask = self._mask(exists) if needs_mask else None
         for plane in range(geometry.planes):
             place = T.bind(base + plane * geometry.plane_elements)
             zero_point = self.zero_points[plane]
@@ -75,9 +76,15 @@ class DepthwiseRows:
         last = geometry.input_row(geometry.prepared_rows - 1, geometry.dot.products - 1)
         return bottom > 0 or bool(last_start + last - geometry.conv.window.padding[0] >= height)
 
-    @property
-    def _part_mask(self) -> int:
-        return -1 if self._part_bits == 32 else (1 << self._part_bits) - 1
+    def _mask(self, exists: list[Expression]) -> Expression:
+        """All bits of the parts that exist. They are not shifted here: TVM takes a constant that it shifts into bit 31 for too
+        large."""
+        ones = np.uint32(2**self._part_bits - 1)
+        mask: Expression = T.int32(0)
+        for number, e in enumerate(exists):
+            bits = int(np.left_shift(ones, np.uint32(number * self._part_bits)).view(np.int32))
+            mask = mask | T.Select(e, T.int32(bits), T.int32(0))
+        return mask
 
     def _value(self, index: Expression, plane: int) -> Expression:
         """A part of a word from ``lanes`` neighbouring activations, as int32."""
