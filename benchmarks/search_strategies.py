@@ -38,6 +38,7 @@ from benchmarks.strategy_fronts import (
     MeasuredPlan,
     StrategyFront,
     better_than,
+    equal_evaluations,
     loss_ratio,
     read_front,
     undominated,
@@ -206,20 +207,18 @@ def compare_equally(fronts: list[StrategyFront]) -> list[tuple[str, ...]]:
     ours = fronts[0]
     if not all(plan.number for front in fronts for plan in front.plans):
         return []
-    cheapest = min((plan for front in fronts for plan in front.plans), key=lambda plan: (plan.cost, plan.smooth))
     rows: list[tuple[str, ...]] = []
     for front in fronts[1:]:
-        evaluations = min(front.evaluations, ours.evaluations)
-        own, plans = ours.after(evaluations), front.after(evaluations)
-        verdicts = better_than([*own, cheapest], plans, "divergence", SAME_COST)
-        ratio = loss_ratio(plans, own, cheapest)
+        both = equal_evaluations(ours, front, fronts)
+        verdicts = better_than([*both.ours, both.cheapest], both.theirs, "divergence", SAME_COST)
+        ratio = loss_ratio(both.theirs, both.ours, both.cheapest)
         rows.append(
             (
                 front.network,
                 front.strategy,
-                f"{evaluations} of {front.evaluations}",
-                f"{evaluations} of {ours.evaluations}",
-                str(len(plans)),
+                f"{both.evaluations} of {front.evaluations}",
+                f"{both.evaluations} of {ours.evaluations}",
+                str(len(both.theirs)),
                 str(sum(verdicts.among_all)),
                 f"{ratio.estimate:.2f} ({ratio.low:.2f} … {ratio.high:.2f})",
             )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -84,6 +84,23 @@ def undominated(plans: Sequence[Plan], of: Callable[[Plan], tuple[float, float]]
         if not found or of(plan)[1] < of(found[-1])[1]:
             found.append(plan)
     return found
+
+
+@dataclass(frozen=True)
+class EqualFronts:
+    """Two fronts after as many ``evaluations`` as the strategy makes that makes fewer, and the cheapest plan of a network."""
+
+    evaluations: int
+    ours: list[MeasuredPlan]
+    theirs: list[MeasuredPlan]
+    cheapest: MeasuredPlan
+
+
+def equal_evaluations(ours: StrategyFront, front: StrategyFront, all_fronts: Iterable[StrategyFront]) -> EqualFronts:
+    """Ours and another front after equal evaluations; the cheapest plan is that of all fronts."""
+    evaluations = min(front.evaluations, ours.evaluations)
+    cheapest = min((plan for one in all_fronts for plan in one.plans), key=lambda plan: (plan.cost, plan.smooth))
+    return EqualFronts(evaluations, ours.after(evaluations), front.after(evaluations), cheapest)
 
 
 def loss_ratio(plans: Sequence[MeasuredPlan], others: Sequence[MeasuredPlan], cheapest: MeasuredPlan) -> Interval:
