@@ -10,9 +10,6 @@
 y stands for the product x(l, p)·x(m, q): with these two sums, the tightest linear form of a pair, y is 0 or 1 by itself.
 Precisions that cost the same beside every precision of a neighbour, such as all that read 8-bit codes, share one y.
 
-Where neighbours cost nothing beyond what each does by itself, as bytes and operations do, :mod:`.additive_program` solves it
-without HiGHS, in less time.
-
 HiGHS is called directly: the version inside SciPy 1.17, 1.12, writes lines to the standard output that no option turns off
 (ERGO-Code/HiGHS, issue 2783).
 """
@@ -22,13 +19,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import highspy
 import numpy as np
 import numpy.typing as npt
 
-from tvm_hquant.search.additive_program import AdditiveProgram, TooManyStatesError, choices_of
 from tvm_hquant.search.problem import CostModel, LayerPrecision
 
 Floats = npt.NDArray[np.float64]
@@ -56,14 +51,6 @@ class IntegerProgram:
 
     def solve(self, bound: float) -> dict[str, str] | None:
         """The plan of least cost whose losses add up to at most ``bound``; None if there is none."""
-        if self._additive is not None:
-            try:
-                numbers = self._additive.solve(bound)
-            except TooManyStatesError:
-                return _Model(self, bound).solve()
-            if numbers is None:
-                return None
-            return {layer: own[n] for (layer, own), n in zip(self.candidates.items(), numbers, strict=True)}
         return _Model(self, bound).solve()
 
     def solve_all(self, bounds: Sequence[float]) -> list[dict[str, str] | None]:
@@ -80,14 +67,6 @@ class IntegerProgram:
                 least = math.inf if plan is None else sum(self.losses[pair] for pair in plan.items())
             found[bound] = plan
         return [found[bound] for bound in bounds]
-
-    @cached_property
-    def _additive(self) -> AdditiveProgram | None:
-        """The same program where neighbours cost nothing beyond what each does; None where they do, or there are levels."""
-        if self.levels is not None or any(any(extra.values()) for extra in self.costs.pairs.values()):
-            return None
-        objective = dict(zip(self.pairs, self.objective().tolist(), strict=True))
-        return AdditiveProgram(choices_of(self.candidates, objective, self.losses))
 
     @property
     def pairs(self) -> list[LayerPrecision]:
