@@ -63,3 +63,16 @@ def test_weights_stay_in_the_second_level_cache() -> None:
     small, large = (float_geometry(operator, Processor(l2_bytes=size)) for size in (2**20, 2**23))
     assert small.tile.vectors < large.tile.vectors
     assert 2 * small.tile_weights * 4 <= 2**20
+
+
+def test_epilogues_are_hidden_by_as_many_products_as_there_are() -> None:
+    """Four steps over 16 channels do not hide the epilogue of three vectors of a pixel, which is longer than that of six."""
+    tile = vnni_geometry(Conv2D((1, 112, 112, 16), 96, Window((1, 1)))).tile
+    assert tile.vectors in (2, 6)
+
+
+def test_weights_that_leave_the_first_level_cache_are_shared_by_more_pixels() -> None:
+    """Six vectors of weights of 576 channels, 54 KiB, come as slowly as two pixels multiply them; three vectors are 27 KiB."""
+    operator = Conv2D((1, 14, 14, 576), 96, Window((1, 1)), 1, Epilogue(True, has_residual=True))
+    tile = vnni_geometry(operator).tile
+    assert tile.pixels > 2

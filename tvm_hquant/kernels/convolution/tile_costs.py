@@ -26,6 +26,10 @@ _RESIDUAL = 4
 """Instructions that add a residual of codes to a vector of sums. Floats are added as they are loaded."""
 _AT_A_TIME = 3
 """Of what is not hidden behind the products of other tiles, instructions that take as long as a product."""
+_BESIDE = 2
+"""Instructions around a tile that run beside a product, while they run beside products at all."""
+_FARTHER_WEIGHT = 2.25
+"""Time of a vector of weights from the second-level cache, which passes them on at 32 bytes a cycle on a Zen 4."""
 _PERMUTATION = 0.5
 """Cost of bringing the activations of several groups to the lanes of an operand."""
 _FAR_WEIGHT = 0.1
@@ -61,18 +65,22 @@ class TileCosts:
         else:
             reached = (end - begin for begin, end in run.columns)
             of_steps = sum(steps / kernel_width * self.of_step(pixels, vectors) for pixels in reached if pixels)
-        if self._weights_are_far(vectors):
+        weights, processor = self._weight_bytes(vectors), geometry.processor
+        has_more_tiles = run.pixels < geometry.conv.input_shape[0] * prod(geometry.output_size)
+        if weights > processor.l1_bytes and has_more_tiles:
+            of_steps = max(of_steps, _FARTHER_WEIGHT * steps * vectors)
+        if 2 * weights > processor.l2_bytes:
+            # With all that passes meanwhile, they do not stay in the second-level cache.
             of_steps += _FAR_WEIGHT * steps * vectors
-        return of_steps + self._around(run.pixels, vectors)
+        return of_steps + self._around(run.pixels, vectors, of_steps)
 
-    def _weights_are_far(self, vectors: int) -> bool:
-        """Whether the weights of a tile, with all that passes meanwhile, do not stay in the second-level cache."""
+    def _weight_bytes(self, vectors: int) -> int:
+        """Of a tile."""
         geometry, dot = self.geometry, self.geometry.dot
-        size = geometry.all_steps * vectors * dot.lanes * dot.products * np.dtype(dot.weight_dtype).itemsize
-        return 2 * size > geometry.processor.l2_bytes
+        return geometry.all_steps * vectors * dot.lanes * dot.products * np.dtype(dot.weight_dtype).itemsize
 
-    def _around(self, pixels: int, vectors: int) -> float:
-        """What finishes a tile and stands around it."""
+    def _around(self, pixels: int, vectors: int, of_steps: float) -> float:
+        """What finishes a tile and stands around it, given the time of its steps."""
         dot, has_residual = self.geometry.dot, self.geometry.conv.epilogue.has_residual
         instructions = self.of_epilogue(pixels, vectors) + TILE
         if not dot.lookahead:
@@ -83,7 +91,8 @@ class TileCosts:
         else:
             scalings = pixels * vectors * (1 + has_residual)
             instructions += _RESIDUAL * has_residual * pixels * vectors
-        return scalings + max(0, instructions - dot.lookahead) / _AT_A_TIME
+        hidden = min(dot.lookahead, _BESIDE * of_steps)
+        return scalings + max(0.0, instructions - hidden) / _AT_A_TIME
 
     def of_step(self, pixels: int, vectors: int) -> float:
         """Instructions of a step of a tile."""
