@@ -15,6 +15,7 @@ from tvm.script import relax as R
 from tvm.script import tirx as T
 
 from tests.canonical_cases import Case, all_cases
+from tests.canonical_elementwise_cases import elementwise_cases
 from tests.light_models import light_model_path
 from tests.onnx_models import (
     node,
@@ -189,7 +190,7 @@ def test_the_given_module_is_not_changed() -> None:
     tvm.ir.assert_structural_equal(before, copy)
 
 
-@pytest.mark.parametrize("case", all_cases(), ids=lambda c: c.name)
+@pytest.mark.parametrize("case", [*all_cases(), *elementwise_cases()], ids=lambda c: c.name)
 def test_every_spelling_keeps_its_outputs(case: Case) -> None:
     """Import, canonical form and channels-last form agree with ONNX Runtime, and hold only the operators expected."""
     imported = import_onnx(case.model)
