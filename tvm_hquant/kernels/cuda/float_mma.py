@@ -39,11 +39,15 @@ def float_mma_kernel(request: KernelRequest, instructions: Mapping[str, MatrixIn
 
 @dataclass(frozen=True)
 class FloatMmaFamily:
-    """Tensor cores for 16-bit float convolutions and dense layers; other layers are left to the next family."""
+    """Tensor cores for 16-bit float convolutions and dense layers; other layers are left to the next family.
+
+    Attributes:
+        instructions: with the storage of what each multiplies.
+    """
 
     name: str
-    instructions: Mapping[str, MatrixInstruction]
+    instructions: tuple[tuple[str, MatrixInstruction], ...]
 
     def kernel(self, request: KernelRequest) -> Kernel | None:
         """The kernel for a request, or None."""
-        return float_mma_kernel(request, self.instructions)
+        return float_mma_kernel(request, dict(self.instructions))

@@ -16,5 +16,8 @@ INSTRUCTIONS = {
 """By the storage of what they multiply."""
 
 INSTRUCTION_SET = InstructionSet(
-    (FloatMmaFamily("cuda_mma_float", INSTRUCTIONS),), target_kind="cuda", first_gpu=80, is_bit_exact=False
+    (FloatMmaFamily("cuda_mma_float", tuple(INSTRUCTIONS.items())),),
+    target_kind="cuda",
+    first_gpu=80,
+    is_bit_exact=False,
 )

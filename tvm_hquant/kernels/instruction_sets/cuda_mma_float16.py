@@ -13,5 +13,8 @@ INSTRUCTIONS = {"float16": MatrixInstruction("m16n8k8.row.col.f32.f16.f16.f32", 
 """By the storage of what they multiply."""
 
 INSTRUCTION_SET = InstructionSet(
-    (FloatMmaFamily("cuda_mma_float16", INSTRUCTIONS),), target_kind="cuda", first_gpu=75, is_bit_exact=False
+    (FloatMmaFamily("cuda_mma_float16", tuple(INSTRUCTIONS.items())),),
+    target_kind="cuda",
+    first_gpu=75,
+    is_bit_exact=False,
 )
