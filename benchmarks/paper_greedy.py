@@ -98,7 +98,9 @@ def main() -> None:
         journal = arguments.journal or Path(folder) / "journal.sqlite"
         for experiment in arguments.experiments.split(","):
             part, _, low = experiment.partition(":")
-            model = next(name for name in zoo_models() if part in name)
+            model = next((name for name in zoo_models() if part in name), None)
+            if model is None:
+                raise SystemExit(f"no network of the zoo has {part} in its name: {', '.join(zoo_models())}")
             curves += run(ZooModel(model), low, arguments.search, arguments.held_out, journal)
             _print(curves)
             if arguments.json:

@@ -59,7 +59,7 @@ class Row:
 def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", default=",".join(PAPER))
+    parser.add_argument("--models", default=",".join(PAPER), help="parts of names, with commas between")
     parser.add_argument("--samples", type=int, default=4000)
     parser.add_argument("--max-drops", default="0.005,0.0005", help="budgets of the searches, top-1")
     parser.add_argument("--journal", type=Path, help="keeps evaluations there, so that a run that was stopped goes on")
@@ -67,11 +67,14 @@ def main() -> None:
     arguments = parser.parse_args()
     if not zoo_models():
         raise SystemExit(f"no networks in {zoo_folder()}: set HQUANT_ZOO to a folder that has some")
+    names = [name for name in PAPER if any(part in name for part in arguments.models.split(","))]
+    if not names:
+        raise SystemExit(f"--models {arguments.models} names none of the paper's networks: {', '.join(PAPER)}")
     drops = tuple(map(float, arguments.max_drops.split(",")))
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         journal = arguments.journal or Path(folder) / "journal.sqlite"
-        for name in arguments.models.split(","):
+        for name in names:
             rows.append(measure(name, arguments.samples, drops, journal))
             _print(rows)
             if arguments.json:
