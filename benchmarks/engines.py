@@ -13,6 +13,9 @@ machine's description; ``--roofline`` (``roofline.INSTRUCTION_SET.svg`` there) s
 with 7-bit weights on AVX2, under the roofline of the target. The other engines may be installed elsewhere:
 ``--engines-python /path/to/python``. ``--step prepare`` makes the models of every engine in ``--folder`` and times nothing;
 ``--step time`` times what stands there.
+
+The column "core shared" says for what part of the time something outside used the same core (``core_probe.py``): the busiest
+code suffers most from it, so quote a pass that has little, and choose it by this column alone.
 """
 
 from __future__ import annotations
@@ -23,14 +26,16 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from benchmarks.avx512_masking import without_avx512
+from benchmarks.core_probe import core_probe, shared_part
 from benchmarks.engine_models import (
     NETWORKS,
     PROCESS,
@@ -92,8 +97,8 @@ def main() -> None:
     parser.add_argument("--networks", default=",".join(available_networks()))
     parser.add_argument("--instruction-set", choices=TARGETS, default=_best_instruction_set())
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--visits", type=int, default=3, help="how often each engine has its turn")
-    parser.add_argument("--runs", type=int, default=20, help="timed runs in a turn")
+    parser.add_argument("--visits", type=int, default=12, help="how often each engine has its turn")
+    parser.add_argument("--runs", type=int, default=5, help="timed runs in a turn")
     parser.add_argument("--engines-python", default=sys.executable, help="the Python that has the other engines")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "hquant-engines")
     parser.add_argument("--step", choices=("all", "prepare", "time"), default="all")
@@ -112,14 +117,19 @@ def main() -> None:
     if arguments.step == "prepare":
         return
     timings: list[Timing] = []
+    probes: dict[str, list[float]] = {}
+    probe = core_probe(arguments.folder, arguments.threads)
     for network in networks:
         contestants = contestants_for(network, arguments.instruction_set, arguments.engines_python)
-        timings += time_contestants(network, contestants, arguments.threads, arguments.visits, arguments.runs)
-        print_timings(timings[-len(contestants) :])
+        between_turns = partial(_keep_probes, probe, probes.setdefault(network.name, []))
+        timings += time_contestants(
+            network, contestants, arguments.threads, arguments.visits, arguments.runs, between_turns
+        )
+        print_timings(timings[-len(contestants) :], probes)
     if len(networks) > 1:
-        print_timings(timings)
+        print_timings(timings, probes)
     results = arguments.json or arguments.folder / f"engines.{arguments.instruction_set}.json"
-    results.write_text(json.dumps(_document(arguments, timings), indent=1) + "\n", encoding="utf-8")
+    results.write_text(json.dumps(_document(arguments, timings, probes), indent=1) + "\n", encoding="utf-8")
     picture = arguments.roofline or arguments.folder / f"roofline.{arguments.instruction_set}.svg"
     draw_roofline(networks, arguments.instruction_set, arguments.threads, picture)
     print(f"every run: {results}\nroofline plot: {picture}")
@@ -169,16 +179,30 @@ def other_environment(instruction_set: str, engines_python: str, folder: Path) -
 
 
 def time_contestants(
-    network: NetworkFiles, contestants: Sequence[Contestant], threads: int, visits: int, runs: int
+    network: NetworkFiles,
+    contestants: Sequence[Contestant],
+    threads: int,
+    visits: int,
+    runs: int,
+    between_turns: Callable[[], None] = lambda: None,
 ) -> list[Timing]:
-    """Lets all engines run by turns, ``visits`` times each."""
+    """Lets all engines run by turns, ``visits`` times each; ``between_turns`` is called after each turn."""
+    turns: list[list[tuple[float, ...]]] = []
     with ExitStack() as stack:
         processes = [stack.enter_context(_EngineProcess(c, network.inputs, threads)) for c in contestants]
-        turns = [[process.time(runs) for process in processes] for _ in range(visits)]
+        for _ in range(visits):
+            turns.append([])
+            for process in processes:
+                turns[-1].append(process.time(runs))
+                between_turns()
     return [
         Timing(network.name, contestant.name, tuple(visit))
         for contestant, visit in zip(contestants, zip(*turns, strict=True), strict=True)
     ]
+
+
+def _keep_probes(probe: Callable[[], list[float]], probes: list[float]) -> None:
+    probes += probe()
 
 
 class _EngineProcess:
@@ -215,8 +239,8 @@ class _EngineProcess:
         return self.process.stdout.readline().strip()
 
 
-def print_timings(timings: Sequence[Timing]) -> None:
-    """A row for each network: all engines in milliseconds, then our ratios."""
+def print_timings(timings: Sequence[Timing], probes: Mapping[str, Sequence[float]]) -> None:
+    """A row for each network: all engines in milliseconds, then our ratios, and how much of the time the core was shared."""
     by_network: dict[str, dict[str, Timing]] = {}
     for timing in timings:
         by_network.setdefault(timing.network, {})[timing.contestant] = timing
@@ -227,8 +251,10 @@ def print_timings(timings: Sequence[Timing]) -> None:
         fastest, fastest_float = fastest_others(row)
         cells = [f"{row[name].milliseconds:.2f}" for name in names]
         ratios = [f"{ratio(row, name):.2f}" for name in ours]
-        rows.append((NETWORKS[network], *cells, fastest, fastest_float, *ratios))
-    columns = ("ms", *names, "fastest other", "fastest other float32", *(f"ratio {n.split()[1]}" for n in ours))
+        shared = f"{shared_part(probes[network]):.0%}"
+        rows.append((NETWORKS[network], *cells, fastest, fastest_float, *ratios, shared))
+    ratios_of = (f"ratio {name.split()[1]}" for name in ours)
+    columns = ("ms", *names, "fastest other", "fastest other float32", *ratios_of, "core shared")
     print_table(columns, rows)
 
 
@@ -262,13 +288,16 @@ def ratio(row: dict[str, Timing], name: str) -> float:
     return row[name].milliseconds / row[other].milliseconds
 
 
-def _document(arguments: argparse.Namespace, timings: Sequence[Timing]) -> dict[str, Any]:
+def _document(
+    arguments: argparse.Namespace, timings: Sequence[Timing], probes: Mapping[str, Sequence[float]]
+) -> dict[str, Any]:
     return {
         "machine": describe_machine(),
         "engines": json.loads(run_process(arguments.engines_python, "versions")),
         "instruction_set": arguments.instruction_set,
         "threads": arguments.threads,
         "load": os.getloadavg(),
+        "core_shared": {network: shared_part(seconds) for network, seconds in probes.items()},
         "timings": [{**asdict(t), "milliseconds": t.milliseconds} for t in timings],
     }
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.avx512_masking import without_avx512
+from benchmarks.core_probe import core_probe, shared_part
 from benchmarks.engines import Timing, fastest_others, ratio
 
 
@@ -34,6 +35,14 @@ def test_ratio_is_to_the_fastest_other_engine_of_its_kind() -> None:
 def test_time_is_the_median_over_all_turns() -> None:
     """One slow turn, or one slow run, does not move the figure."""
     assert Timing("net", "x", ((0.002, 0.002, 0.5), (0.002, 0.004, 0.002))).milliseconds == pytest.approx(2)
+
+
+def test_part_of_the_time_a_core_is_shared(tmp_path: Path) -> None:
+    """A probe that takes longer than the shortest one met a neighbour; the real one times every core that is asked for."""
+    assert shared_part([1.0, 1.05, 1.6, 1.02]) == 0.25
+    seconds = core_probe(tmp_path, 1)()
+    assert min(seconds) > 0
+    assert 0 <= shared_part(seconds) < 1
 
 
 def test_masked_copy_reports_no_avx512(tmp_path: Path) -> None:
