@@ -376,6 +376,11 @@ def test_mistakes_with_an_artifact(files: Path, artifact: Path, hquant: Hquant, 
     assert (done.code, done.err.startswith("hquant: cannot write")) == (2, True)
     done = hquant("verify", artifact, "--rpc", "nowhere")
     assert (done.code, "HOST:PORT" in done.err) == (2, True)
+    done = hquant("tune", artifact, "--records", tmp_path / "tuned.jsonl", "--rpc", "nowhere")
+    assert (done.code, "HOST:PORT" in done.err) == (2, True)
+    assert not (tmp_path / "tuned.jsonl").exists()
+    done = hquant("tune", artifact, "--records", tmp_path / "no" / "tuned.jsonl")
+    assert (done.code, done.err.startswith("hquant: cannot write the tuning records")) == (2, True)
 
 
 def test_usage_errors_are_short(hquant: Hquant) -> None:

@@ -21,6 +21,7 @@ from tvm_hquant.tuning.records import (
     TunedFamily,
     TuningRecord,
     append_records,
+    check_appendable,
     is_tiled,
     read_records,
     records_for,
@@ -58,6 +59,20 @@ def test_records_of_the_right_cpu(tmp_path: Path) -> None:
     assert records_for(single, "this") == records_for(single, None) == (board,)
     with pytest.raises(TuningError, match="no tuning records"):
         records_for(tmp_path / "none.jsonl", "this")
+
+
+def test_a_check_leaves_files_as_they_are(tmp_path: Path) -> None:
+    """What is asked before hours of work says that records can be added, and leaves none or the earlier ones."""
+    path = tmp_path / "tuned.jsonl"
+    check_appendable(path)
+    append_records(path, [])
+    assert not path.exists()
+    append_records(path, [RECORD])
+    check_appendable(path)
+    assert read_records(path) == (RECORD,)
+    for wrong in (tmp_path, tmp_path / "none" / "tuned.jsonl"):
+        with pytest.raises(TuningError, match="cannot"):
+            check_appendable(wrong)
 
 
 def test_damaged_line_is_named(tmp_path: Path) -> None:

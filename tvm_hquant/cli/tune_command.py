@@ -33,12 +33,11 @@ def tune_command(
     """
     from tvm_hquant.runtime import Artifact, load_artifact, read_manifest
     from tvm_hquant.tuning.bench import open_bench
-    from tvm_hquant.tuning.records import append_records, read_records
+    from tvm_hquant.tuning.records import append_records, check_appendable
     from tvm_hquant.tuning.schedules import tune_schedules
     from tvm_hquant.tuning.tiles import tune_tiles
 
-    read_records(records)  # what would fail at the very end is checked before the work
-    append_records(records, [])
+    check_appendable(records)  # what would fail at the very end is checked before the work
     loaded = load_artifact(artifact) if rpc is None else Artifact(artifact, read_manifest(artifact))
     bench = open_bench(loaded, rpc)
     tiles = tune_tiles(loaded, bench, candidates, repeat, terminal_progress())
@@ -66,9 +65,13 @@ def tune_command(
         )
         for r in scheduled
     ]
-    print_table(("operator", "output", "family", "expected, µs", "fastest, µs", "difference"), rows)
+    if rows:
+        print_table(("operator", "output", "family", "expected, µs", "fastest, µs", "difference"), rows)
     for function in left:
         typer.echo(f"{', '.join(function.function.layers)} ({function.function.name}) left as it is: {function.reason}")
+    if not rows:
+        typer.echo(f"no kernel had anything to choose: there is nothing to add to {records}")
+        return
     typer.echo(
         f"{len(tiles) + len(scheduled)} kernels measured, {sum(1 for r in tiles if r.tile != r.expected)} faster with another "
         f"tile, {sum(1 for r in scheduled if r.trace)} with a schedule; use them "

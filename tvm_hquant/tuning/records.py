@@ -98,15 +98,33 @@ def read_records(path: Path) -> tuple[Record, ...]:
     return tuple(_from_line(path, number, line) for number, line in enumerate(lines, 1) if line.strip())
 
 
+def check_appendable(path: Path) -> None:
+    """Makes sure that records can be added to a file, and leaves what is there: the file as it is, or none.
+
+    Raises:
+        TuningError: it cannot be written, or holds something else than records.
+    """
+    read_records(path)
+    existed = path.exists()
+    _append(path, "")
+    if not existed:
+        path.unlink()
+
+
 def append_records(path: Path, records: Iterable[Record]) -> None:
-    """Adds records to a file, which is made if it does not exist.
+    """Adds records to a file, which is made for the first one.
 
     Raises:
         TuningError: it cannot be written.
     """
+    if text := "".join(f"{json.dumps(record.to_jsonable())}\n" for record in records):
+        _append(path, text)
+
+
+def _append(path: Path, text: str) -> None:
     try:
         with path.open("a", encoding="utf-8") as file:
-            file.writelines(f"{json.dumps(record.to_jsonable())}\n" for record in records)
+            file.write(text)
     except OSError as error:
         raise TuningError(f"cannot write the tuning records {path}: {error.strerror or error}") from None
 
