@@ -21,7 +21,8 @@ Convolution weights stay OIHW. Inputs and outputs of ``main`` keep the model's o
 feature map enters or leaves. Elementwise operators, concat, pad, strided_slice, take, reductions and softmax follow what
 they read, with axes and constants permuted. A permute_dims of the model's own between channels-first and channels-last
 vanishes. A flatten in front of one dense layer with constant weights permutes the rows of the weights; any other operator
-that needs the model's order gets it through a permute_dims. Names of weights stay.
+that needs the model's order gets it through a permute_dims. Where channels are laid out as the pixels of one channel at an
+output, the reshape that this permute_dims becomes stays apart from the chain's own. Names of weights stay.
 
 TVM's own ``relax.transform.ConvertLayout`` (src/relax/transform/convert_layout.cc) leaves permute_dims of weights in the
 body and knows neither flatten nor take.
@@ -37,6 +38,7 @@ from tvm import IRModule, relax
 
 from tvm_hquant.relax_ir.canonical_rules.movement import merge_permutations, spell_reshape
 from tvm_hquant.relax_ir.channels_last import Readers, convert_call
+from tvm_hquant.relax_ir.depth_to_space import spell_single_channel_pixels
 from tvm_hquant.relax_ir.graph_rewriting import Graph, rewrite
 from tvm_hquant.relax_ir.main_function import MainFunction, read_main, substitute, variables, write_main
 from tvm_hquant.stored_tensors import StoredTensor, TensorMap
@@ -50,7 +52,8 @@ def convert_layout() -> Any:
     """
 
     def transform(mod: IRModule, _context: Any) -> IRModule:
-        return rewrite(_converted(mod), (spell_reshape, merge_permutations))
+        merged = rewrite(_converted(mod), (spell_reshape, merge_permutations))
+        return rewrite(merged, (spell_single_channel_pixels,))
 
     return tvm.transform.module_pass(transform, opt_level=0, name="hquant.convert_layout")
 

@@ -60,6 +60,40 @@ class FlattenExpected:
 
 
 @I.ir_module
+class PixelsBefore:
+    @R.function
+    def main(x: R.Tensor((2, 3, 4, 5), "float32"), w: R.Tensor((6, 3, 1, 1), "float32")) -> R.Tensor(
+        (2, 1, 8, 15), "float32"
+    ):
+        R.func_attr({"num_input": 1})
+        with R.dataflow():
+            c = R.nn.conv2d(x, w)
+            d = R.reshape(c, (2, 1, 2, 3, 4, 5))
+            e = R.permute_dims(d, [0, 1, 4, 2, 5, 3])
+            f = R.reshape(e, (2, 1, 8, 15))
+            R.output(f)
+        return f
+
+
+@I.ir_module
+class PixelsExpected:
+    @R.function
+    def main(x: R.Tensor((2, 3, 4, 5), "float32"), w: R.Tensor((6, 3, 1, 1), "float32")) -> R.Tensor(
+        (2, 1, 8, 15), "float32"
+    ):
+        R.func_attr({"num_input": 1})
+        with R.dataflow():
+            a = R.permute_dims(x, [0, 2, 3, 1])
+            c = R.nn.conv2d(a, w, data_layout="NHWC", kernel_layout="OIHW")
+            d = R.reshape(c, (2, 4, 5, 1, 2, 3))
+            e = R.permute_dims(d, [0, 1, 4, 2, 5, 3])
+            f = R.reshape(e, (2, 8, 15, 1))
+            g = R.reshape(f, (2, 1, 8, 15))
+            R.output(g)
+        return g
+
+
+@I.ir_module
 class AxesBefore:
     @R.function
     def main(x: R.Tensor((1, 4, 6, 5), "float32"), s: R.Tensor((4, 1, 1), "float32")) -> R.Tensor(
@@ -145,8 +179,13 @@ def bare(mod: IRModule) -> IRModule:
 
 @pytest.mark.parametrize(
     ("before", "expected"),
-    [(FlattenBefore, FlattenExpected), (AxesBefore, AxesExpected), (TwoOutputsBefore, TwoOutputsExpected)],
-    ids=["flatten_before_dense", "axes", "two_outputs"],
+    [
+        (FlattenBefore, FlattenExpected),
+        (PixelsBefore, PixelsExpected),
+        (AxesBefore, AxesExpected),
+        (TwoOutputsBefore, TwoOutputsExpected),
+    ],
+    ids=["flatten_before_dense", "pixels_of_one_channel", "axes", "two_outputs"],
 )
 def test_structure_and_outputs(before: IRModule, expected: IRModule) -> None:
     """Each operator is written for channels-last feature maps, and computes what it did before."""

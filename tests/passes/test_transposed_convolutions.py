@@ -163,6 +163,20 @@ def test_one_channel_of_pixels_is_one_layer(mode: str) -> None:
     assert pixels == Movement("depth_to_space", (1, 8, 8, 9), (1, 24, 24, 1), (1, 3, 3, 0, 0))
 
 
+@pytest.mark.parametrize("mode", ["DCR", "CRD"])
+def test_one_channel_of_pixels_at_an_output_is_moved_once(mode: str) -> None:
+    """What a network for super-resolution ends with: a move of pixels, and another view of them for the model's order."""
+    weights = random_weights(w=(9, 4, 1, 1))
+    nodes = [node("Conv", "x w", "c"), node("DepthToSpace", "c", "y", blocksize=3, mode=mode)]
+    graph, _ = layers_of(*nodes, weights=weights)
+    pixels, view = (layer.operator for layer in graph.layers[2:])
+    assert pixels == Movement("depth_to_space", (1, 8, 8, 9), (1, 24, 24, 1), (1, 3, 3, 0, 0))
+    assert view == Movement("reshape", (1, 24, 24, 1), (1, 1, 24, 24))
+    model = onnx_model(nodes, weights)
+    imported = import_model(model, random_inputs(model))
+    assert_deployed_as_simulated(imported, uniform_plan(imported.session, "a8w8"))
+
+
 @pytest.mark.parametrize(("out", "group", "groups"), [(1, 1, 1), (1, 4, 4)])
 def test_groups_of_one_channel_are_one_layer(out: int, group: int, groups: int) -> None:
     """A mask of one channel, and upsampling of each channel by itself."""

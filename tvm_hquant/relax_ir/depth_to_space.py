@@ -7,6 +7,9 @@ one element may be missing or lie elsewhere, and the slice may be missing::
     lv1 = R.permute_dims(lv, [0, 1, 4, 2, 5, 3, 6])
     lv2 = R.reshape(lv1, (N, H · rows, W · columns, groups · depth))
     lv3 = R.strided_slice(lv2, axes=[1, 2], begin=[top, left], ...)
+
+Where one channel leaves the graph, the second reshape went on to the model's order, (N, 1, H · rows, W · columns);
+:func:`spell_single_channel_pixels` writes it apart again.
 """
 
 from __future__ import annotations
@@ -16,9 +19,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tvm import relax
+
 from tvm_hquant.operators import Movement
 from tvm_hquant.relax_ir.canonical_rules.movement import slice_ranges
 from tvm_hquant.relax_ir.describe import is_float32, operator_name, permutation, shape_of
+from tvm_hquant.relax_ir.graph_rewriting import Graph
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +45,21 @@ def find_depth_to_space(
     """
     found = [_starting_at(index, bindings, readers) for index in range(len(bindings))]
     return [chain for chain in found if chain is not None]
+
+
+def spell_single_channel_pixels(call: Any, graph: Graph) -> Any | None:
+    """The end of a chain whose one channel stands before the pixels becomes the chain's own end and a reshape."""
+    permute = (
+        graph.definition_of(call.args[0], "relax.permute_dims") if operator_name(call) == "relax.reshape" else None
+    )
+    split = graph.definition_of(permute.args[0], "relax.reshape") if permute is not None else None
+    after = shape_of(call)
+    if split is None or len(after) != 4 or after[1] != 1 or len(before := shape_of(split.args[0])) != 4:
+        return None
+    pixels = (after[0], *after[2:], 1)
+    if after == pixels or _block(before, shape_of(split), permutation(permute), pixels) is None:
+        return None
+    return relax.op.reshape(relax.op.reshape(call.args[0], pixels), after)
 
 
 def _starting_at(
