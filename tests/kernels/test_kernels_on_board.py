@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import tvm
-from kernel_cases import COMPOSITION, FLOATS, STORAGES, Case, assert_same_bits, unary_case
+from kernel_cases import CODES, COMPOSITION, FLOATS, STORAGES, Case, assert_same_bits, unary_case
 
 from tests.emulated_board.board import Board, export_for_board, tvm_target
 from tvm_hquant import numerics
@@ -33,6 +33,8 @@ from tvm_hquant.operators import (
     LocalResponseNormalization,
     MaxPool2D,
     Movement,
+    Multiply,
+    Resize2D,
     Softmax,
     Window,
 )
@@ -40,6 +42,9 @@ from tvm_hquant.tensor_format import STORAGE_DTYPE
 
 CPU = "cortex-a72"
 MAP = (1, 7, 9, 21)
+GATED = Multiply((MAP, (1, 1, 1, 21)))
+ENLARGED = Resize2D(MAP, (13, 17), (6, 0, 12), (18, -8, 34))
+"""Corners of rows are aligned; of columns, the first outputs lie before the map and the last ones behind it."""
 WINDOW = Window((3, 3), (2, 2), (1, 1, 1, 1))
 CODES_END = Requantization(-90.0, 120.0, 101)
 
@@ -54,6 +59,19 @@ def board_cases() -> list[Case]:
         )
         for index, (a, b) in enumerate([("uint8", "uint8"), ("uint16", "uint8")])
     ]
+    for index, storage in enumerate(CODES):
+        cases += [
+            Case(
+                KernelRequest(GATED, (storage, "uint8"), "uint8"),
+                IntegerElementwiseConstants((3, 77), (np.float32(0.0071 / (1, 256)[index]),), CODES_END),
+                index,
+            ),
+            Case(
+                KernelRequest(ENLARGED, (storage,), "uint8"),
+                IntegerElementwiseConstants((55,), (np.float32(0.91 / (1, 256)[index]),), CODES_END),
+                index,
+            ),
+        ]
     cases += [
         unary_case(function, MAP, "float32", "float32", 11) for function in (*numerics.PARAMETER_COUNTS, COMPOSITION)
     ]
@@ -72,6 +90,8 @@ def board_cases() -> list[Case]:
             Case(KernelRequest(Softmax((3, 50), 1), (storage,), storage), none, seed),
             Case(KernelRequest(LocalResponseNormalization(MAP, 5, 0.1, 0.75, 1.0), (storage,), storage), none, seed),
             Case(KernelRequest(AveragePool2D(MAP, WINDOW), (storage,), storage), none, seed),
+            Case(KernelRequest(GATED, (storage, storage), storage), none, seed),
+            Case(KernelRequest(ENLARGED, (storage,), storage), none, seed),
             Case(KernelRequest(Add(MAP), (storage, storage), storage), FloatElementwiseConstants((-1.0, 6.0)), seed),
         ]
     for seed, storage in enumerate(STORAGES):
