@@ -11,19 +11,21 @@ from tvm_hquant.kernels.convolution.template import conv2d_geometry
 from tvm_hquant.kernels.convolution.tile_order import TileOrder
 from tvm_hquant.kernels.depthwise.geometry import DepthwiseGeometry
 from tvm_hquant.kernels.dot_product import FloatDot, WideningDot
+from tvm_hquant.kernels.instruction_sets.avx512_vnni import VnniDot
 from tvm_hquant.kernels.interface import KernelRequest
 from tvm_hquant.kernels.matmul.batch_matmul import batch_matmul_kernel
-from tvm_hquant.kernels.processor import ASSUMED_PROCESSOR, Processor
+from tvm_hquant.kernels.processor import ASSUMED_PROCESSOR, Processor, Work
 from tvm_hquant.kernels.registry import families_for_target
-from tvm_hquant.operators import BatchMatmul, Conv2D, Window
+from tvm_hquant.kernels.x86.byte_vectors import ByteVectors
+from tvm_hquant.operators import BatchMatmul, Conv2D, Epilogue, Window
 from tvm_hquant.target_spec import TargetSpec, load_target_spec
 
 BASE = load_target_spec("x86-64-avx2")
 POINTWISE = Conv2D((1, 14, 14, 1024), 256, Window((1, 1)))
 
 
-def with_memory(**sizes: int | None) -> TargetSpec:
-    return BASE.model_copy(update={"memory": BASE.memory.model_copy(update=sizes)})
+def with_memory(**fields: float | None) -> TargetSpec:
+    return BASE.model_copy(update={"memory": BASE.memory.model_copy(update=fields)})
 
 
 def with_cores(count: int) -> TargetSpec:
@@ -52,6 +54,31 @@ def test_a_spec_says_what_the_processor_is() -> None:
     assert with_memory(l1_data_kib=64, l1_data_ways=None, l2_kib=0, l3_kib=0).processor == Processor(
         65536, 64, 65536, 65536
     )
+
+
+def test_what_was_measured_decides_how_kernels_are_cut() -> None:
+    """Protects that a spec can say what fetching from afar and sharing work takes, and that each has its effect."""
+    assert with_memory(l1_data_kib=0, l2_kib=0, l3_kib=0, other_core_line=5).processor.other_core_line == 5
+    many_weights = Conv2D((1, 14, 14, 576), 96, Window((1, 1)), 1, Epilogue(True, has_residual=True))
+    request = KernelRequest(many_weights, ("uint8", "uint8"), "uint8", "int8")
+    vectors = ByteVectors(64, "vpdpbusd")
+    near, far = (
+        conv2d_geometry(request, VnniDot(), processor=with_memory(**cost).processor, vectors=vectors).tile
+        for cost in ({"l2_vector_instructions": 0.1}, {"l2_vector_instructions": 9.0})
+    )
+    assert near.pixels < far.pixels
+    small = Work(instructions=6000, moved_bytes=0)
+    assert [with_memory(shared_instructions=n).processor.shares(small) for n in (None, 5000)] == [False, True]
+    moving = Work(instructions=0, moved_bytes=64 * 100)
+    assert [with_memory(line_instructions=n).processor.shares(moving) for n in (None, 200)] == [False, True]
+    conv = Conv2D((1, 28, 28, 128), 64, Window((1, 1)))
+    request = KernelRequest(conv, ("float32",), "float32", "float32")
+    dot = FloatDot(8, 16, "float32", prefetches=True)
+    shares = [
+        TileOrder(conv2d_geometry(request, dot, processor=with_memory(other_core_line=n).processor), cores=2).shares
+        for n in (None, 0.01)
+    ]
+    assert shares == [2, 1]
 
 
 def test_tiles_follow_the_first_level_cache() -> None:

@@ -15,7 +15,7 @@ from tvm.tirx.script import builder as T
 
 from tvm_hquant.kernels.kernel_function import Buffer
 from tvm_hquant.kernels.primitives import Expression, vector_type
-from tvm_hquant.kernels.processor import Processor
+from tvm_hquant.kernels.processor import Processor, Work
 from tvm_hquant.operators import Shape
 
 MOVE = 2
@@ -92,7 +92,7 @@ def vector_loop(length: int, lanes: int) -> Iterator[Expression]:
 
 
 @contextmanager
-def flat_loop(length: int, lanes: int, work: float, processor: Processor) -> Iterator[Expression]:
+def flat_loop(length: int, lanes: int, work: Work, processor: Processor) -> Iterator[Expression]:
     """As :func:`vector_loop`, shared out to threads where a kernel has ``work`` enough (:mod:`tvm_hquant.kernels.work`).
 
     Only where ``lanes`` does not divide ``length`` it comes to some elements more than once.
@@ -109,7 +109,7 @@ def flat_loop(length: int, lanes: int, work: float, processor: Processor) -> Ite
             yield T.bind(vector_start(first + index, length, lanes))
 
 
-def row_loop(rows: int, work: float, processor: Processor) -> Any:
+def row_loop(rows: int, work: Work, processor: Processor) -> Any:
     """A loop over rows, shared out to threads where a kernel has ``work`` enough."""
     return T.parallel(rows) if rows > 1 and processor.shares(work) else T.serial(rows)
 

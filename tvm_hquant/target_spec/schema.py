@@ -213,6 +213,8 @@ class Memory(Table):
         bandwidth_gb_per_s: what large copies reach, read and written bytes together, 10⁹ bytes per second.
         l1_data_kib, l2_kib, l3_kib: cache sizes as one core sees them, KiB; 0 where there is none.
         l1_data_ways: lines that share a set of the first-level data cache; None where that is not known.
+        l2_vector_instructions, line_instructions, other_core_line, shared_instructions: what it takes to fetch from afar and
+            to share work (:class:`tvm_hquant.kernels.processor.Processor`); None where that was not measured.
         ram_mib: room for activations and weights while it runs, MiB.
         flash_mib: room for the artifact, MiB.
     """
@@ -222,6 +224,10 @@ class Memory(Table):
     l1_data_ways: PositiveCount | None = None
     l2_kib: Annotated[int, Field(ge=0)] = 0
     l3_kib: Annotated[int, Field(ge=0)] = 0
+    l2_vector_instructions: Positive | None = None
+    line_instructions: Positive | None = None
+    other_core_line: Positive | None = None
+    shared_instructions: Positive | None = None
     ram_mib: Positive | None = None
     flash_mib: Positive | None = None
 

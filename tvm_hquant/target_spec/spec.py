@@ -36,6 +36,9 @@ from tvm_hquant.target_spec.vocabulary import (
     STORED_FORMATS,
 )
 
+_MEASURED = ("l2_vector_instructions", "line_instructions", "other_core_line", "shared_instructions")
+"""Fields of a spec's memory that a processor has under the same names."""
+
 
 class TargetSpec(Table):
     """A validated target spec; see ``docs/target-spec.md`` for its fields.
@@ -193,13 +196,14 @@ class TargetSpec(Table):
         A cache that the hardware does not have is that in front of it; without any size, caches are not known.
         """
         memory, cores = self.memory, max(unit.count for unit in self.units)
+        measured = {name: value for name in _MEASURED if (value := getattr(memory, name)) is not None}
         sizes = [2**10 * size for size in (memory.l1_data_kib, memory.l2_kib, memory.l3_kib)]
         if not any(sizes):
-            return Processor(cores=cores)
+            return Processor(cores=cores, **measured)
         first = sizes[0] or Processor.l1_bytes
         sets = Processor.l1_sets if memory.l1_data_ways is None else max(1, first // CACHE_LINE // memory.l1_data_ways)
         second = sizes[1] or first
-        return Processor(first, sets, second, sizes[2] or second, cores)
+        return Processor(first, sets, second, sizes[2] or second, cores, **measured)
 
     def cpu_features_needed(self) -> frozenset[str]:
         """Every CPU feature, in Linux's spelling, that the spec, its units or its instruction sets need."""

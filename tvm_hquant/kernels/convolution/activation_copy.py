@@ -10,7 +10,7 @@ from tvm.tirx.script import builder as T
 
 from tvm_hquant.kernels.kernel_function import Buffer
 from tvm_hquant.kernels.primitives import Expression, broadcast, convert, lanes_of, widen
-from tvm_hquant.kernels.processor import ASSUMED_PROCESSOR, Processor
+from tvm_hquant.kernels.processor import ASSUMED_PROCESSOR, Processor, Work
 from tvm_hquant.kernels.vector_loops import fitting_lanes, flat_loop, load, row_loop, store, vector_loop
 from tvm_hquant.kernels.work import of_bytes
 from tvm_hquant.operators import Conv2D
@@ -60,7 +60,7 @@ class ActivationCopy:
     def _group_inputs(self) -> int:
         return self.conv.in_channels // self.conv.groups
 
-    def _work(self, elements: int) -> float:
+    def _work(self, elements: int) -> Work:
         """That of copying so many elements. What one core has copied comes slowly to others."""
         written = len(self.fills) * np.dtype(self.operand_dtype).itemsize
         return of_bytes(elements * (np.dtype(str(self.source.dtype)).itemsize + written))

@@ -9,7 +9,7 @@ from tvm.tirx.script import builder as T
 
 from tvm_hquant.kernels.kernel_function import Buffer
 from tvm_hquant.kernels.primitives import Expression, lanes_of
-from tvm_hquant.kernels.processor import Processor
+from tvm_hquant.kernels.processor import Processor, Work
 from tvm_hquant.kernels.vector_loops import elements, fitting_lanes, load, row_loop, shape_of, store, vector_loop
 
 MOST_GROUPS = 16
@@ -29,7 +29,7 @@ def interleaved(parts: Sequence[Expression]) -> Expression:
 
 
 def interleave_groups(
-    source: Buffer, target: Buffer, groups: int, length: int, work: float, processor: Processor
+    source: Buffer, target: Buffer, groups: int, length: int, work: Work, processor: Processor
 ) -> None:
     """Writes the loops that copy rows of ``groups`` times ``length`` elements, flat: element i of group g to i · groups + g.
 

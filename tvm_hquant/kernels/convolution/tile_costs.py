@@ -28,18 +28,14 @@ _AT_A_TIME = 3
 """Of what is not hidden behind the products of other tiles, instructions that take as long as a product."""
 _BESIDE = 2
 """Instructions around a tile that run beside a product, while they run beside products at all."""
-_FARTHER_WEIGHT = 2.25
-"""Time of a vector of weights from the second-level cache, which passes them on at 32 bytes a cycle on a Zen 4."""
 _PERMUTATION = 0.5
 """Cost of bringing the activations of several groups to the lanes of an operand."""
 _FAR_WEIGHT = 0.1
 """Cost of a vector of weights that comes from behind the second-level cache for every tile or row."""
 TILE = 20
 """Instructions around a tile."""
-_LINES_OF_A_SET = 4
-"""Pixels of a tile that may share a set with no loss, or three quarters of its ways; every further one costs ``_CROWDED`` of
-a step."""
 _CROWDED = 0.04
+"""Of a step, what every pixel of a tile costs that shares a set with more others than three quarters of its ways."""
 
 
 def of_depthwise(conv: Conv2D, lanes: int, products: int = 1) -> float:
@@ -68,7 +64,7 @@ class TileCosts:
         weights, processor = self._weight_bytes(vectors), geometry.processor
         has_more_tiles = run.pixels < geometry.conv.input_shape[0] * prod(geometry.output_size)
         if weights > processor.l1_bytes and has_more_tiles:
-            of_steps = max(of_steps, _FARTHER_WEIGHT * steps * vectors)
+            of_steps = max(of_steps, processor.l2_vector_instructions * steps * vectors)
         if 2 * weights > processor.l2_bytes:
             # With all that passes meanwhile, they do not stay in the second-level cache.
             of_steps += _FAR_WEIGHT * steps * vectors
@@ -105,7 +101,7 @@ class TileCosts:
         else:
             multiplications = max(sums, (sums + dot.latency) / 2, dot.row_vectors)
             operand_cost = dot.operand_cost
-        lines = max(_LINES_OF_A_SET, geometry.processor.l1_ways * 3 // 4)
+        lines = max(1, geometry.processor.l1_ways * 3 // 4)
         crowded = 1 + _CROWDED * max(0, self.pixels_of_a_set(pixels) - lines)
         permuting = _PERMUTATION * geometry.operands_of_a_pixel(vectors) if dot.groups > 1 else 0.0
         loads = (operand_cost + permuting) * pixels + dot.weight_cost * vectors

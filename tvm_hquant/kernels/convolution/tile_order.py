@@ -25,9 +25,6 @@ _DISTANCE = 4096
 """Bytes between the weights that a step reads and those that it asks for, where these are read once."""
 _TILES_PER_ITEM = 8
 """Tiles of one row that a thread takes at a time, at most."""
-_OF_ANOTHER_CORE = 3
-"""Times as long as a cache line from the last cache takes one that another core wrote: 3 ns on a Zen 4. There it
-takes 28 ns to write one that another core has read."""
 _LARGEST_SHARE = 1.05
 """Pixels of the largest share of the map, at most, over those of an equal one."""
 
@@ -114,9 +111,9 @@ class TileOrder:
         weights, which stay in the last cache for all of them. A single core that computes all shares takes the weights of the
         second one out of its second-level cache.
         """
-        weights, l2_bytes = self._weight_bytes, self.geometry.processor.l2_bytes
+        weights, processor = self._weight_bytes, self.geometry.processor
         is_possible = self.cores > 1 and self.weights_stay_outside and self.bands is None
-        if not is_possible or weights > min(l2_bytes, _OF_ANOTHER_CORE * self._map_bytes):
+        if not is_possible or weights > min(processor.l2_bytes, processor.other_core_line * self._map_bytes):
             return 1
         chunks = self._chunks_of_a_row(self.cores)
         in_share, left = divmod(self.rows * chunks, self.cores)

@@ -33,7 +33,7 @@ from tvm_hquant.kernels.instruction_set import InstructionSet
 from tvm_hquant.kernels.interface import Array, Kernel, KernelRequest, LayerConstants
 from tvm_hquant.kernels.kernel_function import Buffer, imported_functions, kernel_function
 from tvm_hquant.kernels.primitives import Expression
-from tvm_hquant.kernels.processor import ASSUMED_PROCESSOR, Processor
+from tvm_hquant.kernels.processor import ASSUMED_PROCESSOR, Processor, Work
 from tvm_hquant.kernels.vector_loops import flat, load, store
 from tvm_hquant.kernels.work import work
 from tvm_hquant.operators import Conv2D, Dense
@@ -217,7 +217,7 @@ class _Emitter:
     output: Buffer
 
     @property
-    def work(self) -> float:
+    def work(self) -> Work:
         return work(self.request, self.geometry.instructions)
 
     def emit(self) -> None:
