@@ -70,10 +70,9 @@ def network_rates(networks: list[NetworkFiles], instruction_set: str, precision:
     for _ in range(_VISITS):
         for artifact in artifacts:
             for kernel in profile_artifact(artifact, 1).kernels:
-                if kernel.operations:
-                    has_weights = "conv2d" in kernel.operator or kernel.operator in ("dense", "batch_matmul")
+                if kernel.rated:
                     kind = kernel.operator if kernel.operator != "convert" else f"convert {kernel.precision}"
-                    work[kind] += kernel.operations // 2 if has_weights else kernel.operations
+                    work[kind] += kernel.rated
                     microseconds[kind] += kernel.microseconds  # type: ignore[assignment]
     return {kind: work[kind] / microseconds[kind] for kind in work}
 

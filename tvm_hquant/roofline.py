@@ -3,7 +3,8 @@
 The roofline model (Williams, Waterman and Patterson, "Roofline: an insightful visual performance model for multicore
 architectures", CACM 52(4), 2009): a kernel takes at least as long as its arithmetic at the unit's rate, and as its memory
 traffic at the memory's bandwidth. Only what cannot stay in the last-level cache from one call to the next counts as traffic:
-the weights if those of the whole network exceed it, activations that exceed it alone.
+the weights if those of the whole network exceed it, activations that exceed it alone. The unit's rate is the peak that the spec
+names, at the clock that this machine has, if the spec describes machines of its kind.
 """
 
 from __future__ import annotations
@@ -11,27 +12,25 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections import defaultdict, deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from tvm_hquant.errors import PrecisionError
-from tvm_hquant.kernel_graph import KernelCall
-from tvm_hquant.kernels.interface import KernelFamily
+from tvm_hquant.concat_parts import part_name
+from tvm_hquant.errors import ArtifactError, PrecisionError
+from tvm_hquant.kernel_graph import IN_PLACE
+from tvm_hquant.kernels.interface import KernelRequest
 from tvm_hquant.kernels.kernel_function import input_shapes
-from tvm_hquant.kernels.registry import select_kernel
-from tvm_hquant.operators import Conv2D, Dense
-from tvm_hquant.relax_ir.kernel_calls import is_view, kernel_symbol
+from tvm_hquant.operators import AveragePool2D, Concat, Conv2D, Dense, MaxPool2D, Movement, Opaque
 from tvm_hquant.runtime import Artifact
 from tvm_hquant.simulator.program import Program, Step
-from tvm_hquant.stored_outputs import find_stored_outputs
 from tvm_hquant.target_spec import TargetSpec, read_target_spec
+from tvm_hquant.target_spec.core_probe import measure_core
 from tvm_hquant.tensor_format import STORAGE_DTYPE
-from tvm_hquant.tuning.records import families_of_manifest
 from tvm_hquant.verification import artifact_program, random_inputs
 
 Array = npt.NDArray[Any]
@@ -45,13 +44,15 @@ class KernelProfile:
     """One call of a kernel inside the network.
 
     Attributes:
-        layer: its name; for a conversion ``convert TENSOR``; for a function that belongs to no layer the function's name.
+        layer: its name; for a conversion ``convert TENSOR``.
         operator: its kind in target specs.
         precision: of the layer; for a conversion the two storages.
         kernel: the compiled function's family and variant; ``tvm`` for an operator that TVM computes.
         microseconds: median over the runs, inside the running network.
-        operations: two for each multiply-accumulate; one for each element of the output without weights; 0 if unknown.
-        bytes: activations read and written once, and weights.
+        operations: two for each multiply-accumulate; without these, one for each element of the output, in pools for each
+            element of their windows; 0 if unknown.
+        rated: what the spec's rates count of them: multiply-accumulates, or elements of the output.
+        bytes: activations, of which each that is needed is read once, and written once; and weights.
         bound: what limits the possible time, or None where the spec has no rate.
         possible_microseconds: the least time by the roofline; None as ``bound``.
     """
@@ -62,6 +63,7 @@ class KernelProfile:
     kernel: str
     microseconds: float
     operations: int
+    rated: int
     bytes: int
     bound: Literal["compute", "memory"] | None
     possible_microseconds: float | None
@@ -78,11 +80,15 @@ class KernelProfile:
 
 @dataclass(frozen=True)
 class NetworkProfile:
-    """All kernel calls in order, and the median time of one whole call, measured without looking inside."""
+    """All kernel calls in order, and the median time of one whole call, measured without looking inside.
+
+    ``clock_ghz`` is that of the roofline's units, the fastest one's if they differ.
+    """
 
     model: str
     target: str
     threads: int
+    clock_ghz: float
     bandwidth_gb_per_s: float
     kernels: tuple[KernelProfile, ...]
     whole_microseconds: float
@@ -102,6 +108,7 @@ class NetworkProfile:
             "model": self.model,
             "target": self.target,
             "threads": self.threads,
+            "clock_ghz": self.clock_ghz,
             "bandwidth_gb_per_s": self.bandwidth_gb_per_s,
             "whole_microseconds": self.whole_microseconds,
             "possible_microseconds": self.possible_microseconds,
@@ -130,26 +137,60 @@ def profile_artifact(
         repeat: runs.
 
     Raises:
-        ArtifactError: this machine cannot run it, or files are missing.
+        ArtifactError: this machine cannot run it, files are missing, or the library is not the manifest's.
         DataError: the sample does not fit.
     """
     plan, program = artifact_program(artifact)
-    spec = read_target_spec(artifact.manifest["target"]["spec"], "the artifact's target spec")
+    spec = _at_this_clock(read_target_spec(artifact.manifest["target"]["spec"], "the artifact's target spec"))
     sample = artifact.checked_inputs(inputs if inputs is not None else random_inputs(artifact.manifest, plan)[0])
+    steps = called_steps(program, artifact.manifest)
     timed = _timed_calls(artifact, sample, repeat)
+    if len(timed) != len(steps):
+        raise ArtifactError(
+            f"the library of {artifact.folder} calls {len(timed)} kernels and its manifest names {len(steps)}: they are not of "
+            "one compilation; compile the model again"
+        )
     whole = 1e6 * statistics.median(artifact.time(sample, repeat))
-    families = families_of_manifest(artifact.manifest, spec)
-    steps = _steps_by_symbol(program, families)
-    weights = sum(_weight_bytes(step) for step in program.steps)
-    roof = Roof(spec, {n: d.precision for n, d in plan.layers.items()}, threads, weights)
-    opaque = {str(e["function"]): str(e["name"]) for e in artifact.manifest["layers"] if e.get("function")}
-    kernels = []
-    for symbol, microseconds in timed:
-        step, name = steps[symbol].popleft() if steps[symbol] else (None, opaque.get(symbol, symbol))
-        kernels.append(roof.kernel(step, name, microseconds))
+    roof = Roof(spec, {n: d.precision for n, d in plan.layers.items()}, threads, sum(map(_weight_bytes, program.steps)))
+    kernels = tuple(roof.kernel(*called, microseconds) for called, microseconds in zip(steps, timed, strict=True))
     return NetworkProfile(
-        str(artifact.manifest["model"]), spec.name, threads, spec.memory.bandwidth_gb_per_s, tuple(kernels), whole
+        str(artifact.manifest["model"]),
+        spec.name,
+        threads,
+        max(unit.clock_ghz for unit in spec.units),
+        spec.memory.bandwidth_gb_per_s,
+        kernels,
+        whole,
     )
+
+
+def _at_this_clock(spec: TargetSpec) -> TargetSpec:
+    """The spec with the clock that this machine has now, if it is such a machine; else as it is."""
+    target = spec.tvm_target()
+    if target.kind.name != "llvm" or not spec.is_timed_here():
+        return spec
+    clock = measure_core(target, max(unit.channel_alignment for unit in spec.units)).clock_ghz
+    return spec.at_clocks({unit.name: clock for unit in spec.units})
+
+
+def called_steps(program: Program, manifest: Mapping[str, Any]) -> list[tuple[Step, str]]:
+    """The steps whose kernels a compiled network calls, in order, with the names of these kernels.
+
+    The manifest says which kernel each layer has, whatever this release would choose. Layers that only name memory call
+    none; a concatenation has a step for each input that is copied into its buffer.
+    """
+    steps = {step.name: step for step in program.steps}
+    for step in program.steps:
+        request = step.request
+        if request is not None and isinstance(request.operator, Concat):
+            for number, shape in enumerate(request.operator.input_shapes):
+                part = KernelRequest(Concat((shape,), request.operator.axis), (request.output,), request.output)
+                steps[part_name(step.name, number)] = replace(step, request=part)
+    return [
+        (steps[entry["name"]], str(entry["kernel"]))
+        for entry in manifest["layers"]
+        if entry["function"] and entry["kernel"] != IN_PLACE
+    ]
 
 
 @dataclass(frozen=True)
@@ -178,8 +219,8 @@ def outermost_calls(events: Iterable[CallEvent]) -> list[tuple[str, float]]:
     return calls
 
 
-def _timed_calls(artifact: Artifact, sample: Mapping[str, Array], repeat: int) -> list[tuple[str, float]]:
-    """Symbol and median microseconds of every kernel call of one run, in order."""
+def _timed_calls(artifact: Artifact, sample: Mapping[str, Array], repeat: int) -> list[float]:
+    """Median microseconds of every kernel call of one run, in order."""
     from tvm.runtime import tensor
     from tvm.runtime.vm import VirtualMachine
 
@@ -201,31 +242,7 @@ def _timed_calls(artifact: Artifact, sample: Mapping[str, Array], repeat: int) -
         events.clear()
         main(*tensors)
         runs.append(outermost_calls(events))
-    return [
-        (calls[0][0], 1e6 * statistics.median(seconds for _, seconds in calls)) for calls in zip(*runs, strict=True)
-    ]
-
-
-def _steps_by_symbol(program: Program, families: Sequence[KernelFamily]) -> dict[str, deque[tuple[Step, str]]]:
-    """Steps in order, with the names of their kernels, by the compiled function: equal requests share one.
-
-    A concatenation whose inputs are written in place has a step for each input that is copied, a shuffle of what is stored
-    shuffled has none.
-    """
-    calls = [KernelCall(step.key, step.request, step.inputs) for step in program.steps]
-    stored = find_stored_outputs(calls, program.outputs, families)
-    placed = stored.kernels
-    found: dict[str, deque[tuple[Step, str]]] = defaultdict(deque)
-    for step in program.steps:
-        if step.request is None or is_view(step.request) or step.key in stored.shuffles:
-            continue
-        if step.key in stored.concats:
-            kernels = [part.kernel for part in stored.concats[step.key] if part.is_copy]
-        else:
-            kernels = [placed[step.key] if step.key in placed else select_kernel(families, step.request)]
-        for kernel in kernels:
-            found[kernel_symbol(kernel)].append((replace(step, request=kernel.request), kernel.name))
-    return found
+    return [1e6 * statistics.median(seconds for _, seconds in calls) for calls in zip(*runs, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -240,22 +257,18 @@ class Roof:
     threads: int
     weights: int
 
-    def kernel(self, step: Step | None, kernel_name: str, microseconds: float) -> KernelProfile:
-        """The profile of one call; without a step, of a function that TVM made."""
-        if step is None:
-            return KernelProfile(kernel_name, "opaque", "float32", "tvm", microseconds, 0, 0, None, None)
-        assert step.request is not None
-        request = step.request
-        activations = _activation_bytes(step)
+    def kernel(self, step: Step, kernel_name: str, microseconds: float) -> KernelProfile:
+        """The profile of one call."""
+        activations, weights = _activation_bytes(step), _weight_bytes(step)
         if step.layer is None:
-            operator, precision = "convert", f"{request.inputs[0]} → {request.output}"
+            assert step.request is not None
+            operator, precision = "convert", f"{step.request.inputs[0]} → {step.request.output}"
             layer = f"convert {step.tensor}"
         else:
-            operator, precision = step.layer.operator_kind, self.precisions[step.layer.name]
-            layer = step.layer.name
-        operations = _operations(step)
-        compute = self._compute_seconds(step, precision, operations)
-        traffic = (self.weights > self._cache) * _weight_bytes(step) + (activations > self._cache) * activations
+            operator, layer = step.layer.operator_kind, step.layer.name
+            precision = self.precisions[layer] if step.request is not None else "float32"
+        compute = self._compute_seconds(step, precision)
+        traffic = (self.weights > self._cache) * weights + (activations > self._cache) * activations
         memory = traffic / (self.spec.memory.bandwidth_gb_per_s * 1e9)
         return KernelProfile(
             layer,
@@ -263,11 +276,17 @@ class Roof:
             precision,
             kernel_name,
             microseconds,
-            operations,
-            activations + _weight_bytes(step),
+            _operations(step),
+            _rated(step),
+            activations + weights,
             None if compute is None else "memory" if memory > compute else "compute",
             None if compute is None else 1e6 * max(memory, compute),
         )
+
+    @cached_property
+    def _times_are_its_own(self) -> bool:
+        """Whether what is timed here is the hardware that the spec describes."""
+        return self.spec.tvm_target().kind.name == "cuda" or self.spec.is_timed_here()
 
     @property
     def _cache(self) -> int:
@@ -275,39 +294,71 @@ class Roof:
         memory = self.spec.memory
         return int(1024 * (memory.l3_kib or memory.l2_kib or memory.l1_data_kib or 0))
 
-    def _compute_seconds(self, step: Step, precision: str, operations: int) -> float | None:
-        assert step.request is not None
+    def _compute_seconds(self, step: Step, precision: str) -> float | None:
+        """Those of the arithmetic at the unit's peak; None for what the spec says nothing of, such as softmax in an integer
+        plan, or TVM's own operators, whose arithmetic is not known."""
+        if step.request is None or not self._times_are_its_own:
+            return None
         if step.layer is None:
             storages = (step.request.inputs[0], step.request.output)
             # Codes of one storage in another scale: the spec names formats, and these two are stored alike.
             source, destination = storages if storages[0] != storages[1] else ("uint8", "int8")
-            rate = self.spec.conversion_elements_per_cycle(source, destination)
+            rate = self.spec.conversion_peak_per_cycle(source, destination)
             unit = max(self.spec.units, key=lambda u: u.clock_ghz)
-            return operations / (rate * unit.clock_ghz * 1e9 * min(self.threads, unit.count))
-        work = step.layer.macs or operations
+            return _rated(step) / (rate * unit.clock_ghz * 1e9 * min(self.threads, unit.count))
         try:
-            return work / self.spec.macs_per_second(precision, step.layer.operator_kind, self.threads)
+            return _rated(step) / self.spec.peak_per_second(precision, step.layer.operator_kind, self.threads)
         except PrecisionError:
-            return None  # the spec has no rate: a layer that runs all the same, such as softmax in an integer plan
+            return None
 
 
-def _operations(step: Step) -> int:
-    layer = step.layer
+def _rated(step: Step) -> int:
+    if step.layer is not None and (step.layer.macs or isinstance(step.layer.operator, Opaque)):
+        return step.layer.macs
     assert step.request is not None
-    if layer is not None and layer.macs:
-        return 2 * layer.macs
     return math.prod(step.request.operator.output_shape)
 
 
+def _operations(step: Step) -> int:
+    if step.layer is not None and step.layer.macs:
+        return 2 * step.layer.macs
+    operator = step.request.operator if step.request is not None else None
+    window = operator.window.kernel if isinstance(operator, MaxPool2D | AveragePool2D) else ()
+    return _rated(step) * math.prod(window)
+
+
 def _activation_bytes(step: Step) -> int:
+    if step.request is None:
+        assert step.layer is not None
+        assert isinstance(step.layer.operator, Opaque)
+        shapes = [*step.layer.operator.input_shapes, step.layer.operator.output_shape]
+        return sum(map(math.prod, shapes)) * np.dtype("float32").itemsize
     request = step.request
-    assert request is not None
-    shapes = [*input_shapes(request.operator), request.operator.output_shape]
+    _, *others = input_shapes(request.operator)
+    elements = [_elements_read(request), *map(math.prod, others), math.prod(request.operator.output_shape)]
     storages = [*request.inputs, request.output]
-    return sum(
-        math.prod(shape) * np.dtype(STORAGE_DTYPE[storage]).itemsize
-        for shape, storage in zip(shapes, storages, strict=True)
-    )
+    return sum(n * np.dtype(STORAGE_DTYPE[storage]).itemsize for n, storage in zip(elements, storages, strict=True))
+
+
+def _elements_read(request: KernelRequest) -> int:
+    """Of the first input: without pixels between strides, and without what is cut off."""
+    match request.operator:
+        case Movement(function="strided_slice" | "take" | "depth_to_space"):
+            return math.prod(request.operator.output_shape)
+        case Conv2D() | MaxPool2D() | AveragePool2D() as operator:
+            batch, height, width, channels = operator.input_shape
+            window, sizes = operator.window, operator.output_shape[1:3]
+            axes = zip(window.kernel, window.strides, window.padding[:2], window.dilation, strict=True)
+            read = [_positions_read(*a, *s) for a, *s in zip(axes, (height, width), sizes, strict=True)]
+            return batch * channels * math.prod(read)
+        case operator:
+            return math.prod(input_shapes(operator)[0])
+
+
+def _positions_read(kernel: int, stride: int, before: int, dilation: int, size: int, output: int) -> int:
+    """Of an axis of a map, how many lie in some window."""
+    read = {o * stride - before + k * dilation for o in range(output) for k in range(kernel)}
+    return len(read & set(range(size)))
 
 
 def _weight_bytes(step: Step) -> int:

@@ -138,10 +138,15 @@ def _print_kernels(profile: NetworkProfile) -> None:
     threads = f"{profile.threads} thread{'s' if profile.threads > 1 else ''}"
     print_table(columns, rows, f"{profile.model} for {profile.target}, {threads}: every kernel in the running network")
     covered = sum(k.microseconds for k in profile.kernels if k.fraction is not None)
+    allowed = (
+        f"those that the spec has rates for {covered:.0f} µs; its roofline at {profile.clock_ghz:.2f} GHz allows "
+        f"{profile.possible_microseconds:.0f} µs"
+        if covered
+        else "and what this machine could do the spec, which describes another one, does not say"
+    )
     typer.echo(
         f"\none call takes {profile.whole_microseconds:.0f} µs; watched, its kernels take "
-        f"{profile.kernel_microseconds:.0f} µs, "
-        f"those that the spec has rates for {covered:.0f} µs; its roofline allows {profile.possible_microseconds:.0f} µs"
+        f"{profile.kernel_microseconds:.0f} µs, {allowed}"
     )
 
 

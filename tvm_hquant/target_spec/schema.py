@@ -6,6 +6,7 @@ is not taken for a default.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
@@ -173,6 +174,7 @@ class Unit(Table):
         count: how many there are (cores, multiprocessors).
         macs_per_cycle: for each precision that it offers, best choice first, multiply-accumulates per cycle of one of
             its pipes; for operators without weights, elements per cycle.
+        peak_per_cycle: for some of these precisions, what no kernel exceeds, where that is more.
         vector_pipes: how many pipes for whole vectors one of them has, where processors of the target differ in that.
         required_features: CPU features that it needs beyond those of the spec.
         channel_alignment: channels are computed in multiples of this.
@@ -188,6 +190,19 @@ class Unit(Table):
     vector_pipes: PositiveCount = 1
     bit_exact: bool = True
     macs_per_cycle: Rates
+    peak_per_cycle: Mapping[PrecisionName, Positive] = {}
+
+    @model_validator(mode="after")
+    def _peaks_are_above_rates(self) -> Unit:
+        for name, peak in self.peak_per_cycle.items():
+            if peak < self.macs_per_cycle.get(name, math.inf):
+                raise ValueError(f"peak_per_cycle of {name} should be that of a rate of macs_per_cycle, and no less")
+        return self
+
+    @property
+    def peaks(self) -> Mapping[str, float]:
+        """For each precision that it offers, what no kernel exceeds, as ``macs_per_cycle`` has it."""
+        return {**self.macs_per_cycle, **self.peak_per_cycle}
 
     @property
     def precisions(self) -> tuple[str, ...]:
@@ -199,11 +214,20 @@ class Unit(Table):
 
 
 class Conversion(Table):
-    """What a change of format costs: ``elements_per_cycle`` of one core, between stored formats (``*``: any)."""
+    """What a change of format costs: ``elements_per_cycle`` of one core, between stored formats (``*``: any).
+
+    ``peak_elements_per_cycle`` is what no kernel exceeds, where that is more.
+    """
 
     source: FormatPattern = Field(alias="from")
     destination: FormatPattern = Field(alias="to")
     elements_per_cycle: Positive
+    peak_elements_per_cycle: Positive | None = None
+
+    @property
+    def peak(self) -> float:
+        """Elements per cycle of one core that no kernel exceeds."""
+        return max(self.elements_per_cycle, self.peak_elements_per_cycle or 0.0)
 
 
 class Memory(Table):

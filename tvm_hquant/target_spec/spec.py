@@ -163,6 +163,16 @@ class TargetSpec(Table):
         unit, rate = self._fastest(precision, operator_kind)
         return rate * unit.clock_ghz * 1e9 * min(unit.count, cores or unit.count)
 
+    def peak_per_second(self, precision: str, operator_kind: str, cores: int | None = None) -> float:
+        """Multiply-accumulates (elements) per second that no kernel on ``cores`` cores exceeds.
+
+        Raises:
+            PrecisionError, TargetSpecError: as :meth:`unit_for`.
+        """
+        self.unit_for(precision, operator_kind)
+        units = self._units_for(_equivalent(parse_precision(precision), operator_kind), operator_kind, peaks=True)
+        return max(peak * u.clock_ghz * 1e9 * min(u.count, cores or u.count) for u, peak in units)
+
     def is_bit_exact(self, precision: str, operator_kind: str) -> bool:
         """Whether what computes an operator in a precision gives the contract's bits; else it is within a stated bound.
 
@@ -177,13 +187,24 @@ class TargetSpec(Table):
         Raises:
             TargetSpecError: the spec has no such conversion.
         """
+        return self._known_conversion(source, destination).elements_per_cycle
+
+    def conversion_peak_per_cycle(self, source: str, destination: str) -> float:
+        """What no kernel exceeds of that.
+
+        Raises:
+            TargetSpecError: the spec has no such conversion.
+        """
+        return self._known_conversion(source, destination).peak
+
+    def _known_conversion(self, source: str, destination: str) -> Conversion:
         conversion = self._conversion(source, destination)
         if conversion is None:
             raise TargetSpecError(
                 f"target spec {self.name}: no entry of conversions covers {source} → {destination}; add one, "
                 f"the formats are {', '.join(STORED_FORMATS)}"
             )
-        return conversion.elements_per_cycle
+        return conversion
 
     def keeps_float(self, operator_kind: str, layer_name: str | None = None) -> bool:
         """Whether ``rules.keep_float`` names the operator kind or the layer."""
@@ -285,13 +306,15 @@ class TargetSpec(Table):
                 return pattern
         return None
 
-    def _units_for(self, precision: Precision, operator_kind: str) -> tuple[tuple[Unit, float], ...]:
-        """Units that offer the precision, or one that is the same to this operator, each with its best rate."""
+    def _units_for(
+        self, precision: Precision, operator_kind: str, peaks: bool = False
+    ) -> tuple[tuple[Unit, float], ...]:
+        """Units that offer the precision, or one that is the same to this operator, each with its best rate, or its peak."""
         if precision.weight_points > 1 and precision != A16W16:
             # One pass of the kernel for each point, at the rate of the widest, or of 8 bits where the unit knows no other.
             for bits in (precision.point_bits, 8):
                 one = parse_precision(f"a{precision.activation_bits}w{bits}")
-                if units := self._units_for(one, operator_kind):
+                if units := self._units_for(one, operator_kind, peaks):
                     return tuple((unit, rate / precision.weight_points) for unit, rate in units)
             return ()
         found: list[tuple[Unit, float]] = []
@@ -299,7 +322,7 @@ class TargetSpec(Table):
             if unit.serves(operator_kind):
                 rates = [
                     rate
-                    for name, rate in unit.macs_per_cycle.items()
+                    for name, rate in (unit.peaks if peaks else unit.macs_per_cycle).items()
                     if _equivalent(parse_precision(name), operator_kind) == precision
                 ]
                 if rates:
