@@ -14,6 +14,7 @@ import onnx
 import onnx.version_converter
 
 from benchmarks.bit_exact import zoo_plan
+from benchmarks.own_model import OwnModel
 from benchmarks.zoo import ROOT, ZooModel, zoo_folder
 from tests.light_models import light_model_path, load_random_weights
 from tests.onnx_models import random_inputs
@@ -35,12 +36,18 @@ NETWORKS = {
 """Names on the command line and in tables. The first four are graphs inside the onnx package with random weights."""
 
 
+def network_title(name: str) -> str:
+    """What tables call a network: one of the user's own as its file."""
+    return NETWORKS.get(name, name)
+
+
 @dataclass(frozen=True)
 class NetworkFiles:
-    """Where the files of one network are, or will be once they are made."""
+    """Where the files of one network are, or will be once they are made: one of ``NETWORKS``, or ``own``."""
 
     name: str
     folder: Path
+    own: OwnModel | None = None
 
     @property
     def inputs(self) -> Path:
@@ -71,27 +78,45 @@ class NetworkFiles:
             return {name: archive[name].shape for name in archive.files}
 
     def make_float_model(self) -> None:
-        """Writes the float model and one sample of normally distributed inputs."""
-        if self.float_model.exists():
+        """Writes the float model and one sample of normally distributed inputs, or those of a model of one's own."""
+        written = self.float_model.stat().st_mtime if self.float_model.exists() else 0.0
+        if written and (self.own is None or self.own.changed < written):
             return
-        model = _float_network(self.name)
-        inputs = random_inputs(model)
-        for value in model.graph.input:  # open batch dimensions become 1, for every engine
-            if value.name in inputs:
-                for dimension, size in zip(value.type.tensor_type.shape.dim, inputs[value.name].shape, strict=True):
-                    dimension.dim_value = size
+        if self.own is not None:
+            model, inputs = self.own.read()
+        else:
+            model = _float_network(self.name)
+            inputs = random_inputs(model)
+            for value in model.graph.input:  # open batch dimensions become 1, for every engine
+                if value.name in inputs:
+                    for dimension, size in zip(value.type.tensor_type.shape.dim, inputs[value.name].shape, strict=True):
+                        dimension.dim_value = size
+        for made_of_another in (self.onnxruntime_u8s8, self.onnxruntime_s8s8, self.openvino_int8):
+            made_of_another.unlink(missing_ok=True)
         self.folder.mkdir(parents=True, exist_ok=True)
         np.savez(self.inputs, **inputs)  # type: ignore[arg-type]
         onnx.save(model, self.float_model)
 
     def make_other_models(self, engines_python: str) -> None:
-        """Writes the models that the other engines quantize by their own tools, where they are missing."""
+        """Writes the models that the other engines quantize by their own tools, where they are missing.
+
+        What a tool of theirs does not quantize is left out of the comparison, and said.
+        """
         model, inputs = str(self.float_model), str(self.inputs)
-        for path, activations in ((self.onnxruntime_u8s8, "QUInt8"), (self.onnxruntime_s8s8, "QInt8")):
+        tools = {
+            self.onnxruntime_u8s8: ("quantize-onnxruntime", model, inputs, str(self.onnxruntime_u8s8), "QUInt8"),
+            self.onnxruntime_s8s8: ("quantize-onnxruntime", model, inputs, str(self.onnxruntime_s8s8), "QInt8"),
+            self.openvino_int8: ("quantize-openvino", model, inputs, str(self.openvino_int8)),
+        }
+        for path, command in tools.items():
             if not path.exists():
-                run_process(engines_python, "quantize-onnxruntime", model, inputs, str(path), activations)
-        if not self.openvino_int8.exists():
-            run_process(engines_python, "quantize-openvino", model, inputs, str(self.openvino_int8))
+                try:
+                    run_process(engines_python, *command)
+                except SystemExit as failure:
+                    if self.own is None:
+                        raise
+                    path.unlink(missing_ok=True)
+                    print(f"{self.name} is compared without {path.name}: {failure}")
 
     def make_artifacts(self, instruction_set: str, target: str, precisions: tuple[str, ...]) -> None:
         """Compiles this repository's artifacts anew, one for each precision."""

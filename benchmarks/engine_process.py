@@ -8,6 +8,7 @@ artifacts alone.
     python engine_process.py quantize-openvino FLOAT.onnx INPUTS.npz OUTPUT.xml
     python engine_process.py versions
 
+``INPUTS.npz`` holds an array for each input, samples along the first axis: engines calibrate with all, and the first is timed.
 ``time`` answers ``ready``, then for each line a JSON list of seconds, one for each run: from the call to the output, with
 the input where the engine wants it beforehand and the output left in its memory.
 """
@@ -83,9 +84,7 @@ _RUNNERS = {"onnxruntime": onnxruntime_runner, "openvino": openvino_runner, "tvm
 def time_engine(engine: str, model: str, inputs_path: str, threads: str) -> None:
     """Answers every line on standard input, the number of runs, with their seconds."""
     _use_cores(int(threads))
-    with np.load(inputs_path) as archive:
-        inputs = {name: archive[name] for name in archive.files}
-    run = _RUNNERS[engine](model, inputs, int(threads))
+    run = _RUNNERS[engine](model, read_samples(inputs_path)[0], int(threads))
     run()
     print("ready", flush=True)
     for line in sys.stdin:
@@ -97,6 +96,13 @@ def time_engine(engine: str, model: str, inputs_path: str, threads: str) -> None
             run()
             seconds.append(perf_counter() - start)
         print(json.dumps(seconds), flush=True)
+
+
+def read_samples(inputs_path: str) -> list[dict[str, Any]]:
+    """The samples of a file, each with a batch axis of 1."""
+    with np.load(inputs_path) as archive:
+        arrays = {name: archive[name] for name in archive.files}
+    return [{name: array[i : i + 1] for name, array in arrays.items()} for i in range(len(next(iter(arrays.values()))))]
 
 
 def _use_cores(count: int) -> None:
@@ -112,10 +118,9 @@ def quantize_onnxruntime(model: str, inputs_path: str, output: str, activations:
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    class OneSample(CalibrationDataReader):  # type: ignore[misc, unused-ignore]
+    class Samples(CalibrationDataReader):  # type: ignore[misc, unused-ignore]
         def __init__(self) -> None:
-            with np.load(inputs_path) as archive:
-                self.samples = iter([{name: archive[name] for name in archive.files}])
+            self.samples = iter(read_samples(inputs_path))
 
         def get_next(self) -> dict[str, Any] | None:
             return next(self.samples, None)
@@ -125,7 +130,7 @@ def quantize_onnxruntime(model: str, inputs_path: str, output: str, activations:
     quantize_static(
         prepared,
         output,
-        OneSample(),
+        Samples(),
         quant_format=QuantFormat.QDQ,
         per_channel=True,
         activation_type=QuantType[activations],
@@ -140,9 +145,8 @@ def quantize_openvino(model: str, inputs_path: str, output: str) -> None:
     import nncf
     import openvino
 
-    with np.load(inputs_path) as archive:
-        sample = {name: archive[name] for name in archive.files}
-    quantized = nncf.quantize(openvino.Core().read_model(model), nncf.Dataset([sample]), subset_size=1)
+    samples = read_samples(inputs_path)
+    quantized = nncf.quantize(openvino.Core().read_model(model), nncf.Dataset(samples), subset_size=len(samples))
     openvino.save_model(quantized, output)
 
 

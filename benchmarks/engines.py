@@ -7,6 +7,11 @@ both others load a copy of their libraries that sees no AVX-512 (``avx512_maskin
 
     pip install -e '.[test,engines,benchmarks]'
     python -m benchmarks.engines [--instruction-set avx2] [--networks resnet50,squeezenet] [--threads 2] [--folder FOLDER]
+    python -m benchmarks.engines --model mine.onnx [--calibration samples.npz] [--input-shapes "input:[1,3,224,224]"]
+
+``--model`` compares ONNX files of your own instead of the five networks. All engines calibrate with the first 16 samples of
+``--calibration`` and are timed with the first one; without, with one sample of random values: the scales that come of it make no
+engine faster or slower, but where a branch of a network depends on values. ``--precisions`` says what of ours is measured.
 
 The table is printed; ``--json`` (``engines.INSTRUCTION_SET.json`` in ``--folder``, unless named) holds every run and the
 machine's description; ``--roofline`` (``roofline.INSTRUCTION_SET.svg`` there) shows every kernel of our networks in 8 bits,
@@ -41,23 +46,27 @@ from benchmarks.engine_models import (
     PROCESS,
     NetworkFiles,
     available_networks,
+    network_title,
     process_environment,
     run_process,
 )
 from benchmarks.machine import describe_machine
+from benchmarks.own_model import OwnModel
 from benchmarks.roofline_plot import draw, require_matplotlib
+from tvm_hquant.cli.arguments import parse_input_shapes
 from tvm_hquant.cli.tables import print_table
 from tvm_hquant.cpu_features import cpu_features
+from tvm_hquant.errors import HQuantError
 
 TARGETS = {"avx512-vnni": "host", "avx2": "x86-64-avx2"}
 PRECISIONS = {
     "avx512-vnni": ("float32", "bfloat16", "a8w8"),
     "avx2": ("float32", "a8w8", "a8w7", "a8w4"),
 }
-"""What of ours is measured, by instruction set."""
+"""What of ours is measured unless ``--precisions`` says so, by instruction set."""
 
 DRAWN = {"avx512-vnni": "a8w8", "avx2": "a8w7"}
-"""What of ours the roofline plot shows, by instruction set."""
+"""What of ours the roofline plot shows, by instruction set, if it is measured."""
 
 OTHERS = ("ONNX Runtime float32", "ONNX Runtime u8s8", "ONNX Runtime s8s8", "OpenVINO float32", "OpenVINO int8")
 
@@ -94,8 +103,12 @@ class Timing:
 def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--networks", default=",".join(available_networks()))
+    parser.add_argument("--networks", help=f"with commas between: {', '.join(NETWORKS)}; all, unless --model is given")
+    parser.add_argument("--model", type=Path, action="append", default=[], help="an ONNX file; may be given again")
+    parser.add_argument("--calibration", type=Path, help="samples for --model, as 'hquant compile' takes them")
+    parser.add_argument("--input-shapes", help="of --model, as 'hquant compile' takes them")
     parser.add_argument("--instruction-set", choices=TARGETS, default=_best_instruction_set())
+    parser.add_argument("--precisions", help="of ours, with commas between")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--visits", type=int, default=12, help="how often each engine has its turn")
     parser.add_argument("--runs", type=int, default=5, help="timed runs in a turn")
@@ -107,20 +120,22 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.step != "prepare":
         require_matplotlib()
-    names = arguments.networks.split(",")
-    if unknown := set(names) - set(NETWORKS):
-        raise SystemExit(f"unknown networks {', '.join(sorted(unknown))}: use {', '.join(NETWORKS)}")
-    networks = [NetworkFiles(name, arguments.folder) for name in names]
-    if arguments.step != "time":
-        for network in networks:
-            prepare(network, arguments.instruction_set, arguments.engines_python)
+    instruction_set, engines_python = arguments.instruction_set, arguments.engines_python
+    precisions = tuple(arguments.precisions.split(",")) if arguments.precisions else PRECISIONS[instruction_set]
+    try:
+        networks = _networks(arguments)
+        if arguments.step != "time":
+            for network in networks:
+                prepare(network, instruction_set, precisions, engines_python)
+    except HQuantError as error:
+        raise SystemExit(str(error)) from None
     if arguments.step == "prepare":
         return
     timings: list[Timing] = []
     probes: dict[str, list[float]] = {}
     probe = core_probe(arguments.folder, arguments.threads)
     for network in networks:
-        contestants = contestants_for(network, arguments.instruction_set, arguments.engines_python)
+        contestants = contestants_for(network, instruction_set, precisions, engines_python)
         between_turns = partial(_keep_probes, probe, probes.setdefault(network.name, []))
         timings += time_contestants(
             network, contestants, arguments.threads, arguments.visits, arguments.runs, between_turns
@@ -131,19 +146,39 @@ def main() -> None:
     results = arguments.json or arguments.folder / f"engines.{arguments.instruction_set}.json"
     results.write_text(json.dumps(_document(arguments, timings, probes), indent=1) + "\n", encoding="utf-8")
     picture = arguments.roofline or arguments.folder / f"roofline.{arguments.instruction_set}.svg"
-    draw_roofline(networks, arguments.instruction_set, arguments.threads, picture)
+    drawn = DRAWN[instruction_set] if DRAWN[instruction_set] in precisions else precisions[0]
+    draw_roofline(networks, instruction_set, drawn, arguments.threads, picture)
     print(f"every run: {results}\nroofline plot: {picture}")
 
 
-def prepare(network: NetworkFiles, instruction_set: str, engines_python: str) -> None:
+def _networks(arguments: argparse.Namespace) -> list[NetworkFiles]:
+    """Those that are asked for: of ours, then models of the user's own."""
+    models: list[Path] = arguments.model
+    names = arguments.networks.split(",") if arguments.networks else () if models else available_networks()
+    if unknown := set(names) - set(NETWORKS):
+        raise SystemExit(f"unknown networks {', '.join(sorted(unknown))}: use {', '.join(NETWORKS)}")
+    if len(models) != 1 and (arguments.calibration or arguments.input_shapes):
+        raise SystemExit("--calibration and --input-shapes are for one --model: compare the models one after the other")
+    shapes = parse_input_shapes(arguments.input_shapes)
+    own = [OwnModel(path, arguments.calibration, shapes) for path in models]
+    for model in own:
+        if model.name in NETWORKS or [m.name for m in own].count(model.name) > 1:
+            raise SystemExit(f"{model.path}: another network is called {model.name}, too: rename the file")
+    folder: Path = arguments.folder
+    return [NetworkFiles(n, folder) for n in names] + [NetworkFiles(m.name, folder, m) for m in own]
+
+
+def prepare(network: NetworkFiles, instruction_set: str, precisions: Sequence[str], engines_python: str) -> None:
     """Makes the models of all engines; our own are compiled anew each time."""
     network.make_float_model()
     network.make_other_models(engines_python)
-    network.make_artifacts(instruction_set, TARGETS[instruction_set], PRECISIONS[instruction_set])
+    network.make_artifacts(instruction_set, TARGETS[instruction_set], tuple(precisions))
 
 
-def contestants_for(network: NetworkFiles, instruction_set: str, engines_python: str) -> list[Contestant]:
-    """All engines with one network, ours last."""
+def contestants_for(
+    network: NetworkFiles, instruction_set: str, precisions: Sequence[str], engines_python: str
+) -> list[Contestant]:
+    """All engines that have a model of one network, ours last."""
     environment = other_environment(instruction_set, engines_python, network.folder)
     models = (
         ("onnxruntime", network.float_model),
@@ -155,12 +190,13 @@ def contestants_for(network: NetworkFiles, instruction_set: str, engines_python:
     others = [
         Contestant(name, engines_python, engine, model, environment)
         for name, (engine, model) in zip(OTHERS, models, strict=True)
+        if model.exists()
     ]
     ours = [
         Contestant(
             f"ours {p}", sys.executable, "tvm_hquant", network.artifact(instruction_set, p), process_environment()
         )
-        for p in PRECISIONS[instruction_set]
+        for p in precisions
     ]
     return others + ours
 
@@ -240,29 +276,34 @@ class _EngineProcess:
 
 
 def print_timings(timings: Sequence[Timing], probes: Mapping[str, Sequence[float]]) -> None:
-    """A row for each network: all engines in milliseconds, then our ratios, and how much of the time the core was shared."""
+    """A row for each network: all engines in milliseconds, then our ratios, and how much of the time the core was shared.
+
+    Empty: an engine has no model of it.
+    """
     by_network: dict[str, dict[str, Timing]] = {}
     for timing in timings:
         by_network.setdefault(timing.network, {})[timing.contestant] = timing
-    names = list(next(iter(by_network.values())))
-    ours = [name for name in names if name not in OTHERS]
+    ours = list(dict.fromkeys(t.contestant for t in timings if t.contestant not in OTHERS))
+    names = [name for name in OTHERS if any(name in row for row in by_network.values())] + ours
     rows = []
     for network, row in by_network.items():
         fastest, fastest_float = fastest_others(row)
-        cells = [f"{row[name].milliseconds:.2f}" for name in names]
+        cells = [f"{row[name].milliseconds:.2f}" if name in row else "" for name in names]
         ratios = [f"{ratio(row, name):.2f}" for name in ours]
         shared = f"{shared_part(probes[network]):.0%}"
-        rows.append((NETWORKS[network], *cells, fastest, fastest_float, *ratios, shared))
+        rows.append((network_title(network), *cells, fastest, fastest_float, *ratios, shared))
     ratios_of = (f"ratio {name.split()[1]}" for name in ours)
     columns = ("ms", *names, "fastest other", "fastest other float32", *ratios_of, "core shared")
     print_table(columns, rows)
 
 
-def draw_roofline(networks: Sequence[NetworkFiles], instruction_set: str, threads: int, picture: Path) -> None:
-    """Profiles our artifacts, each in a process of its own, and draws all their kernels in one picture."""
+def draw_roofline(
+    networks: Sequence[NetworkFiles], instruction_set: str, precision: str, threads: int, picture: Path
+) -> None:
+    """Profiles our artifacts of a precision, each in a process of its own, and draws all their kernels in one picture."""
     profiles: dict[str, dict[str, Any]] = {}
     for network in networks:
-        artifact = network.artifact(instruction_set, DRAWN[instruction_set])
+        artifact = network.artifact(instruction_set, precision)
         profile = artifact.with_suffix(".profile.json")
         subprocess.run(
             [sys.executable, "-m", "tvm_hquant.cli.main", "profile", str(artifact), "--json", str(profile)],
@@ -270,13 +311,13 @@ def draw_roofline(networks: Sequence[NetworkFiles], instruction_set: str, thread
             stdout=subprocess.DEVNULL,
             check=True,
         )
-        profiles[f"{NETWORKS[network.name]}, {DRAWN[instruction_set]}"] = json.loads(profile.read_text("utf-8"))
+        profiles[f"{network_title(network.name)}, {precision}"] = json.loads(profile.read_text("utf-8"))
     draw(profiles, picture)
 
 
 def fastest_others(row: dict[str, Timing]) -> tuple[str, str]:
     """The fastest other engine, and the fastest other in float32."""
-    others = [row[name] for name in OTHERS]
+    others = [row[name] for name in OTHERS if name in row]
     floats = [t for t in others if t.contestant.endswith("float32")]
     return tuple(min(group, key=lambda t: t.milliseconds).contestant for group in (others, floats))  # type: ignore[return-value]
 

@@ -53,14 +53,17 @@ def random_weights(seed: int = 0, **shapes: Sequence[int]) -> dict[str, Array]:
 
 
 def random_inputs(model: Any, seed: int = 1, batch: int = 1) -> dict[str, Array]:
-    """Normally distributed float32 inputs; open dimensions get the size ``batch``."""
+    """Normally distributed inputs, zeros and ones where they are integers; open dimensions get the size ``batch``."""
     rng = np.random.default_rng(seed)
     initializers = {i.name for i in model.graph.initializer}
-    return {
-        value.name: rng.normal(size=[d.dim_value or batch for d in value.type.tensor_type.shape.dim]).astype(np.float32)
-        for value in model.graph.input
-        if value.name not in initializers
-    }
+    inputs = {}
+    for value in model.graph.input:
+        if value.name not in initializers:
+            dtype = helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
+            shape = [d.dim_value or batch for d in value.type.tensor_type.shape.dim]
+            values = rng.normal(size=shape) if np.issubdtype(dtype, np.floating) else rng.integers(0, 2, shape)
+            inputs[value.name] = values.astype(dtype)
+    return inputs
 
 
 def onnxruntime_outputs(model: Any, inputs: Mapping[str, Array]) -> list[Array]:

@@ -1,14 +1,21 @@
-"""The comparison of engines: what a table says follows from the times, and what a masked copy of a library is."""
+"""The comparison of engines: what a table says follows from the times, what models of users are, and masked copies of libraries."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+import onnx
 import pytest
 
 from benchmarks.avx512_masking import without_avx512
 from benchmarks.core_probe import core_probe, shared_part
-from benchmarks.engines import Timing, fastest_others, ratio
+from benchmarks.engine_models import NetworkFiles
+from benchmarks.engine_process import read_samples
+from benchmarks.engines import Timing, fastest_others, print_timings, ratio
+from benchmarks.own_model import OwnModel
+from tests.onnx_models import node, onnx_model
+from tvm_hquant.errors import DataError, ModelError
 
 
 def _row(**milliseconds: float) -> dict[str, Timing]:
@@ -43,6 +50,57 @@ def test_part_of_the_time_a_core_is_shared(tmp_path: Path) -> None:
     seconds = core_probe(tmp_path, 1)()
     assert min(seconds) > 0
     assert 0 <= shared_part(seconds) < 1
+
+
+def test_engine_without_a_model_leaves_its_cell_empty(capsys: pytest.CaptureFixture[str]) -> None:
+    """What a tool of another engine cannot quantize is missing from the row, and the ratio is to what is there."""
+    row = _row(ort=4, ov=5, ours=1)
+    print_timings(list(row.values()), {"net": [1.0]})
+    printed = capsys.readouterr().out
+    assert "OpenVINO int8" not in printed
+    assert "0.25" in printed
+    assert fastest_others(row) == ("ONNX Runtime float32", "ONNX Runtime float32")
+
+
+def _relu_model(path: Path, height: int | str = 8) -> OwnModel:
+    onnx.save(onnx_model([node("Relu", "x", "y")], inputs={"x": ("n", 3, height, 8)}, opset=11), path)
+    return OwnModel(path)
+
+
+def test_model_of_a_user_gets_fixed_shapes_and_their_samples(tmp_path: Path) -> None:
+    """Every engine gets one sample at a time, from the given data, in an operator set that has scales per channel."""
+    own = _relu_model(tmp_path / "mine.onnx")
+    data = np.random.default_rng(0).normal(size=(20, 3, 8, 8)).astype(np.float32)
+    np.savez(tmp_path / "samples.npz", x=data)
+    files = NetworkFiles(own.name, tmp_path / "made", OwnModel(own.path, tmp_path / "samples.npz"))
+    files.make_float_model()
+    model = onnx.load(files.float_model)
+    assert [d.dim_value for d in model.graph.input[0].type.tensor_type.shape.dim] == [1, 3, 8, 8]
+    assert model.opset_import[0].version == 13
+    samples = read_samples(str(files.inputs))
+    assert [s["x"].shape for s in samples] == [(1, 3, 8, 8)] * 16
+    np.testing.assert_array_equal(np.concatenate([s["x"] for s in samples]), data[:16])
+
+
+def test_changed_model_of_a_user_is_read_again(tmp_path: Path) -> None:
+    """The files of all engines are made of the model that is there now."""
+    own = _relu_model(tmp_path / "mine.onnx")
+    files = NetworkFiles(own.name, tmp_path / "made", own)
+    files.make_float_model()
+    files.openvino_int8.write_text("of the first model")
+    _relu_model(own.path, height=4)
+    files.make_float_model()
+    assert read_samples(str(files.inputs))[0]["x"].shape == (1, 3, 4, 8)
+    assert not files.openvino_int8.exists()
+
+
+def test_model_of_a_user_that_cannot_be_compared_says_why(tmp_path: Path) -> None:
+    """Open dimensions and data of another shape are refused before anything is made."""
+    with pytest.raises(ModelError, match=r"\"h\".*is open.*--input-shapes"):
+        _relu_model(tmp_path / "open.onnx", "h").read()
+    np.savez(tmp_path / "wrong.npz", x=np.zeros((2, 8, 8, 3), np.float32))
+    with pytest.raises(DataError, match="another order"):
+        OwnModel(_relu_model(tmp_path / "mine.onnx").path, tmp_path / "wrong.npz").read()
 
 
 def test_masked_copy_reports_no_avx512(tmp_path: Path) -> None:
