@@ -16,6 +16,7 @@ from tvm_hquant.kernels.instruction_set import Host, InstructionSet
 from tvm_hquant.kernels.interface import KernelRequest
 from tvm_hquant.kernels.primitives import Expression
 from tvm_hquant.kernels.weightless.family import CommonFamily
+from tvm_hquant.kernels.x86.byte_tables import ByteTables
 
 _LANES = 16
 _REGISTERS = 32
@@ -75,7 +76,7 @@ def _dot(request: KernelRequest) -> DotProduct:
 
 
 INSTRUCTION_SET = InstructionSet(
-    (AnchorFamily("avx512_vnni", _dot, _LANES, lambda _: "vpdpbusd", (16, 32, 64)), CommonFamily(_LANES)),
+    (AnchorFamily("avx512_vnni", _dot, _LANES, lambda _: "vpdpbusd", (16, 32, 64)), CommonFamily(_LANES, ByteTables((16, 32, 64)))),
     frozenset({"avx512f", "avx512bw", "avx512vl", "avx512_vnni"}),
     host=Host("x86_64", "x86-64-avx512-vnni", "x86-64-v4", ("+avx512vnni",)),
     preference=40,

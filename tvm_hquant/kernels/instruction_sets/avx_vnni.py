@@ -13,6 +13,7 @@ from tvm_hquant.kernels.instruction_set import Host, InstructionSet
 from tvm_hquant.kernels.instruction_sets.avx512_vnni import VnniDot
 from tvm_hquant.kernels.interface import KernelRequest
 from tvm_hquant.kernels.weightless.family import CommonFamily
+from tvm_hquant.kernels.x86.byte_tables import ByteTables
 
 _LANES = 8
 _REGISTERS = 16
@@ -25,7 +26,7 @@ def _dot(request: KernelRequest) -> DotProduct | None:
 
 
 INSTRUCTION_SET = InstructionSet(
-    (AnchorFamily("avx_vnni", _dot, _LANES, lambda _: "vpdpbusd", (16, 32)), CommonFamily(_LANES)),
+    (AnchorFamily("avx_vnni", _dot, _LANES, lambda _: "vpdpbusd", (16, 32)), CommonFamily(_LANES, ByteTables((16, 32)))),
     frozenset({"avx2", "fma", "avx_vnni"}),
     host=Host("x86_64", "x86-64-avx-vnni", "x86-64-v3", ("+avxvnni",)),
     preference=30,

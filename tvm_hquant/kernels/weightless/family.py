@@ -12,6 +12,7 @@ from tvm_hquant.kernels.weightless.multiplication import multiplication_kernel
 from tvm_hquant.kernels.weightless.normalization import normalization_kernel
 from tvm_hquant.kernels.weightless.pooling import pool_kernel
 from tvm_hquant.kernels.weightless.resizing import resize_kernel
+from tvm_hquant.kernels.weightless.tables import TableVectors, table_kernel
 from tvm_hquant.operators import AveragePool2D, Concat, MaxPool2D, Movement, Operator
 
 
@@ -22,10 +23,12 @@ class CommonFamily:
     Attributes:
         lanes: float32 values in a vector register: 16 with AVX-512, 8 with AVX2, 4 with NEON. Any LLVM target computes the
             same with any power of two; the wrong one is only slower.
+        tables: vectors that are looked up in tables; None where codes are, one by one.
         processor: that work is cut for.
     """
 
     lanes: int = 8
+    tables: TableVectors | None = None
     processor: Processor = ASSUMED_PROCESSOR
 
     def on(self, processor: Processor) -> CommonFamily:
@@ -42,10 +45,12 @@ class CommonFamily:
         vector_bytes, processor = 4 * self.lanes, self.processor
         if request.placement is not None and not _places(request.operator):
             return None
+        of_table = table_kernel(request, self.tables, processor) if self.tables is not None else None
         if request.overwritten is not None:
-            return elementwise_kernel(request, self.lanes, processor)
+            return of_table or elementwise_kernel(request, self.lanes, processor)
         return (
-            elementwise_kernel(request, self.lanes, processor)
+            of_table
+            or elementwise_kernel(request, self.lanes, processor)
             or multiplication_kernel(request, self.lanes, processor)
             or pool_kernel(request, vector_bytes, processor)
             or movement_kernel(request, vector_bytes, processor)
