@@ -84,7 +84,8 @@ _RUNNERS = {"onnxruntime": onnxruntime_runner, "openvino": openvino_runner, "tvm
 def time_engine(engine: str, model: str, inputs_path: str, threads: str) -> None:
     """Answers every line on standard input, the number of runs, with their seconds."""
     _use_cores(int(threads))
-    run = _RUNNERS[engine](model, read_samples(inputs_path)[0], int(threads))
+    inputs = read_samples(inputs_path)[0]  # Engines read it where it is: it has to stay.
+    run = _RUNNERS[engine](model, inputs, int(threads))
     run()
     print("ready", flush=True)
     for line in sys.stdin:

@@ -10,8 +10,8 @@ both others load a copy of their libraries that sees no AVX-512 (``avx512_maskin
     python -m benchmarks.engines --model mine.onnx [--calibration samples.npz] [--input-shapes "input:[1,3,224,224]"]
 
 ``--model`` compares ONNX files of your own instead of the five networks. All engines calibrate with the first 16 samples of
-``--calibration`` and are timed with the first one; without, with one sample of random values: the scales that come of it make no
-engine faster or slower, but where a branch of a network depends on values. ``--precisions`` says what of ours is measured.
+``--calibration`` and are timed with the first one; without, with one sample of random values: what the scales are makes no
+engine faster or slower. ``--precisions`` says what of ours is measured.
 
 The table is printed; ``--json`` (``engines.INSTRUCTION_SET.json`` in ``--folder``, unless named) holds every run and the
 machine's description; ``--roofline`` (``roofline.INSTRUCTION_SET.svg`` there) shows every kernel of our networks in 8 bits,

@@ -1,4 +1,4 @@
-"""The comparison of engines: what a table says follows from the times, what models of users are, and masked copies of libraries."""
+"""The comparison of engines: what tables say of the times, models of users, and masked copies of libraries."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ class AnchorFamily:
         dot = self._dot(request)
         if dot is None or _is_depthwise(request) or self.winograd(request, self.processor):
             return ()
-        return conv2d_geometry(request, dot, None, self._code_vectors(request), self.processor).candidates
+        return conv2d_geometry(request, dot, None, self._code_vectors(request, dot), self.processor).candidates
 
     def kernel(self, request: KernelRequest, tile: Tile | None = None) -> Kernel | None:
         """The kernel for a convolution, dense layer or batch matmul; None for others, and where there is no dot product.
@@ -102,14 +102,14 @@ class AnchorFamily:
                 return float_depthwise_kernel(request, dot, self.name, self.processor)
             kernel = self._scaling(request) or self._interleaved(request)
             return kernel or depthwise_kernel(request, dot, self.name, self.processor)
-        return conv2d_kernel(request, dot, self.name, tile, self._code_vectors(request), self.processor)
+        return conv2d_kernel(request, dot, self.name, tile, self._code_vectors(request, dot), self.processor)
 
     def _writes_over_residual(self, request: KernelRequest, dot: DotProduct, tile: Tile | None) -> bool:
         """Whether a kernel reads the residual at exactly the places that it writes, each once."""
         tiles_may_overlap = _is_depthwise(request) or self.winograd(request, self.processor)
         if request.overwritten != 1 or request.placement is not None or tiles_may_overlap:
             return False
-        return not conv2d_geometry(request, dot, tile, self._code_vectors(request), self.processor).overlaps
+        return not conv2d_geometry(request, dot, tile, self._code_vectors(request, dot), self.processor).overlaps
 
     def _dot(self, request: KernelRequest) -> DotProduct | None:
         operator = request.operator
@@ -122,7 +122,7 @@ class AnchorFamily:
             return None
         if request.shuffled != operator.groups or not can_interleave_groups(request, dot):
             return dot
-        in_turns, vectors, stored = dot.for_groups(operator.groups), self._code_vectors(request), request.inputs[0]
+        in_turns, vectors, stored = dot.for_groups(operator.groups), self._code_vectors(request, dot), request.inputs[0]
         if in_turns is None:
             return dot
         of_turns, apart = (conv2d_geometry(request, each, None, vectors, self.processor) for each in (in_turns, dot))
@@ -131,8 +131,8 @@ class AnchorFamily:
         saves = is_possible and saves_time(of_turns, apart, STORAGE_DTYPE[stored])
         return in_turns if saves else dot
 
-    def _code_vectors(self, request: KernelRequest) -> CodeVectors | None:
-        return ByteVectors(4 * self.lanes, self.word_product(request)) if self.word_product is not None else self.codes
+    def _code_vectors(self, request: KernelRequest, dot: DotProduct) -> CodeVectors | None:
+        return ByteVectors(4 * dot.lanes, self.word_product(request)) if self.word_product is not None else self.codes
 
     def _interleaved(self, request: KernelRequest) -> Kernel | None:
         if self.depthwise is not None:

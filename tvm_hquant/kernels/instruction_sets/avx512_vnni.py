@@ -17,8 +17,11 @@ from tvm_hquant.kernels.interface import KernelRequest
 from tvm_hquant.kernels.primitives import Expression
 from tvm_hquant.kernels.weightless.family import CommonFamily
 from tvm_hquant.kernels.x86.byte_tables import ByteTables
+from tvm_hquant.operators import Conv2D
 
 _LANES = 16
+_NARROW = (8, 4)
+"""Lanes of shorter vectors. Cores start two of 256 bits a cycle, or of 128, and of 512 bits one or two."""
 _REGISTERS = 32
 
 
@@ -58,13 +61,28 @@ class VnniDot(RepeatedOperand):
         return T.call_llvm_pure_intrin(vector, intrinsic, accumulator, operands[0], weights[0])
 
 
+def _lanes(request: KernelRequest) -> int:
+    """Lanes of vectors that take the least time for the output channels of a group, if these do not fill one.
+
+    Of equal ones the widest that has no idle lanes. Shuffled channels share vectors instead.
+    """
+    conv = request.operator
+    if not isinstance(conv, Conv2D) or conv.is_depthwise or request.shuffled:
+        return _LANES
+    channels = conv.out_channels // conv.groups
+    if channels >= _LANES:
+        return _LANES
+    times = {lanes: -(-channels // lanes) * max(lanes, _NARROW[0]) for lanes in (_LANES, *_NARROW)}
+    return min(times, key=lambda lanes: (times[lanes], lanes > channels, -lanes))
+
+
 def _dot(request: KernelRequest) -> DotProduct:
     if request.weights == "int8":
-        return VnniDot()
+        return VnniDot(_lanes(request))
     # Loads run beside the products here, too; most weights come from the second-level cache. Others are widened.
     is_plain = request.weights == "float32"
     return FloatDot(
-        _LANES,
+        _lanes(request),
         _REGISTERS,
         request.weights,
         operand_cost=0.03,
@@ -76,7 +94,10 @@ def _dot(request: KernelRequest) -> DotProduct:
 
 
 INSTRUCTION_SET = InstructionSet(
-    (AnchorFamily("avx512_vnni", _dot, _LANES, lambda _: "vpdpbusd", (16, 32, 64)), CommonFamily(_LANES, ByteTables((16, 32, 64)))),
+    (
+        AnchorFamily("avx512_vnni", _dot, _LANES, lambda _: "vpdpbusd", (16, 32, 64)),
+        CommonFamily(_LANES, ByteTables((16, 32, 64))),
+    ),
     frozenset({"avx512f", "avx512bw", "avx512vl", "avx512_vnni"}),
     host=Host("x86_64", "x86-64-avx512-vnni", "x86-64-v4", ("+avx512vnni",)),
     preference=40,

@@ -26,7 +26,10 @@ def _dot(request: KernelRequest) -> DotProduct | None:
 
 
 INSTRUCTION_SET = InstructionSet(
-    (AnchorFamily("avx_vnni", _dot, _LANES, lambda _: "vpdpbusd", (16, 32)), CommonFamily(_LANES, ByteTables((16, 32)))),
+    (
+        AnchorFamily("avx_vnni", _dot, _LANES, lambda _: "vpdpbusd", (16, 32)),
+        CommonFamily(_LANES, ByteTables((16, 32))),
+    ),
     frozenset({"avx2", "fma", "avx_vnni"}),
     host=Host("x86_64", "x86-64-avx-vnni", "x86-64-v3", ("+avxvnni",)),
     preference=30,

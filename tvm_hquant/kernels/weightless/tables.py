@@ -15,7 +15,7 @@ from tvm_hquant.kernels.interface import Array, Kernel, KernelRequest, LayerCons
 from tvm_hquant.kernels.kernel_function import Buffer, kernel_function
 from tvm_hquant.kernels.primitives import Expression
 from tvm_hquant.kernels.processor import ASSUMED_PROCESSOR, Processor
-from tvm_hquant.kernels.vector_loops import elements, fitting_lanes, flat, flat_loop, load, store, vectors
+from tvm_hquant.kernels.vector_loops import elements, flat, flat_loop, load, store, vectors
 from tvm_hquant.kernels.weightless.elementwise import elementwise_form
 from tvm_hquant.kernels.work import work
 from tvm_hquant.operators import Unary
@@ -44,16 +44,16 @@ class TableVectors(Protocol):
 def table_kernel(
     request: KernelRequest, tables: TableVectors, processor: Processor = ASSUMED_PROCESSOR
 ) -> Kernel | None:
-    """One loop over the flat tensor; None for other operators and storages, for tensors that fill no vector, and where vectors
-    that overlap would read what they wrote."""
+    """One loop over the flat tensor; None for other operators and storages, for tensors that fill no vector, and for those that
+    are written over their input if all vectors overlap: some codes would be looked up twice."""
     if not isinstance(request.operator, Unary) or (*request.inputs, request.output) != ("uint8", "uint8"):
         return None
     length = elements(request.operator.shape)
-    if length < tables.widths[0]:
+    reads_once = request.overwritten is not None
+    fitting = [width for width in tables.widths if width <= length and not (reads_once and length % width)]
+    if not fitting or (reads_once and request.placement is not None):
         return None
-    width = fitting_lanes(length, tables.widths[-1])
-    if request.overwritten is not None and (request.placement is not None or length % width):
-        return None
+    width = fitting[-1]
     form = elementwise_form(request)
     assert form is not None
 

@@ -1,9 +1,9 @@
 """Tables of 256 codes on x86: ``vpshufb`` looks a byte up among sixteen, for all bytes of a vector at once.
 
-It takes the lower half of a byte as the place, and gives 0 where the highest bit is set. So for codes below 128 it is asked with
-the codes themselves, less 16, less 32, … (saturated, negative ones stay negative): a code of 16·j + i gets entry i of the first
-j + 1 parts of the table, and where each part holds the exclusive or with the part before it, the exclusive or of what it
-gets is entry 16·j + i. With the highest bit of the codes turned over, the same serves those from 128 on.
+It takes the lower half of a byte as the place, and gives 0 where the highest bit is set. So for codes below 128 it is asked
+with the codes themselves, less 16, less 32, … (saturated, so that negative ones stay negative): a code of 16·j + i gets entry i
+of the first j + 1 parts of the table. Where each part holds the exclusive or with the part before it, the exclusive or of what
+the code gets is entry 16·j + i. With the highest bit of the codes turned over, the same serves those from 128 on.
 Source: Intel 64 and IA-32 Architectures Software Developer's Manual, PSHUFB.
 """
 
