@@ -38,3 +38,23 @@ def test_wide_tiles_are_exact(family: str, vectors: int, missing: int, has_resid
     np.testing.assert_array_equal(
         run_kernel(kernel, constants, inputs, TARGETS[family]), numerics.evaluate(request, constants, inputs)
     )
+
+
+@pytest.mark.parametrize("family", families("avx512_vnni"))
+@pytest.mark.parametrize(("outputs", "lanes"), [(2, 8), (4, 4), (7, 8), (8, 8), (12, 8), (15, 8), (16, 16)])
+@pytest.mark.parametrize("storage", ["uint8", "float32"])
+def test_narrow_groups_are_exact(family: str, outputs: int, lanes: int, storage: str) -> None:
+    """Groups with fewer outputs than a vector of 512 bits has lanes take shorter ones, of which a core starts more."""
+    has_residual = outputs % 8 > 0
+    operator = Conv2D((1, 5, 9, 24), 3 * outputs, Window((3, 3), (1, 1), (1, 1, 1, 1)), 3, Epilogue(True, has_residual))
+    weights = "int8" if storage == "uint8" else storage
+    request = KernelRequest(operator, (storage,) * (1 + has_residual), storage, weights)
+    request, constants, inputs = random_case(np.random.default_rng(outputs), request)
+    kernel = ANCHOR_FAMILIES[family].kernel(request)
+    dot = ANCHOR_FAMILIES[family].dot(request)
+    assert kernel is not None
+    assert dot is not None
+    assert dot.lanes == lanes
+    np.testing.assert_array_equal(
+        run_kernel(kernel, constants, inputs, TARGETS[family]), numerics.evaluate(request, constants, inputs)
+    )
