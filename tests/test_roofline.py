@@ -138,3 +138,14 @@ def test_profile_of_a_layer_that_tvm_computes() -> None:
     profile = profile_artifact(artifact, 1, repeat=2)
     assert [(k.layer, k.operator) for k in profile.kernels][-2:] == [("sin_0", "opaque"), ("relu_0", "unary")]
     assert [k.kernel for k in profile.kernels if k.operator == "opaque"] == ["tvm"]
+
+
+def test_kernels_have_the_names_of_the_artifact() -> None:
+    """Protects artifacts that another release made, whose kernels this one would not choose: the manifest knows them."""
+    model = onnx_model([node("Conv", "x w", "c"), node("Concat", "c c", "y", axis=1)], random_weights(w=(4, 4, 3, 3)))
+    artifact = api.compile(api.plan_without_search(api.open_session(model, "host"), precision="float32"))
+    for entry in artifact.manifest["layers"]:
+        entry["kernel"] = entry["kernel"].replace("conv2d[", "conv2d[earlier ")
+    kernels = {k.operator: k.kernel for k in profile_artifact(artifact, 1, repeat=2).kernels}
+    assert "conv2d[earlier " in kernels["conv2d"]
+    assert kernels["concat"].startswith("common.concat")

@@ -32,7 +32,7 @@ from tvm_hquant.passes.expose_layers import expose_layers, exposed_functions
 from tvm_hquant.passes.lift_weights import lift_weights
 from tvm_hquant.plan import PrecisionPlan
 from tvm_hquant.precision import Arithmetic
-from tvm_hquant.relax_ir.kernel_calls import BIT_EXACT_ATTRIBUTE, KERNEL_ATTRIBUTE
+from tvm_hquant.relax_ir.kernel_calls import BIT_EXACT_ATTRIBUTE, KERNEL_ATTRIBUTE, layers_of_functions
 from tvm_hquant.report.quantization_report import QuantizationReport
 from tvm_hquant.rounding.weight_rounding import rounding_for
 from tvm_hquant.runtime import LIBRARY_NAME, MANIFEST_VERSION, PACKED_WEIGHTS_NAME, Artifact
@@ -78,7 +78,8 @@ def compile_artifact(
         _check_space(folder, graph)
         _export(executable, folder / LIBRARY_NAME, spec)
         if spec.tvm_target().kind.name == "c":
-            (folder / SOURCE_NAME).write_text(module_source(executable), encoding="utf-8")
+            source = module_source(executable, layers_of_functions(lowered))
+            (folder / SOURCE_NAME).write_text(source, encoding="utf-8")
         plan.save(folder)
         floats = [n for n, d in plan.layers.items() if d.weight_precision.arithmetic is Arithmetic.FLOAT]
         save_weights(folder / "weights.npz", graph, floats)

@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from tvm import IRModule, relax
+from tvm.ir import GlobalVar
 from tvm.runtime import tensor as runtime_tensor
 
 from tvm_hquant.kernel_graph import IN_PLACE
@@ -21,7 +22,7 @@ from tvm_hquant.kernels.interface import (
     LayerConstants,
 )
 from tvm_hquant.kernels.registry import select_kernel
-from tvm_hquant.layers import LayerGraph, constant_array, is_constant
+from tvm_hquant.layers import LAYER_ATTRIBUTE, LayerGraph, constant_array, is_constant
 from tvm_hquant.operator_codec import decode, encode
 from tvm_hquant.operators import Dense, Movement, Unary
 from tvm_hquant.relax_ir.relax_functions import function_identifier, rebuild_main
@@ -112,6 +113,19 @@ def read_realized(function: Any) -> tuple[KernelRequest, LayerConstants] | None:
         # A function without parameters is stored with one zero, for there are no empty constants.
         constants = FloatElementwiseConstants(constants.parameters[: len(request.operator.parameters)])
     return request, constants
+
+
+def layers_of_functions(mod: IRModule) -> dict[str, list[str]]:
+    """The layers of a lowered module that call each kernel, by the kernel's symbol."""
+    found: dict[str, list[str]] = {}
+    for _, function in mod.functions_items():
+        if not isinstance(function, relax.Function) or KERNEL_ATTRIBUTE not in (function.attrs or {}):
+            continue
+        for binding in function.body.blocks[0].bindings:
+            call = binding.value
+            if isinstance(call, relax.Call) and isinstance(call.args[0], GlobalVar):
+                found.setdefault(str(call.args[0].name_hint), []).append(str(function.attrs[LAYER_ATTRIBUTE]))
+    return found
 
 
 def call_constants(function: Any) -> list[Array]:
