@@ -19,6 +19,17 @@ A shuffle of a convolution's channels is left to the convolution's kernel, which
         lv = cls.gconv(x)                     lv = cls.gconv(x)          # request with shuffled=4
         lv1 = cls.take_0(lv)       →          lv1 = cls.take_0(lv)       # lv, "hquant.kernel": "in place"
 
+So is a shuffle into two groups of what two tensors are concatenated to, one of them made by a convolution
+(:mod:`tvm_hquant.interleaved_concats`); and slices of channels are read where they are (:mod:`tvm_hquant.channel_slices`)::
+
+    def main(x):                          def main(x):
+        lv = cls.slice_0(x)                   lv = cls.slice_0(x)        # x, "hquant.kernel": "in place"
+        lv1 = cls.slice_1(x)                  lv1 = cls.slice_1(x)       # x
+        lv2 = cls.conv1(lv1)       →          lv2 = cls.conv1(x)         # request with sources=(Placement(58, 116),)
+        lv3 = cls.conv2(lv2)                  lv3 = cls.conv2(lv2, x)    # request with interleaved=Interleaving(1, …)
+        lv4 = cls.concat_0(lv, lv3)           lv4 = cls.concat_0(lv3)    # lv3
+        lv5 = cls.take_0(lv4)                 lv5 = cls.take_0(lv4)      # lv4
+
 A residual, or what an elementwise layer reads, is written over where no other layer reads it any more
 (:mod:`tvm_hquant.overwritten_inputs`)::
 
@@ -32,17 +43,17 @@ here and in the simulator.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import tvm
 from tvm import IRModule
 
-from tvm_hquant.channel_shuffles import find_absorbed_shuffles
 from tvm_hquant.kernel_graph import KernelCall
 from tvm_hquant.kernels.interface import KernelFamily, KernelRequest, LayerConstants
 from tvm_hquant.layers import read_layers
-from tvm_hquant.overwritten_inputs import find_overwritten_inputs
 from tvm_hquant.relax_ir.kernel_calls import read_realized, with_kernels
+from tvm_hquant.stored_outputs import find_stored_outputs
 
 
 def lower_layers(families: Sequence[KernelFamily]) -> Any:
@@ -56,16 +67,14 @@ def lower_layers(families: Sequence[KernelFamily]) -> Any:
         graph = read_layers(mod)
         realized = {layer.name: read_realized(mod[layer.function_name]) for layer in graph.layers}
         calls = [KernelCall(layer.name, _request(realized[layer.name]), layer.inputs) for layer in graph.layers]
-        shuffles = find_absorbed_shuffles(calls, graph.outputs, families)
-        for shuffle in shuffles.values():
-            entry = realized[str(shuffle.tensor)]
-            assert entry is not None
-            realized[str(shuffle.tensor)] = shuffle.kernel.request, entry[1]
-        for tensor, kernel in find_overwritten_inputs(calls, graph.outputs, families, shuffles).items():
+        stored = find_stored_outputs(calls, graph.outputs, families)
+        for tensor, kernel in stored.kernels.items():
             entry = realized[str(tensor)]
             assert entry is not None
-            realized[str(tensor)] = kernel.request, entry[1]
-        return with_kernels(mod, graph, realized, families, {str(name) for name in shuffles})
+            # The pass behind this one places parts of concatenations.
+            realized[str(tensor)] = replace(kernel.request, placement=None), entry[1]
+        read = {layer.name: tuple(map(str, stored.read(layer.name, layer.inputs))) for layer in graph.layers}
+        return with_kernels(mod, graph, realized, families, {str(name) for name in stored.names}, read)
 
     return tvm.transform.module_pass(transform, opt_level=0, name="hquant.lower_layers")
 

@@ -26,8 +26,9 @@ import tvm
 from tvm import IRModule, relax
 
 from tvm_hquant.concat_parts import ConcatPart, find_concat_parts, part_name
-from tvm_hquant.kernel_graph import KernelCall
+from tvm_hquant.kernel_graph import IN_PLACE, KernelCall
 from tvm_hquant.kernels.interface import Kernel, KernelFamily
+from tvm_hquant.kernels.kernel_function import activation_types
 from tvm_hquant.layers import LAYER_ATTRIBUTE, OPERATOR_ATTRIBUTE, LayerGraph, read_layers
 from tvm_hquant.operator_codec import decode, encode
 from tvm_hquant.relax_ir.kernel_calls import (
@@ -55,7 +56,8 @@ def write_concat_in_place(families: Sequence[KernelFamily]) -> Any:
 
 def _request(mod: IRModule, function_name: str) -> Any:
     attributes = mod[function_name].attrs
-    return decode(str(attributes[REQUEST_ATTRIBUTE])) if REQUEST_ATTRIBUTE in attributes else None
+    is_name = KERNEL_ATTRIBUTE in attributes and attributes[KERNEL_ATTRIBUTE] == IN_PLACE
+    return decode(str(attributes[REQUEST_ATTRIBUTE])) if REQUEST_ATTRIBUTE in attributes and not is_name else None
 
 
 class _Rewriter:
@@ -109,8 +111,7 @@ class _Rewriter:
         before = None if part.makes_buffer else self.buffers[concat]
         self.buffers[concat] = name
         operands = [
-            relax.Var(f"input_{i}", _tensor(self.graph.tensor_shape(tensor), STORAGE_DTYPE[storage]))
-            for i, (tensor, storage) in enumerate(zip(inputs, request.inputs, strict=True))
+            relax.Var(f"input_{i}", _tensor(shape, dtype)) for i, (shape, dtype) in enumerate(activation_types(request))
         ]
         output = _tensor(request.output_shape, STORAGE_DTYPE[request.output])
         buffer = [relax.Var("buffer", output)] if before is not None else []

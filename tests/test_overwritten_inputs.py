@@ -18,7 +18,6 @@ from tests.planned_models import built_outputs, new_session, one_sample, uniform
 from tests.small_models import with_weights
 from tvm_hquant import numerics
 from tvm_hquant.artifact import compile_artifact
-from tvm_hquant.channel_shuffles import find_absorbed_shuffles
 from tvm_hquant.compilation import lower
 from tvm_hquant.cpu_pipeline import CPU_PIPELINE
 from tvm_hquant.kernel_graph import KernelCall
@@ -27,8 +26,8 @@ from tvm_hquant.kernels.registry import ANCHOR_FAMILIES, families_for_target
 from tvm_hquant.kernels.weightless.family import CommonFamily
 from tvm_hquant.layers import is_constant
 from tvm_hquant.operators import Add, Conv2D, Epilogue, Movement, Unary, Window
-from tvm_hquant.overwritten_inputs import find_overwritten_inputs
 from tvm_hquant.passes.partition_layers import partition_layers
+from tvm_hquant.stored_outputs import find_stored_outputs
 from tvm_hquant.tensor_format import STORAGE_DTYPE
 from tvm_hquant.verification import verify_artifact
 
@@ -101,8 +100,7 @@ def test_what_is_overwritten() -> None:
     def overwritten(*calls: KernelCall, outputs: tuple[str, ...] = ("y",)) -> int | None:
         """Which input of ``y`` is overwritten."""
         families = families_for_target(("portable",))
-        shuffles = find_absorbed_shuffles(calls, outputs, families)
-        kernel = find_overwritten_inputs(calls, outputs, families, shuffles).get("y")
+        kernel = find_stored_outputs(calls, outputs, families).kernels.get("y")
         return None if kernel is None else kernel.request.overwritten
 
     assert overwritten(a, b, KernelCall("y", fused, ("b", "a"))) == 1

@@ -40,7 +40,7 @@ def find_absorbed_shuffles(
     readers = Counter(tensor for call in calls for tensor in call.inputs) + Counter(outputs)
     found: dict[Hashable, AbsorbedShuffle] = {}
     for call in calls:
-        groups = _shuffled_groups(call.request)
+        groups = shuffled_groups(call.request)
         if not groups:
             continue
         (tensor,) = call.inputs
@@ -53,7 +53,7 @@ def find_absorbed_shuffles(
     return found
 
 
-def _shuffled_groups(request: KernelRequest | None) -> int:
+def shuffled_groups(request: KernelRequest | None) -> int:
     """The groups whose channels a layer puts in turn; 0 if it does something else."""
     operator = request.operator if request is not None else None
     if not isinstance(operator, Movement) or operator.function != "take":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from tvm_hquant.kernels.interface import Kernel, LayerConstants, NoConstants
 from tvm_hquant.relax_ir.kernel_calls import is_view, kernel_symbol
 from tvm_hquant.runtime import Artifact
 from tvm_hquant.simulator.program import Program, Step
-from tvm_hquant.stored_outputs import StoredOutputs, find_stored_outputs, in_channel_order
+from tvm_hquant.stored_outputs import StoredOutputs, find_stored_outputs, in_channel_order, in_wider_buffers
 from tvm_hquant.target_spec import read_target_spec
 from tvm_hquant.tensor_format import STORAGE_DTYPE
 from tvm_hquant.tuning.records import families_of_manifest
@@ -84,7 +84,7 @@ class DeployedLibrary:
         calls = [KernelCall(step.key, step.request, step.inputs) for step in program.steps]
         return find_stored_outputs(calls, program.outputs, self.families)
 
-    def run_layers(self, program: Program, sample: Mapping[str, Array]) -> dict[int, Array]:
+    def run_layers(self, program: Program, sample: Mapping[str, Array]) -> dict[Hashable, Array]:
         """Every tensor of one sample by its key in ``program``: each layer reads what the layers before it made.
 
         Channels are in the operators' order, whatever the order in which the library stores them.
@@ -92,23 +92,34 @@ class DeployedLibrary:
         Raises:
             ArtifactError: the library lacks a layer.
         """
-        values: dict[int, Array] = dict(enumerate(sample.values()))
+        values: dict[Hashable, Array] = dict(enumerate(sample.values()))
         stored = self.stored_outputs(program)
         kernels, parts = stored.kernels, stored.parts
+        pairs: dict[Hashable, Array] = {}
+        """By the tensor whose kernel stores it in turns with another one, both."""
+        shuffles = {concat.shuffle: concat.tensor for concat in stored.interleaved.values()}
         for step in program.steps:
-            inputs = [values[key] for key in step.inputs]
+            inputs = [values[key] for key in stored.read(step.key, step.inputs)]
             if step.request is not None and is_view(step.request):
                 values[step.key] = inputs[0].reshape(step.request.operator.output_shape)
             elif step.key in stored.concats:
                 values[step.key] = self._run_concat(step, stored.concats[step.key], inputs)
-            elif step.key in stored.shuffles:
-                # The memory is the same; only the order that its channels are said to have is another.
+            elif step.key in stored.interleaved:
+                both = pairs[stored.interleaved[step.key].tensor]
+                values[step.key] = np.concatenate([both[..., ::2], both[..., 1::2]], axis=-1)
+            elif step.key in shuffles:
+                values[step.key] = pairs[shuffles[step.key]]
+            elif step.key in stored.shuffles or step.key in stored.slices:
+                # The memory is the same; only what its channels are said to be is another.
                 assert step.request is not None
                 values[step.key] = numerics.evaluate(step.request, NoConstants(), inputs)
             elif step.key in parts:
                 values[step.key] = self._run_part(step.name, parts[step.key], inputs)
             elif step.key in kernels:
-                values[step.key] = in_channel_order(kernels[step.key].request, self.run_layer(step, inputs))
+                request, result = kernels[step.key].request, self.run_layer(step, inputs)
+                if request.interleaved is not None:
+                    pairs[step.key] = result
+                values[step.key] = in_channel_order(request, result)
             else:
                 values[step.key] = self.run_layer(step, inputs)
         return values
@@ -169,7 +180,8 @@ class DeployedLibrary:
             function = self._library.get_function(kernel_symbol(kernel), query_imports=True)
         except (AttributeError, RuntimeError):
             return None
-        activations, before = list(inputs), np.zeros(request.output_shape, STORAGE_DTYPE[request.output])
+        activations = in_wider_buffers(request, inputs)
+        before = np.zeros(request.output_shape, STORAGE_DTYPE[request.output])
         if request.overwritten is not None:
             before = activations.pop(request.overwritten)
         output = self._tensor(before)

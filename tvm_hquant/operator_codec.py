@@ -17,7 +17,7 @@ _CLASSES: dict[str, type[Any]] = {
         operators.Unary, operators.Composition, operators.Step, operators.Movement, operators.Softmax,
         operators.LocalResponseNormalization, operators.Opaque, operators.Convert,
         tensor_format.TensorFormat, interface.KernelRequest, interface.Placement,
-        interface.ProvenEnding,
+        interface.Interleaving, interface.ProvenEnding,
     )
 }  # fmt: skip
 

@@ -10,10 +10,9 @@ The pass that picks kernels and the check of compiled artifacts both ask here, s
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 
-from tvm_hquant.channel_shuffles import AbsorbedShuffle
 from tvm_hquant.kernel_graph import KernelCall, kernel_of_same_family
 from tvm_hquant.kernels.interface import Kernel, KernelFamily, KernelRequest
 from tvm_hquant.kernels.kernel_function import input_shapes
@@ -26,16 +25,18 @@ def find_overwritten_inputs(
     calls: Sequence[KernelCall],
     outputs: Sequence[Hashable],
     families: Sequence[KernelFamily],
-    shuffles: Mapping[Hashable, AbsorbedShuffle],
+    names: Mapping[Hashable, Hashable],
 ) -> Mapping[Hashable, Kernel]:
     """The kernels of layers that write over an input, by the tensors that they make.
 
-    ``calls`` are in execution order; ``outputs`` are the tensors that leave the graph; ``shuffles`` are those that move
-    nothing. What a concatenation reads is left to :mod:`tvm_hquant.concat_parts`.
+    ``calls`` are in execution order, with the requests of kernels that store shuffled or in turns, or read slices in place;
+    ``outputs`` are the tensors that leave the graph. ``names`` are the tensors that no kernel makes, each with the one in whose
+    memory it is. What a concatenation reads is left to :mod:`tvm_hquant.concat_parts`.
     """
-    views = {call.tensor for call in calls if call.request is not None and is_view(call.request)}
-    memory = _Memory(calls, outputs, {*views, *shuffles})
-    settled = {*views, *shuffles, *(shuffle.tensor for shuffle in shuffles.values())}
+    views = {call.tensor: call.inputs[0] for call in calls if call.request is not None and is_view(call.request)}
+    memory = _Memory(calls, outputs, {**views, **names})
+    settled = {*views, *names}
+    settled |= {call.tensor for call in calls if call.request is not None and _stores_shuffled(call.request)}
     settled |= {tensor for call in calls if _is_concat(call) for tensor in call.inputs}
     kernels: dict[KernelRequest, Kernel | None] = {}
     found: dict[Hashable, Kernel] = {}
@@ -55,6 +56,10 @@ def find_overwritten_inputs(
     return found
 
 
+def _stores_shuffled(request: KernelRequest) -> bool:
+    return request.shuffled > 0 or request.interleaved is not None
+
+
 def _is_concat(call: KernelCall) -> bool:
     return call.request is not None and isinstance(call.request.operator, Concat)
 
@@ -66,13 +71,16 @@ def _fitting_inputs(request: KernelRequest) -> list[int]:
         return []
     output = request.operator.output_shape, STORAGE_DTYPE[request.output]
     stored = zip(input_shapes(request.operator), (STORAGE_DTYPE[s] for s in request.inputs), strict=True)
-    return [number for number, own in enumerate(stored) if number >= first and own == output]
+    in_place = [number for number, source in enumerate(request.sources) if source is not None]
+    return [number for number, own in enumerate(stored) if number >= first and own == output and number not in in_place]
 
 
 class _Memory:
     """Which calls use the memory of which tensors, and which calls depend on which."""
 
-    def __init__(self, calls: Sequence[KernelCall], outputs: Sequence[Hashable], names: Collection[Hashable]) -> None:
+    def __init__(
+        self, calls: Sequence[KernelCall], outputs: Sequence[Hashable], names: Mapping[Hashable, Hashable]
+    ) -> None:
         makers = {call.tensor: index for index, call in enumerate(calls)}
         self._owner: dict[Hashable, Hashable] = {}
         self._readers: dict[Hashable, set[int]] = defaultdict(set)
@@ -90,7 +98,7 @@ class _Memory:
                     before |= 1 << maker | self._before[maker]
                 self._readers[self._owner_of(tensor)].add(index)
             self._before.append(before)
-            self._owner[call.tensor] = self._owner_of(call.inputs[0]) if call.tensor in names else call.tensor
+            self._owner[call.tensor] = self._owner_of(names.get(call.tensor, call.tensor))
             if call.request is None:
                 self._taken |= {call.tensor, *map(self._owner_of, call.inputs)}
         self._taken |= set(map(self._owner_of, outputs))

@@ -14,7 +14,7 @@ hides a difference in another.
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,7 +119,7 @@ def verify_artifact(
     library = DeployedLibrary(artifact, rpc)
     stored = library.stored_outputs(program)
     kernels = dict(stored.kernels)
-    in_place = {*stored.concats, *stored.shuffles}
+    in_place = {*stored.concats, *stored.names}
     for step in program.steps:
         if step.request is not None and not is_view(step.request) and step.key not in (*kernels, *in_place):
             kernels[step.key] = select_kernel(library.families, step.request)
@@ -210,7 +210,7 @@ def _compare_step(
     step: Step,
     kernel: Kernel | None,
     library: DeployedLibrary,
-    values: Sequence[Mapping[int, Array]],
+    values: Sequence[Mapping[Hashable, Array]],
     tally: _Tally,
 ) -> None:
     """Adds to the tally how what a layer made of its inputs differs from the contract, over some samples."""

@@ -74,7 +74,7 @@ class AnchorFamily:
             KernelError: ``tile`` is not one of :meth:`tiles`.
         """
         if isinstance(request.operator, BatchMatmul):
-            if request.overwritten is not None:
+            if request.overwritten is not None or not request.has_own_buffers:
                 return None
             dense = as_dense_request(request)
             dot = self.dot(dense) if dense is not None else None
@@ -92,6 +92,8 @@ class AnchorFamily:
             # Templates read a residual at the place where they write.
             return None
         if request.overwritten is not None and not self._writes_over_residual(request, dot, tile):
+            return None
+        if not request.has_own_buffers and not self._reaches_buffers(request, dot):
             return None
         if tile is not None and not self.tiles(request):
             raise KernelError(f"{request.operator} has no choice of tiles: leave {tile} out")
@@ -111,6 +113,23 @@ class AnchorFamily:
             return False
         return not conv2d_geometry(request, dot, tile, self._code_vectors(request, dot), self.processor).overlaps
 
+    def _reaches_buffers(self, request: KernelRequest, dot: DotProduct) -> bool:
+        """Whether a kernel reads channels where they lie in wider buffers, and stores its output in turns with another tensor,
+        as the request asks."""
+        sweeps_map = False
+        if not _is_depthwise(request) and not self.winograd(request, self.processor):
+            geometry = conv2d_geometry(request, dot, None, self._code_vectors(request), self.processor)
+            if geometry.patches is not None:
+                return False
+            sweeps_map = geometry.sweeps is not None
+        if any(request.sources[1:]):
+            return False
+        if request.interleaved is None:
+            return True
+        is_plain = len(request.inputs) == 1 and request.placement is None and not request.shuffled
+        has_tiles = not (_is_depthwise(request) or self.winograd(request, self.processor) or sweeps_map)
+        return is_plain and has_tiles
+
     def _dot(self, request: KernelRequest) -> DotProduct | None:
         operator = request.operator
         dot = self.dot(request) if isinstance(operator, (Conv2D, Dense)) else None
@@ -118,7 +137,7 @@ class AnchorFamily:
             return dot
         assert isinstance(operator, Conv2D)
         is_plain = len(request.inputs) == 1 and request.placement is None and request.overwritten is None
-        if not is_plain or operator.is_depthwise or request.shuffled > MOST_GROUPS:
+        if not (is_plain and request.has_own_buffers) or operator.is_depthwise or request.shuffled > MOST_GROUPS:
             return None
         if request.shuffled != operator.groups or not can_interleave_groups(request, dot):
             return dot

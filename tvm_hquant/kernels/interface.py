@@ -22,15 +22,29 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a kernel writes its channels in the wider last axis of a buffer that other kernels fill up.
+    """Where the channels of a tensor lie in the wider last axis of a buffer.
 
     Attributes:
-        offset: of the kernel's first channel.
+        offset: of the first channel.
         channels: of the buffer.
     """
 
     offset: int
     channels: int
+
+
+@dataclass(frozen=True)
+class Interleaving:
+    """Another tensor of as many channels, which a kernel stores in turns with its output: what a channel shuffle into two
+    groups makes of the concatenation of both.
+
+    Attributes:
+        position: of the kernel's own channel in each pair: 0 or 1.
+        source: where the channels of the other tensor lie in a wider buffer; None for one of its own.
+    """
+
+    position: int
+    source: Placement | None = None
 
 
 @dataclass(frozen=True)
@@ -65,13 +79,17 @@ class KernelRequest:
         centred_products: likewise, how many products of codes less 128 (s8·s8) surely fit int16: 2, 4 or 8.
         finite_weights: what the weights prove: none of a float layer is infinite or NaN, so products with zeros are zeros.
         ending: what the constants prove about the clamp of an integer layer, which may then be done by saturation.
-        placement: where the output goes in a wider buffer, which the kernel then gets in place of its own output and leaves
-            unchanged elsewhere; None for an output of its own.
+        placement: where the output goes in a wider buffer that other kernels fill up, which the kernel then gets in place of
+            its own output and leaves unchanged elsewhere; None for an output of its own.
         shuffled: into how many groups a channel shuffle behind a convolution cuts its output, whose channels are stored as that
             orders them: channel j of group g of n at j·n + g. 0 for the operator's order.
         overwritten: which of ``inputs`` the output is written over: a residual, or what an elementwise operator reads. The
             kernel gets one buffer for both, as its output, and reads every element before it writes it, once. None for an
             output of its own.
+        sources: where the channels of each of ``inputs`` lie in a wider buffer, which the kernel then gets in place of that
+            input; None for one of its own. Empty where all have buffers of their own.
+        interleaved: another tensor, stored as the output is, that the kernel reads last and stores in turns with its output,
+            so that it writes twice as many channels.
     """
 
     operator: Operator
@@ -86,17 +104,26 @@ class KernelRequest:
     placement: Placement | None = None
     shuffled: int = 0
     overwritten: int | None = None
+    sources: tuple[Placement | None, ...] = ()
+    interleaved: Interleaving | None = None
 
     @property
     def output_shape(self) -> Shape:
         """Shape of the buffer that the kernel writes into."""
         shape = self.operator.output_shape
+        if self.interleaved is not None:
+            return (*shape[:-1], 2 * shape[-1])
         return shape if self.placement is None else (*shape[:-1], self.placement.channels)
 
     @property
     def output_offset(self) -> int:
         """Where the channels of the output start in the last axis of that buffer."""
         return 0 if self.placement is None else self.placement.offset
+
+    @property
+    def has_own_buffers(self) -> bool:
+        """Whether every input is a buffer, and no other tensor is stored with the output."""
+        return not self.sources and self.interleaved is None
 
 
 @dataclass(frozen=True)
@@ -220,8 +247,8 @@ class Kernel:
         request: what it computes.
         name: family and variant for reports, such as ``avx512_vnni.conv2d[14x2]``.
         function: a TIR ``PrimFunc`` (``s_tir=True``) with the arguments (activations…, constants…, output), all buffers,
-            in destination-passing style. Activation and output buffers have exactly the shapes of the operator and the
-            dtypes ``STORAGE_DTYPE[storage]``.
+            in destination-passing style. Activation and output buffers have the shapes of the operator, but for the channels
+            of wider buffers that a request names, and the dtypes ``STORAGE_DTYPE[storage]``.
         pack: gives the constant arguments as NumPy arrays of fixed shape and dtype, in the order of the arguments.
         is_bit_exact: whether it computes the contract's bits; else what it computes lies within the bound of
             ``numerics.tensor_core_limits``.

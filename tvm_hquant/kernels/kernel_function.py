@@ -10,7 +10,7 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
 
 from tvm_hquant.errors import KernelError
-from tvm_hquant.kernels.interface import KernelRequest
+from tvm_hquant.kernels.interface import KernelRequest, Placement
 from tvm_hquant.operators import (
     Add,
     AveragePool2D,
@@ -53,8 +53,20 @@ def input_shapes(operator: Operator) -> tuple[Shape, ...]:
             return (operator.shape,)
 
 
-def argument_types(request: KernelRequest) -> tuple[list[ArrayType], ArrayType]:
-    """Types of the activations of a request, but for one that the output is written over, and of its output.
+def input_place(request: KernelRequest, number: int) -> Placement:
+    """Where the channels of an input lie in the buffer that the kernel gets for it."""
+    placement = request.sources[number] if request.sources else None
+    return placement or Placement(0, input_shapes(request.operator)[number][-1])
+
+
+def interleaved_place(request: KernelRequest) -> Placement:
+    """Where the channels of the tensor that is stored in turns with the output lie in its buffer."""
+    source = request.interleaved.source if request.interleaved is not None else None
+    return source or Placement(0, request.operator.output_shape[-1])
+
+
+def activation_types(request: KernelRequest) -> list[ArrayType]:
+    """Types of the activations that a kernel reads: the operator's in order, then what it stores in turns with its output.
 
     Raises:
         KernelError: the request names more or fewer storages than the operator reads.
@@ -65,7 +77,24 @@ def argument_types(request: KernelRequest) -> tuple[list[ArrayType], ArrayType]:
             f"{request.operator} reads {len(shapes)} tensors, but the request names {len(request.inputs)} storages: "
             "give one for each, a fused residual last"
         )
-    inputs = [(shape, STORAGE_DTYPE[storage]) for shape, storage in zip(shapes, request.inputs, strict=True)]
+    if request.sources:
+        shapes = tuple((*shape[:-1], input_place(request, number).channels) for number, shape in enumerate(shapes))
+    types: list[ArrayType] = [
+        (shape, STORAGE_DTYPE[storage]) for shape, storage in zip(shapes, request.inputs, strict=True)
+    ]
+    if request.interleaved is not None:
+        shape = request.operator.output_shape
+        types.append(((*shape[:-1], interleaved_place(request).channels), STORAGE_DTYPE[request.output]))
+    return types
+
+
+def argument_types(request: KernelRequest) -> tuple[list[ArrayType], ArrayType]:
+    """Types of the activations of a request, but for one that the output is written over, and of its output.
+
+    Raises:
+        KernelError: the request names more or fewer storages than the operator reads.
+    """
+    inputs = activation_types(request)
     output = request.output_shape, STORAGE_DTYPE[request.output]
     if request.overwritten is not None and inputs.pop(request.overwritten) != output:
         raise KernelError(f"{request.operator} cannot be written over an input of another shape or storage")

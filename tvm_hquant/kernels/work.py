@@ -28,6 +28,8 @@ def moved_bytes(request: KernelRequest) -> int:
     shapes = [*input_shapes(request.operator), request.operator.output_shape]
     stored = [*request.inputs, request.output]
     moved = sum(prod(shape) * np.dtype(STORAGE_DTYPE[s]).itemsize for shape, s in zip(shapes, stored, strict=True))
+    if request.interleaved is not None:
+        moved += 2 * prod(shapes[-1]) * np.dtype(STORAGE_DTYPE[request.output]).itemsize
     if isinstance(request.operator, Conv2D | Dense):
         element = {"int8": 1, "float32": 4}.get(request.weights, 2)
         moved += request.weight_points * prod(request.operator.weight_shape) * element

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Collection, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from tvm import IRModule, relax
@@ -21,6 +22,7 @@ from tvm_hquant.kernels.interface import (
     KernelRequest,
     LayerConstants,
 )
+from tvm_hquant.kernels.kernel_function import activation_types
 from tvm_hquant.kernels.registry import select_kernel
 from tvm_hquant.layers import LAYER_ATTRIBUTE, LayerGraph, constant_array, is_constant
 from tvm_hquant.operator_codec import decode, encode
@@ -58,16 +60,17 @@ def kernel_layer_function(
     ``kernel`` is the kernel with its ``GlobalVar``, or None for a view. The constants are packed for it.
     """
     builder = relax.BlockBuilder()
+    storages = request.inputs if request.interleaved is None else (*request.inputs, request.output)
     parameters = [
         relax.Var(f"input_{i}", relax.TensorType(list(shape), STORAGE_DTYPE[storage]))
-        for i, (shape, storage) in enumerate(zip(shapes, request.inputs, strict=True))
+        for i, (shape, storage) in enumerate(zip(shapes, storages, strict=True))
     ]
     marks: dict[str, Any] = {REQUEST_ATTRIBUTE: encode(request), CONSTANTS_ATTRIBUTE: type(constants).__name__}
     if kernel is not None:
         marks[KERNEL_ATTRIBUTE] = kernel[0].name
         if not kernel[0].is_bit_exact:
             marks[BIT_EXACT_ATTRIBUTE] = False
-    output_shape = list(request.operator.output_shape)
+    output_shape = list(request.output_shape)
     with builder.function("layer", parameters, {**attributes, **marks}, private=True):
         with builder.dataflow():
             if kernel is None:
@@ -88,9 +91,10 @@ def kernel_layer_function(
 
 
 def in_place_function(function: Any) -> Any:
-    """A private function that gives back its only argument, of the type that ``function`` returns: the output of a layer that
-    other layers have stored where it belongs."""
-    buffer = relax.Var("buffer", function.ret_ty)
+    """A private function that gives back its only argument: the output of a layer that other layers have stored where it
+    belongs, or, for a slice, what it lies in."""
+    is_alone = len(function.params) == 1
+    buffer = relax.Var("buffer", function.params[0].ty if is_alone else function.ret_ty)
     builder = relax.BlockBuilder()
     with builder.function("layer", [buffer], {**dict(function.attrs), KERNEL_ATTRIBUTE: IN_PLACE}, private=True):
         with builder.dataflow():
@@ -141,10 +145,12 @@ def with_kernels(
     realized: Mapping[str, tuple[KernelRequest, LayerConstants] | None],
     families: Sequence[KernelFamily],
     in_place: Collection[str] = (),
+    read: Mapping[str, tuple[str, ...]] = MappingProxyType({}),
 ) -> IRModule:
     """The module with every layer in ``realized`` turned into a call of the kernel that ``families`` have for it.
 
-    Layers whose entry is None keep their body; those ``in_place`` give back what they get.
+    Layers whose entry is None keep their body; those ``in_place`` give back what they get. ``read`` are the tensors whose
+    buffers layers get, where these are others than in the graph.
 
     Raises:
         KernelError: no family has a kernel for a request.
@@ -170,6 +176,8 @@ def with_kernels(
             symbol = kernel_symbol(kernel)
             symbols[request] = (kernel, builder.add_func(kernel.function.with_attr("global_symbol", symbol), symbol))
         shapes = [tuple(int(d) for d in p.ty.shape) for p in function.params]
+        if not request.has_own_buffers:
+            shapes = [shape for shape, _ in activation_types(request)]
         functions[layer.name] = kernel_layer_function(attributes, shapes, request, constants, symbols.get(request))
-    calls = [*((layer.name, layer.inputs) for layer in graph.layers), ("", graph.outputs)]
-    return rebuild_main(builder, mod, graph, functions, calls)
+    calls = [(layer.name, read.get(layer.name, layer.inputs)) for layer in graph.layers]
+    return rebuild_main(builder, mod, graph, functions, [*calls, ("", graph.outputs)])

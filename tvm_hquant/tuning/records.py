@@ -168,8 +168,12 @@ class TunedFamily:
         return self.base.name
 
     def kernel(self, request: KernelRequest) -> Kernel | None:
-        """The kernel with the measured tile, wherever its output goes; a tile that the family has no more is passed over."""
-        tile = self.tiles.get(replace(request, placement=None, overwritten=None))
+        """The kernel with the measured tile, wherever activations come from and the output goes.
+
+        A tile that the family has no more is passed over.
+        """
+        plain = replace(request, placement=None, overwritten=None, sources=(), interleaved=None)
+        tile = self.tiles.get(plain)
         return self.base.kernel(request, tile if tile is not None and tile in self.base.tiles(request) else None)
 
 

@@ -22,7 +22,7 @@ from tvm_hquant.kernels.arm.operands import LANES
 from tvm_hquant.kernels.convolution.row_tiles import TileRun, cut_row, split_at_borders
 from tvm_hquant.kernels.convolution.tile_costs import of_depthwise
 from tvm_hquant.kernels.interface import Array, Kernel, KernelRequest, LayerConstants
-from tvm_hquant.kernels.kernel_function import Buffer, kernel_function
+from tvm_hquant.kernels.kernel_function import Buffer, input_place, kernel_function
 from tvm_hquant.kernels.primitives import STACK, Expression, LlvmPrimitives, broadcast, convert
 from tvm_hquant.kernels.processor import ASSUMED_PROCESSOR, Processor
 from tvm_hquant.kernels.vector_loops import flat, load, store
@@ -214,11 +214,13 @@ class _Emitter:
         channel: Expression,
     ) -> None:
         """Adds the products of kernel rows, each given with its row of the activations."""
-        channels, (rows, columns) = self.conv.in_channels, self.geometry.axes
+        place, (rows, columns) = input_place(self.request, 0), self.geometry.axes
+        channels = place.channels
         weights: dict[tuple[int, int], Expression] = {}
         starts = []
         for number, (ky, input_row) in enumerate(kernel_rows):
-            starts.append(T.bind((input_row * columns.size + columns.base(x)) * channels + channel))
+            first = (input_row * columns.size + columns.base(x)) * channels
+            starts.append(T.bind(first + (channel + place.offset)))
             at = T.bind((block * rows.kernel + ky) * (columns.kernel * _CHANNELS))
             for kx in range(columns.kernel):
                 codes = load(self.arrays[0], at + kx * _CHANNELS, _CHANNELS)

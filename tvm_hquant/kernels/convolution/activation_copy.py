@@ -36,6 +36,7 @@ class ActivationCopy:
         offset: −128 where codes are made signed on the way, else 0. The fills have it already.
         processor: that work is cut for.
         source_start: of the activations in the source.
+        source_pixel: elements from one pixel to the next there, if other channels lie between them.
         plane_rows: rows of the padded map that a plane of the target holds, if not all of all images.
     """
 
@@ -49,12 +50,22 @@ class ActivationCopy:
     offset: int = 0
     processor: Processor = ASSUMED_PROCESSOR
     source_start: Expression = 0
+    source_pixel: int | None = None
     plane_rows: int | None = None
 
     @property
     def _pixel(self) -> int:
         """Elements of a pixel in the copy."""
         return self.conv.groups * self.padded_inputs
+
+    @property
+    def _source_pixel(self) -> int:
+        return self.source_pixel or self.conv.in_channels
+
+    @property
+    def _has_neighbours(self) -> bool:
+        """Whether the channels of neighbouring pixels are neighbours in the source and in the copy."""
+        return self.padded_inputs == self._group_inputs and self._source_pixel == self.conv.in_channels
 
     @property
     def _group_inputs(self) -> int:
@@ -83,7 +94,7 @@ class ActivationCopy:
     def emit(self) -> None:
         """Writes the loops for the whole map."""
         n, height, width, channels = self.conv.input_shape
-        if self.padded_inputs == self._group_inputs and not any(self.conv.window.padding):
+        if self._has_neighbours and not any(self.conv.window.padding):
             length = n * height * width * channels
             lanes = fitting_lanes(length, COPY_LANES)
             with flat_loop(length, lanes, self._work(length), self.processor) as position:
@@ -119,17 +130,18 @@ class ActivationCopy:
         """One row of the source with the padding beside it."""
         _, height, width, channels = self.conv.input_shape
         _, left, _, right = self.conv.window.padding
-        source = T.bind(self.source_start + (image * height + y) * (width * channels))
+        pixel = self._source_pixel
+        source = T.bind(self.source_start + (image * height + y) * (width * pixel))
         self._fill(start, left * self._pixel)
-        if self.padded_inputs == self._group_inputs:
+        if self._has_neighbours:
             self._copy(source, start + left * self._pixel, width * channels)
-        elif self.conv.groups == 1 and channels <= _FEW_CHANNELS and width >= _FEW_PIXELS:
+        elif self.conv.groups == 1 and channels <= _FEW_CHANNELS and width >= _FEW_PIXELS and pixel == channels:
             with vector_loop(width, _FEW_PIXELS) as x:
                 self._spread(source + x * channels, start + (left + x) * self._pixel)
         else:
             with T.serial(width) as x, T.serial(self.conv.groups) as group:
                 run = T.bind(start + (left + x) * self._pixel + group * self.padded_inputs)
-                self._copy(source + x * channels + group * self._group_inputs, run, self._group_inputs)
+                self._copy(source + x * pixel + group * self._group_inputs, run, self._group_inputs)
                 self._fill(run + self._group_inputs, self.padded_inputs - self._group_inputs)
         self._fill(start + (left + width) * self._pixel, right * self._pixel)
 

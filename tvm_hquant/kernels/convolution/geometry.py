@@ -19,7 +19,7 @@ from tvm_hquant.kernels.convolution.sweep_costs import SweepCosts
 from tvm_hquant.kernels.convolution.tile_costs import TileCosts
 from tvm_hquant.kernels.dot_product import DotProduct
 from tvm_hquant.kernels.epilogues.packed_epilogue import vector_groups
-from tvm_hquant.kernels.interface import Tile
+from tvm_hquant.kernels.interface import Placement, Tile
 from tvm_hquant.kernels.processor import ASSUMED_PROCESSOR, Processor
 from tvm_hquant.kernels.window_axis import WindowAxis, window_axes
 from tvm_hquant.operators import Conv2D, Dense, Window
@@ -57,7 +57,8 @@ class AnchorGeometry:
     by a :class:`.PackedEpilogue`, which wants channels in an order of its own. Where
     ``padding_is_neutral``, kernel positions in the padding may be left out: the sums would be the same.
     ``patches`` is the convolution that ``conv`` computes on patches of its activations. With ``writes_once`` tiles of a row do
-    not overlap, whatever shorter ones cost. Tiles are for a ``processor``.
+    not overlap, whatever shorter ones cost. Tiles are for a ``processor``. Where steps read activations in a wider buffer,
+    ``source`` says where in it they are; with ``copies`` they are copied in any case, out of such a buffer, too.
     """
 
     conv: Conv2D
@@ -70,6 +71,8 @@ class AnchorGeometry:
     patches: Conv2D | None = None
     writes_once: bool = False
     processor: Processor = ASSUMED_PROCESSOR
+    source: Placement | None = None
+    copies: bool = False
 
     # Channels.
 
@@ -142,7 +145,12 @@ class AnchorGeometry:
     @cached_property
     def is_merged(self) -> bool:
         """Whether the channels that a kernel row takes lie side by side in memory, and are one run of steps."""
-        return self.conv.window.dilation[1] == 1 and self.conv.groups == 1
+        return self.conv.window.dilation[1] == 1 and self.conv.groups == 1 and not self._leaves_gaps
+
+    @property
+    def _leaves_gaps(self) -> bool:
+        """Whether other channels lie between the pixels that a kernel row takes."""
+        return self.source is not None and self.conv.window.kernel[1] > 1
 
     @cached_property
     def runs(self) -> int:
@@ -203,7 +211,7 @@ class AnchorGeometry:
     @property
     def sweep_tables(self) -> tuple[npt.NDArray[np.int32], ...]:
         """What a kernel that sweeps the map knows of every sweep, in one table; none for others."""
-        return (self.sweeps.table(self.conv.in_channels, self.block),) if self.sweeps is not None else ()
+        return (self.sweeps.table(self.pixel_elements, self.block),) if self.sweeps is not None else ()
 
     @cached_property
     def _swept_tiles(self) -> Sequence[tuple[float, Tile]]:
@@ -371,13 +379,24 @@ class AnchorGeometry:
     def needs_copy(self, stored_dtype: str) -> bool:
         """Whether activations have to be copied before the steps can read them."""
         return (
-            self.patches is not None
+            self.copies
+            or self.patches is not None
             or any(self.copied_padding)
             or self.dot.groups > 1
             or self.planes > 1
             or self.padded_inputs != self.group_inputs
             or stored_dtype != self.dot.operand_dtype
         )
+
+    @property
+    def pixel_elements(self) -> int:
+        """Elements from one pixel to the next in the memory that steps read."""
+        return self.conv.groups * self.padded_inputs if self.source is None else self.source.channels
+
+    @property
+    def first_channel(self) -> int:
+        """Where the channels of a pixel begin there."""
+        return 0 if self.source is None else self.source.offset
 
     @property
     def copy_offset(self) -> int:

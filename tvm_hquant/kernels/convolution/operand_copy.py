@@ -11,6 +11,7 @@ from tvm_hquant.kernels.convolution.geometry import AnchorGeometry
 from tvm_hquant.kernels.convolution.interleaved_groups import InterleavedGroups
 from tvm_hquant.kernels.convolution.map_bands import MapBands
 from tvm_hquant.kernels.convolution.patches import PatchCopy, padded_elements
+from tvm_hquant.kernels.interface import Placement
 from tvm_hquant.kernels.kernel_function import Buffer
 from tvm_hquant.kernels.primitives import Expression
 from tvm_hquant.kernels.processor import Processor
@@ -26,6 +27,7 @@ class OperandCopy:
         bands: of its map.
         storage: of the activations.
         source, target: activations and their copy, flat.
+        place: of the channels in the source.
         zero_points: of the layer's tensors, where it has codes.
     """
 
@@ -34,6 +36,7 @@ class OperandCopy:
     storage: str
     source: Buffer
     target: Buffer
+    place: Placement
     zero_points: Buffer | None
 
     def emit(self, band: Expression) -> Expression:
@@ -71,7 +74,8 @@ class OperandCopy:
             copy.emit(first, count)
             return
         pixels = replace(conv, input_shape=(1, 1, count, conv.in_channels))
-        replace(self._copy_of(pixels), source_start=T.bind(first * conv.in_channels)).emit()
+        start = T.bind(first * self.place.channels + self.place.offset)
+        replace(self._copy_of(pixels), source_start=start).emit()
 
     def _copy_of(self, conv: Conv2D) -> ActivationCopy:
         geometry = self.geometry
@@ -87,6 +91,8 @@ class OperandCopy:
             fills,
             geometry.copy_offset,
             self._processor,
+            self.place.offset,
+            self.place.channels,
         )
 
     @property

@@ -78,7 +78,7 @@ class AnchorPacking:
         geometry, dot = self.geometry, self.geometry.dot
         kernel_height = geometry.conv.window.kernel[0]
         row_step, column_step = geometry.conv.window.dilation
-        pixel = geometry.conv.groups * geometry.padded_inputs
+        pixel = geometry.pixel_elements
         within = np.minimum(np.arange(geometry.steps) * dot.products, geometry.run_inputs - dot.products)
         within = within * dot.groups
         columns = np.arange(geometry.runs) * column_step * pixel

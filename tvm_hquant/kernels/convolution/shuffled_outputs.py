@@ -23,6 +23,7 @@ def is_order_of_constants(request: KernelRequest) -> bool:
     """Whether the outputs of a request are shuffled by :func:`with_shuffled_outputs`."""
     conv = request.operator
     is_plain = len(request.inputs) == 1 and request.placement is None and request.overwritten is None
+    is_plain = is_plain and request.interleaved is None
     return request.shuffled > 0 and isinstance(conv, Conv2D) and conv.groups == 1 and is_plain
 
 

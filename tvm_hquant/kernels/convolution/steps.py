@@ -144,7 +144,7 @@ class StepEmitter:
     ) -> None:
         """A chain of steps, whose activations start at several places, for one accumulator after the other."""
         dot, conv, vectors = self.geometry.dot, self.geometry.conv, self.geometry.tile.vectors
-        pixel = conv.window.strides[1] * conv.groups * self.geometry.padded_inputs
+        pixel = conv.window.strides[1] * self.geometry.pixel_elements
         count = dot.lanes * dot.products
         weight = T.bind(weight)
         of_vectors = [
@@ -169,7 +169,7 @@ class StepEmitter:
         """Some steps, whose operands are loaded at once, for all accumulators."""
         geometry, dot, conv = self.geometry, self.geometry.dot, self.geometry.conv
         vectors = geometry.tile.vectors
-        pixel = conv.window.strides[1] * conv.groups * geometry.padded_inputs
+        pixel = conv.window.strides[1] * geometry.pixel_elements
         vector_weights, chain = dot.lanes * dot.products, geometry.chain
         activation, weight = T.bind(activation), T.bind(weight)
         loaded: dict[int, list[Expression]] = {}
@@ -215,7 +215,7 @@ class StepEmitter:
     ) -> None:
         """A chain of steps whose activations start at several places. Their sums stay in registers until the last step."""
         dot, conv, vectors = self.geometry.dot, self.geometry.conv, self.geometry.tile.vectors
-        pixel = conv.window.strides[1] * conv.groups * self.geometry.padded_inputs
+        pixel = conv.window.strides[1] * self.geometry.pixel_elements
         count = dot.lanes * dot.products
         weight_type = vector_type(dot.weight_dtype, count)
         sums = {place: register(short_sums.dtype, short_sums.lanes) for place in accumulators}

@@ -95,11 +95,13 @@ class SweepEmitter:
     ) -> None:
         """Adds the products of a position of the kernel to the sums of a band."""
         geometry, sweeps = self.geometry, self.sweeps
-        _, in_height, in_width, channels = geometry.conv.input_shape
+        _, in_height, in_width, _ = geometry.conv.input_shape
+        image_elements = in_height * in_width * geometry.pixel_elements
         entry = T.bind((band * positions + position) * (3 + len(sweeps.sizes)))
         steps = geometry.padded_inputs // geometry.dot.products
         weight = T.bind(channel_block * geometry.tile_weights + position * (steps * geometry.step_weights))
-        corner = T.bind(T.Cast("int64", self.table[entry] + image * (in_height * in_width * channels)))
+        corner = self.table[entry] + image * image_elements + geometry.first_channel
+        corner = T.bind(T.Cast("int64", corner))
         place = T.bind(T.Cast("int64", self.table[entry + 1]))
         outputs = T.bind(self.table[entry + 2])
         first: Expression = T.int32(0)

@@ -15,7 +15,6 @@ from dataclasses import replace
 from math import prod
 from typing import Any
 
-import numpy as np
 from tvm.tirx.script import builder as T
 
 from tvm_hquant.kernels.anchor_constants import float_array_types, integer_array_types, pack_float, pack_integer
@@ -23,6 +22,7 @@ from tvm_hquant.kernels.convolution.geometry import AnchorGeometry, as_conv2d
 from tvm_hquant.kernels.convolution.group_interleaving import interleave_groups
 from tvm_hquant.kernels.convolution.map_bands import MapBands
 from tvm_hquant.kernels.convolution.operand_copy import OperandCopy
+from tvm_hquant.kernels.convolution.output_places import OutputPlaces
 from tvm_hquant.kernels.convolution.packing import AnchorPacking
 from tvm_hquant.kernels.convolution.patches import conv_of_patches, takes_patches
 from tvm_hquant.kernels.convolution.position_sweeps import PositionSweeps
@@ -34,11 +34,12 @@ from tvm_hquant.kernels.convolution.wide_weights import wide_weights, widens_wei
 from tvm_hquant.kernels.dot_product import DotProduct
 from tvm_hquant.kernels.epilogues.epilogue import Epilogue, scale_accumulator
 from tvm_hquant.kernels.epilogues.packed_epilogue import PackedEpilogue
+from tvm_hquant.kernels.epilogues.turns import Turns
 from tvm_hquant.kernels.interface import Array, Kernel, KernelRequest, LayerConstants, Tile
-from tvm_hquant.kernels.kernel_function import Buffer, imported_functions, kernel_function
+from tvm_hquant.kernels.kernel_function import Buffer, imported_functions, input_place, kernel_function
 from tvm_hquant.kernels.primitives import Expression, broadcast
-from tvm_hquant.kernels.processor import ASSUMED_PROCESSOR, CACHE_LINE, Processor
-from tvm_hquant.kernels.vector_loops import flat, load, prefetch, store
+from tvm_hquant.kernels.processor import ASSUMED_PROCESSOR, Processor
+from tvm_hquant.kernels.vector_loops import flat, load, store
 from tvm_hquant.kernels.word_vectors import GROUPS, CodeVectors
 from tvm_hquant.kernels.work import work
 from tvm_hquant.operators import Conv2D, Dense
@@ -79,9 +80,13 @@ def conv2d_geometry(
         # Products with padding are zeros. They may still turn a sum of −0 into +0, which this clamp makes the same.
         is_neutral = request.finite_weights and conv.epilogue.lower >= 0
     writes_once = request.overwritten is not None
-    return AnchorGeometry(
+    geometry = AnchorGeometry(
         conv, dot, planes, request.weight_points, tile, packs_codes, is_neutral, patches, writes_once, processor
     )
+    if not request.sources:
+        return geometry
+    in_place = replace(geometry, source=input_place(request, 0))
+    return replace(geometry, copies=True) if in_place.needs_copy(STORAGE_DTYPE[request.inputs[0]]) else in_place
 
 
 def conv2d_kernel(
@@ -173,6 +178,7 @@ class _Emitter:
         if self.is_shuffled_last:
             self.output = T.alloc_buffer((prod(request.output_shape),), output.dtype)
         has_residual = geometry.conv.epilogue.has_residual
+        turns = Turns(self.inputs[-1], request.interleaved.position) if request.interleaved is not None else None
         self.epilogue = Epilogue(
             request,
             self.dot.lanes,
@@ -181,6 +187,7 @@ class _Emitter:
             limits,
             self.zero_points,
             self.output,
+            turns,
         )
         self.packed_epilogue: PackedEpilogue | None = None
         if geometry.packs_codes:
@@ -188,7 +195,7 @@ class _Emitter:
             assert self.zero_points is not None
             residual = self.inputs[1] if has_residual else None
             self.packed_epilogue = PackedEpilogue(
-                vectors, residual, limits, self.zero_points, self.output, request.ending
+                vectors, residual, limits, self.zero_points, self.output, request.ending, turns
             )
         self.origin: Expression = 0
         """The first pixel that is in memory in the form of operands."""
@@ -229,7 +236,8 @@ class _Emitter:
             weights = wide_weights(geometry, self.weights)
         with self._loop(bands.count, bands.shares_bands) as band:
             source = T.alloc_buffer((bands.elements,), self.dot.operand_dtype)
-            copy = OperandCopy(geometry, bands, self.request.inputs[0], self.inputs[0], source, self.zero_points)
+            own = input_place(self.request, 0)
+            copy = OperandCopy(geometry, bands, self.request.inputs[0], self.inputs[0], source, own, self.zero_points)
             self.origin = copy.emit(band)
             if geometry.sweeps is not None:
                 self._in_sweeps(geometry.sweeps, source)
@@ -280,20 +288,11 @@ class _Emitter:
             total = dot.rows(load(accumulators[first, j], 0, dot.accumulator_elements))[i - first]
             return total + load(self.starts, start_at(i, j), dot.lanes) if dot.starts_late else total
 
-        def output_index(i: Expression, within: int) -> Expression:
-            """The place of a pixel's channel, counted within the tile."""
-            pixel = place.row * width + x + i
-            return pixel * self.request.output_shape[-1] + self.request.output_offset + channel + within
+        outputs = OutputPlaces(self.request, place.row * width + x, channel)
 
         def prefetch_pixel(i: Expression) -> None:
             """What the epilogue reads and writes for a pixel; it comes to the cache while the sums are computed."""
-            start = T.bind(output_index(i, 0))
-            for buffer in self.epilogue.memory:
-                itemsize = np.dtype(str(buffer.dtype)).itemsize
-                if isinstance(i, int) and self._shares_line(i, itemsize):
-                    continue
-                for offset in range(0, geometry.block_channels, CACHE_LINE // itemsize):
-                    prefetch(buffer, start + offset)
+            outputs.prefetch(i, geometry.block_channels, self.epilogue.memory, self.epilogue.turns)
 
         between = prefetch_pixel if self.steps.take_one_run else None
         if between is None and dot.prefetches_outputs:
@@ -311,7 +310,7 @@ class _Emitter:
                 multiplier, offset = load(self.multipliers, at, dot.lanes), load(self.offsets, at, dot.lanes)
                 return scale_accumulator(value, multiplier, offset)
 
-            self._finish(pixels, scaled, output_index)
+            self._finish(pixels, scaled, outputs)
             return
         values = {(i, j): register("float32", dot.lanes) for i in range(pixels) for j in range(vectors)}
         for i, j in values:
@@ -325,32 +324,30 @@ class _Emitter:
                 for i in range(pixels):
                     value = load(values[i, j], 0, dot.lanes)
                     store(values[i, j], 0, scale_accumulator(sums(i, j, start_at), multiplier, value), dot.lanes)
-        self._finish(pixels, lambda i, j: load(values[i, j], 0, dot.lanes), output_index)
-
-    def _shares_line(self, pixel: int, itemsize: int) -> bool:
-        """Whether a pixel's channels begin in the cache line of the pixel before it, if the first one's begin a line."""
-        size = self.request.output_shape[-1] * itemsize
-        return pixel > 0 and pixel * size // CACHE_LINE == (pixel - 1) * size // CACHE_LINE
+        self._finish(pixels, lambda i, j: load(values[i, j], 0, dot.lanes), outputs)
 
     def _finish(
         self,
         pixels: int,
         value: Callable[[int, int], Expression],
-        output_index: Callable[[int, int], Expression],
+        outputs: OutputPlaces,
     ) -> None:
-        """The epilogue of all vectors of the pixels, given the float32 value and the place of each."""
-        geometry = self.geometry
+        """The epilogue of all vectors of the pixels, given the float32 value of each."""
+        geometry, has_turns = self.geometry, self.epilogue.turns is not None
         if self.packed_epilogue is None:
             for i in range(pixels):
                 for j in range(geometry.tile.vectors):
-                    self.epilogue.finish(value(i, j), output_index(i, geometry.vector_channel(j)))
+                    channel = geometry.vector_channel(j)
+                    other = outputs.other(i, channel) if has_turns else None
+                    self.epilogue.finish(value(i, j), outputs.own(i, channel), other)
             return
         for first, size in geometry.vector_groups:
             channel = geometry.vector_channel(first, size)
             for start in range(0, pixels, GROUPS // size):
                 packed = range(start, min(start + GROUPS // size, pixels))
                 values = [[value(i, first + j) for j in range(size)] for i in packed]
-                self.packed_epilogue.finish(values, [output_index(i, channel) for i in packed])
+                others = [outputs.other(i, channel) for i in packed] if has_turns else []
+                self.packed_epilogue.finish(values, [outputs.own(i, channel) for i in packed], others)
 
     def _start_places(self, run: TileRun, place: TilePlace, number: Expression | None) -> StartPlaces:
         """Where to find what the sums of a pass start at, by pixel and vector of channels of a tile."""
@@ -387,7 +384,7 @@ class _Emitter:
         kh, (sh, sw), (dh, dw) = window.kernel[0], window.strides, window.dilation
         height, _ = geometry.output_size
         padded_height, padded_width = geometry.padded_size
-        pixel = geometry.conv.groups * geometry.padded_inputs
+        pixel = geometry.pixel_elements
         point = number // geometry.planes if number is not None and geometry.points > 1 else 0
         plane = number % geometry.planes if number is not None and geometry.planes > 1 else 0
         image, y = row // height, row % height
@@ -401,7 +398,8 @@ class _Emitter:
             # The limits change nothing. They tell LLVM that no index overflows, or it extends them to 64 bits in every step.
             first = T.max(-(top * padded_width + left), T.min(first - self.origin, self.bands.pixels))
         plane_elements = self.bands.plane_elements if self.bands is not None else 0
-        corner = T.bind(first * pixel + group * (dot.groups * geometry.padded_inputs) + plane * plane_elements)
+        within = group * (dot.groups * geometry.padded_inputs) + geometry.first_channel
+        corner = T.bind(first * pixel + within + plane * plane_elements)
         step_weights, row_steps = geometry.step_weights, geometry.runs * geometry.steps
         weight_base = T.bind(channel_block * geometry.tile_weights + point * geometry.weight_elements)
         if self.table is not None:

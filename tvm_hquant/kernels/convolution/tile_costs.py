@@ -110,7 +110,7 @@ class TileCosts:
     def pixels_of_a_set(self, pixels: int) -> int:
         """How many neighbouring pixels lie in the same set of the first-level cache, at most."""
         geometry = self.geometry
-        size = geometry.conv.window.strides[1] * geometry.conv.groups * geometry.padded_inputs
+        size = geometry.conv.window.strides[1] * geometry.pixel_elements
         size *= np.dtype(geometry.dot.operand_dtype).itemsize
         sets = [i * size // CACHE_LINE % geometry.processor.l1_sets for i in range(pixels)]
         return max(sets.count(number) for number in set(sets)) if size >= CACHE_LINE else 1

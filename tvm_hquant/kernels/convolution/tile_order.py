@@ -263,14 +263,14 @@ class TileOrder:
             geometry.patches is None and geometry.passes == 1 and conv.window.kernel == (1, 1) and conv.groups == 1
         )
         item = np.dtype(dot.operand_dtype).itemsize
-        pixel = geometry.padded_inputs
+        pixel, distance = geometry.padded_inputs, stride * geometry.pixel_elements
         comes_from_afar = prod(conv.input_shape) * item > processor.l2_bytes
         has_room = 2 * TileCosts(geometry).pixels_of_a_set(geometry.tile.pixels) < processor.l1_ways
         if not (dot.prefetches and is_plain and comes_from_afar and has_room):
             return ()
         elements, steps = elements_ahead(run.pixels * dot.products, 1, CACHE_LINE // item)
-        ahead = T.bind(first + run.pixels * stride * pixel)
-        return (UpcomingElements(source, ahead, elements, steps, (pixel, stride * pixel) if stride > 1 else None),)
+        ahead, pieces = T.bind(first + run.pixels * distance), (pixel, distance) if distance > pixel else None
+        return (UpcomingElements(source, ahead, elements, steps, pieces),)
 
 
 def elements_ahead(step_elements: int, tiles: int, line: int) -> tuple[int, int]:

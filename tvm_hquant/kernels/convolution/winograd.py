@@ -24,8 +24,8 @@ from tvm_hquant.kernels.convolution.winograd_geometry import INPUTS, OUTPUTS, PO
 from tvm_hquant.kernels.dot_product import repeated_word
 from tvm_hquant.kernels.epilogues.epilogue import scale_accumulator
 from tvm_hquant.kernels.epilogues.packed_epilogue import PackedEpilogue
-from tvm_hquant.kernels.interface import Array, Kernel, KernelRequest, LayerConstants
-from tvm_hquant.kernels.kernel_function import Buffer, kernel_function
+from tvm_hquant.kernels.interface import Array, Kernel, KernelRequest, LayerConstants, Placement
+from tvm_hquant.kernels.kernel_function import Buffer, input_place, kernel_function
 from tvm_hquant.kernels.primitives import Expression, convert, int_like
 from tvm_hquant.kernels.processor import ASSUMED_PROCESSOR, Processor
 from tvm_hquant.kernels.vector_loops import flat, load, store, thread_count
@@ -100,6 +100,8 @@ class _Emitter:
         self.source: Buffer = self.activations
         self.first_row: Expression = 0
         """The first row of all images that is in ``source``."""
+        self.place = input_place(request, 0)
+        """Of the channels in ``source``."""
         self.weights, self.starts, self.multipliers, self.offsets, limits, self.zero_points = arrays
         self.epilogue = PackedEpilogue(
             vectors, residual[0] if residual else None, limits, self.zero_points, flat(output), request.ending
@@ -160,6 +162,8 @@ class _Emitter:
             (fill,),
             0,
             replace(geometry.processor, cores=1),
+            self.place.offset,
+            self.place.channels,
             plane_rows=rows,
         )
         copy.emit_rows(image, self.first_row - image * height, rows)
@@ -180,13 +184,15 @@ class _Emitter:
         geometry, channels = self.geometry, self.geometry.conv.in_channels
         height, width = geometry.padded_size
         y, x = self._pixel(first, row, column)
-        start = T.bind(((image * height + y - self.first_row) * width + x) * channels)
+        place = Placement(0, channels) if any(geometry.conv.window.padding) else self.place
+        pixel = place.channels
+        start = T.bind(((image * height + y - self.first_row) * width + x) * pixel + place.offset)
         tile = T.bind((row * geometry.tiles[1] + column) * channels)
         with T.serial(channels // _LANES) as vector:
             at = T.bind(vector * _LANES)
             columns = []
             for j in range(INPUTS):
-                places = [start + ((i * width + j) * channels + at) for i in range(INPUTS)]
+                places = [start + ((i * width + j) * pixel + at) for i in range(INPUTS)]
                 columns.append(_differences([convert(load(self.source, place, _LANES), "int16") for place in places]))
             for i in range(INPUTS):
                 for j, value in enumerate(_differences([column[i] for column in columns])):

@@ -289,6 +289,7 @@ def served_convolution(request: KernelRequest) -> Conv2D | Dense | None:
     operator: Any = request.operator
     # A residual is read at the place where the result is written.
     is_apart = (request.placement is not None or request.shuffled > 0) and len(request.inputs) > 1
-    if not isinstance(operator, (Conv2D, Dense)) or is_apart or request.overwritten is not None:
+    is_plain = request.overwritten is None and request.has_own_buffers
+    if not isinstance(operator, (Conv2D, Dense)) or is_apart or not is_plain:
         return None
     return operator

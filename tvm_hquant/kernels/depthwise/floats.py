@@ -20,7 +20,7 @@ from tvm_hquant.kernels.depthwise.geometry import DepthwiseGeometry
 from tvm_hquant.kernels.dot_product import DotProduct, FloatDot
 from tvm_hquant.kernels.epilogues.epilogue import Epilogue
 from tvm_hquant.kernels.interface import Array, Kernel, KernelRequest, LayerConstants
-from tvm_hquant.kernels.kernel_function import Buffer, kernel_function
+from tvm_hquant.kernels.kernel_function import Buffer, input_place, kernel_function
 from tvm_hquant.kernels.primitives import STACK, Expression, float_like, widen
 from tvm_hquant.kernels.processor import ASSUMED_PROCESSOR, Processor
 from tvm_hquant.kernels.vector_loops import fitting_lanes, flat, load, store
@@ -125,14 +125,16 @@ class _Emitter:
         channel: Expression,
     ) -> None:
         geometry, lanes = self.geometry, self.geometry.lanes
-        window, (_, height, width, channels) = self.conv.window, self.conv.input_shape
+        window, (_, height, width, _) = self.conv.window, self.conv.input_shape
+        place = input_place(self.request, 0)
+        channels = place.channels
         rows, columns = window_axes(self.conv.input_shape, window)
         on_map = rows.steps(y)
         begin, end = on_map if self.skips_padding else (0, rows.kernel)
         zero = float_like(0.0, load(sums[0], 0, lanes))
         with T.serial(begin, end) as ky:
             input_row = T.bind(image * height + rows.base(y) + ky * rows.dilation)
-            first = T.bind((input_row * width + columns.base(x)) * channels + channel)
+            first = T.bind((input_row * width + columns.base(x)) * channels + (channel + place.offset))
             weight = T.bind(vector * geometry.weight_elements + ky * (columns.kernel * lanes))
 
             def stored(column: int) -> Expression:

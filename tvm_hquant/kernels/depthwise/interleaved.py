@@ -18,7 +18,7 @@ from tvm.tirx.script import builder as T
 from tvm_hquant.kernels.anchor_constants import OFFSETS, STARTS, integer_array_types, pack_integer
 from tvm_hquant.kernels.convolution.tile_costs import of_depthwise
 from tvm_hquant.kernels.interface import Array, Kernel, KernelRequest, LayerConstants
-from tvm_hquant.kernels.kernel_function import Buffer, kernel_function
+from tvm_hquant.kernels.kernel_function import Buffer, input_place, kernel_function
 from tvm_hquant.kernels.primitives import Expression, LlvmPrimitives, broadcast
 from tvm_hquant.kernels.processor import ASSUMED_PROCESSOR, Processor
 from tvm_hquant.kernels.vector_loops import flat, load, store
@@ -197,6 +197,7 @@ class _Emitter:
         arrays: Sequence[Buffer],
         output: Buffer,
     ) -> None:
+        self.place = input_place(request, 0)
         self.output_channels, self.output_offset = request.output_shape[-1], request.output_offset
         self.geometry, self.vectors = geometry, geometry.vectors
         in_all = work(request, of_depthwise(geometry.conv, self.vectors.words, _WORD_ROWS))
@@ -252,7 +253,8 @@ class _Emitter:
         self, words: Buffer, image: Expression, first_row: Expression, channel: Expression, is_inside: bool
     ) -> None:
         geometry, vectors = self.geometry, self.vectors
-        _, height, width, channels = geometry.conv.input_shape
+        _, height, width, _ = geometry.conv.input_shape
+        channels, channel = self.place.channels, channel + self.place.offset
         left, lanes = geometry.conv.window.padding[1], vectors.operand_lanes
         numbers = sorted({geometry.word_row(tap, part) for tap in range(geometry.taps) for part in range(_WORD_ROWS)})
         rows = {number: T.bind(first_row + number) for number in numbers}

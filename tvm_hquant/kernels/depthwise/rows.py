@@ -8,6 +8,7 @@ import numpy as np
 from tvm.tirx.script import builder as T
 
 from tvm_hquant.kernels.depthwise.geometry import DepthwiseGeometry
+from tvm_hquant.kernels.interface import Placement
 from tvm_hquant.kernels.kernel_function import Buffer
 from tvm_hquant.kernels.primitives import Expression, broadcast, convert, int_like
 from tvm_hquant.kernels.vector_loops import load, store
@@ -20,12 +21,14 @@ class DepthwiseRows:
     Attributes:
         geometry: of the kernel.
         source: flat activations.
+        place: of the channels in the source.
         target: flat words, ordered plane, prepared row, column, lane.
         zero_points: int32 of the planes.
     """
 
     geometry: DepthwiseGeometry
     source: Buffer
+    place: Placement
     target: Buffer
     zero_points: tuple[Expression, ...]
 
@@ -44,7 +47,8 @@ class DepthwiseRows:
 
     def _row(self, image: Expression, first_row: Expression, prepared: Expression, channel: Expression) -> None:
         geometry, lanes = self.geometry, self.geometry.lanes
-        _, height, width, channels = geometry.conv.input_shape
+        _, height, width, _ = geometry.conv.input_shape
+        channels, channel = self.place.channels, channel + self.place.offset
         top, left, bottom, right = geometry.conv.window.padding
         parts = range(geometry.dot.products)
         rows = [T.bind(first_row + geometry.input_row(prepared, part)) for part in parts]

@@ -19,7 +19,7 @@ from tvm.tirx.script import builder as T
 from tvm_hquant.kernels.anchor_constants import STARTS, integer_array_types, pack_integer
 from tvm_hquant.kernels.epilogues.packed_epilogue import PackedEpilogue, centred_floats, channel_order
 from tvm_hquant.kernels.interface import Array, Kernel, KernelRequest, LayerConstants
-from tvm_hquant.kernels.kernel_function import Buffer, kernel_function
+from tvm_hquant.kernels.kernel_function import Buffer, input_place, kernel_function
 from tvm_hquant.kernels.primitives import Expression, LlvmPrimitives
 from tvm_hquant.kernels.processor import ASSUMED_PROCESSOR, Processor
 from tvm_hquant.kernels.vector_loops import ARITHMETIC, flat, flat_loop, load
@@ -107,14 +107,14 @@ def _emit(
     conv, vectors, channels = request.operator, packing.vectors, packing.channels
     assert isinstance(conv, Conv2D)
     weights, multipliers, offsets, limits, zero_points = arrays
-    source = flat(inputs[0])
+    source, place = flat(inputs[0]), input_place(request, 0)
     residual = flat(inputs[1]) if conv.epilogue.has_residual else None
     epilogue = PackedEpilogue(vectors, residual, limits, zero_points, flat(output), request.ending)
     pixels, words = int(np.prod(conv.input_shape[:3])), vectors.words
     instructions = pixels * packing.blocks * GROUPS * ARITHMETIC
     with flat_loop(pixels, 1, work(request, instructions), processor) as pixel, T.serial(packing.blocks) as block:
         channel = T.bind(T.min(block * vectors.width, channels - vectors.width))
-        codes = T.bind(load(source, pixel * channels + channel, vectors.width))
+        codes = T.bind(load(source, pixel * place.channels + (channel + place.offset), vectors.width))
         values: list[Expression] = []
         for group, difference in enumerate(centred_floats(vectors, codes, zero_points[2])):
             at = block * vectors.width + group * words

@@ -17,7 +17,7 @@ from tvm_hquant.kernels.depthwise.rows import DepthwiseRows
 from tvm_hquant.kernels.dot_product import DotProduct, WideningDot
 from tvm_hquant.kernels.epilogues.epilogue import Epilogue, scale_accumulator
 from tvm_hquant.kernels.interface import Array, Kernel, KernelRequest, LayerConstants
-from tvm_hquant.kernels.kernel_function import Buffer, kernel_function
+from tvm_hquant.kernels.kernel_function import Buffer, input_place, kernel_function
 from tvm_hquant.kernels.primitives import STACK, Expression
 from tvm_hquant.kernels.processor import ASSUMED_PROCESSOR, Processor
 from tvm_hquant.kernels.vector_loops import fitting_lanes, flat, load, store
@@ -86,7 +86,7 @@ class _Emitter:
             words = T.alloc_buffer((geometry.planes * geometry.plane_elements,), "int32")
             image = T.bind(item // geometry.groups)
             row = T.bind(T.min(item % geometry.groups * geometry.group_rows, height - geometry.group_rows))
-            rows = DepthwiseRows(geometry, self.inputs[0], words, self._zero_points())
+            rows = DepthwiseRows(geometry, self.inputs[0], input_place(self.request, 0), words, self._zero_points())
             with T.serial(geometry.vectors) as vector:
                 channel = T.bind(T.min(vector * lanes, geometry.channels - lanes))
                 rows.emit(image, row * conv.window.strides[0] - conv.window.padding[0], channel)

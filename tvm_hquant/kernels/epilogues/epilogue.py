@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from tvm.tirx.script import builder as T
 
+from tvm_hquant.kernels.epilogues.turns import Turns
 from tvm_hquant.kernels.interface import FloatAnchorConstants, IntegerAnchorConstants, KernelRequest
 from tvm_hquant.kernels.kernel_function import Buffer
 from tvm_hquant.kernels.primitives import (
@@ -33,6 +34,7 @@ class Epilogue:
     """Finishes vectors of ``lanes`` channels, of which the first ``valid`` exist.
 
     ``limits`` is float32 [lower, upper, residual multiplier]; ``zero_points`` int32 [output, residual], unused in float.
+    ``turns`` is what outputs are stored in turns with, if anything.
     """
 
     request: KernelRequest
@@ -42,6 +44,7 @@ class Epilogue:
     limits: Buffer
     zero_points: Buffer | None
     output: Buffer
+    turns: Turns | None = None
 
     @property
     def is_integer(self) -> bool:
@@ -53,8 +56,11 @@ class Epilogue:
         is_apart = self.residual is not None and self.request.overwritten is None
         return (self.residual, self.output) if is_apart else (self.output,)
 
-    def finish(self, value: Expression, index: Expression) -> None:
-        """Adds the residual to float32 ``value``, clamps, rounds and stores at the flat ``index`` of the output."""
+    def finish(self, value: Expression, index: Expression, other: Expression | None = None) -> None:
+        """Adds the residual to float32 ``value``, clamps, rounds and stores at the flat ``index`` of the output.
+
+        ``other`` is where the channels are that are stored in turns with these.
+        """
         p = LlvmPrimitives()
         if self.residual is not None:
             stored = self._load(self.residual, index)
@@ -69,7 +75,12 @@ class Epilogue:
         else:
             clamped = clamp(p, value, self.limits[0], self.limits[1])
             result = narrow(p, clamped, self.request.output, may_be_nan=False)
-        self._store(result, index)
+        if self.turns is None:
+            self._store(result, index)
+            return
+        assert other is not None
+        pairs = self.turns.pairs(T.bind(result), T.bind(self._load(self.turns.other, other)))
+        self._store(pairs, index, 2)
 
     def _load(self, buffer: Buffer, index: Expression) -> Expression:
         if self.valid == self.lanes:
@@ -81,13 +92,15 @@ class Epilogue:
             T.buffer_store(part, buffer[index + lane], [lane])
         return T.bind(load(part, 0, self.lanes))
 
-    def _store(self, value: Expression, index: Expression) -> None:
+    def _store(self, value: Expression, index: Expression, tensors: int = 1) -> None:
+        """Stores the channels of one tensor, or of two in turns."""
+        lanes = tensors * self.lanes
         if self.valid == self.lanes:
-            store(self.output, index, value, self.lanes)
+            store(self.output, index, value, lanes)
             return
-        part = T.alloc_buffer((self.lanes,), STORAGE_DTYPE[self.request.output], scope=STACK)
-        store(part, 0, value, self.lanes)
-        with T.serial(self.valid) as lane:
+        part = T.alloc_buffer((lanes,), STORAGE_DTYPE[self.request.output], scope=STACK)
+        store(part, 0, value, lanes)
+        with T.serial(tensors * self.valid) as lane:
             T.buffer_store(self.output, part[lane], [index + lane])
 
 

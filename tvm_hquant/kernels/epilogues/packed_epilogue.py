@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from tvm.tirx.script import builder as T
 
+from tvm_hquant.kernels.epilogues.turns import Turns
 from tvm_hquant.kernels.interface import ProvenEnding
 from tvm_hquant.kernels.kernel_function import Buffer
 from tvm_hquant.kernels.primitives import Expression, LlvmPrimitives, broadcast
@@ -56,7 +57,8 @@ def channel_order(vectors: int, channels: int, lanes: int) -> npt.NDArray[np.int
 class PackedEpilogue:
     """Finishes groups of vectors.
 
-    ``residual``, ``limits``, ``zero_points`` and ``output`` are as for :class:`tvm_hquant.kernels.epilogues.epilogue.Epilogue`.
+    ``residual``, ``limits``, ``zero_points``, ``output`` and ``turns`` are as for
+    :class:`tvm_hquant.kernels.epilogues.epilogue.Epilogue`.
     """
 
     vectors: CodeVectors
@@ -65,13 +67,20 @@ class PackedEpilogue:
     zero_points: Buffer
     output: Buffer
     ending: ProvenEnding
+    turns: Turns | None = None
 
-    def finish(self, values: Sequence[Sequence[Expression]], places: Sequence[Expression]) -> None:
+    def finish(
+        self,
+        values: Sequence[Sequence[Expression]],
+        places: Sequence[Expression],
+        others: Sequence[Expression] = (),
+    ) -> None:
         """Adds the residual to float32 values, clamps, rounds and stores.
 
         Args:
             values: [pixel][vector], 4, 2 or 1 vectors of channels of at most 1, 2 or 4 pixels.
             places: where the channels of each pixel start in the output.
+            others: where those start that are stored in turns with them.
         """
         size = len(values[0])
         # Where pixels are missing, others stand in; they are not stored.
@@ -83,13 +92,28 @@ class PackedEpilogue:
         sums = [clamp.rounded(value) for value in flat]
         codes = clamp.codes(clamp.half(sums[0], sums[1]), clamp.half(sums[2], sums[3]))
         if size == GROUPS:
-            store(self.output, places[0], codes, self.vectors.width)
+            self._store(codes, self.vectors.width, 0, places, others)
             return
         units = reinterpret_units(codes, size, self.vectors.width)
-        for number, place in enumerate(places):
+        for number in range(len(places)):
             chosen = T.Shuffle([units], [part * GROUPS // size + number for part in range(self.vectors.width // 16)])
             count = self.vectors.width * size // GROUPS
-            store(self.output, place, T.reinterpret(f"uint8x{count}", chosen), count)
+            self._store(T.reinterpret(f"uint8x{count}", chosen), count, number, places, others)
+
+    def _store(
+        self,
+        codes: Expression,
+        count: int,
+        number: int,
+        places: Sequence[Expression],
+        others: Sequence[Expression],
+    ) -> None:
+        """Stores ``count`` codes of the pixel of that number, in turns with others if there are any."""
+        if self.turns is None:
+            store(self.output, places[number], codes, count)
+            return
+        other = T.bind(load(self.turns.other, others[number], count))
+        store(self.output, places[number], self.turns.pairs(T.bind(codes), other), 2 * count)
 
     def _add_residual(self, values: Sequence[Expression], size: int, places: Sequence[Expression]) -> list[Expression]:
         assert self.residual is not None

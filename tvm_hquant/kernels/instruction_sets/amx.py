@@ -186,7 +186,7 @@ def amx_kernel(request: KernelRequest, processor: Processor = ASSUMED_PROCESSOR)
     window = conv.window
     is_one_run = conv.groups == 1 and (window.dilation[1] == 1 or window.kernel[1] == 1) and window.dilation[0] == 1
     is_apart = request.placement is not None and len(request.inputs) > 1
-    is_plain = not request.shuffled and request.overwritten is None
+    is_plain = not request.shuffled and request.overwritten is None and request.has_own_buffers
     if not is_one_run or is_apart or not is_plain or conv.out_channels < LANES:
         return None
     geometry = AmxGeometry(conv, request.weight_points, 2 if request.inputs[0] == "uint16" else 1, processor)

@@ -17,7 +17,13 @@ from tvm_hquant.kernels.interface import (
     KernelRequest,
     LayerConstants,
 )
-from tvm_hquant.kernels.kernel_function import ArrayType, Buffer, kernel_function
+from tvm_hquant.kernels.kernel_function import (
+    ArrayType,
+    Buffer,
+    input_place,
+    interleaved_place,
+    kernel_function,
+)
 from tvm_hquant.kernels.primitives import Expression, Primitives, centred, clamp, convert, narrow, requantize, widen
 from tvm_hquant.kernels.reference.blocks import Axes, accumulate, block, intermediate, within_map
 from tvm_hquant.kernels.weightless.elementwise import Pack, is_code, pack_only
@@ -28,8 +34,9 @@ from tvm_hquant.tensor_format import STORAGE_DTYPE
 class _Sums:
     """Where the factors of an anchor's products lie in memory: the difference between a convolution and a dense layer."""
 
-    def __init__(self, operator: Anchor) -> None:
+    def __init__(self, operator: Anchor, first_channel: int = 0) -> None:
         self.operator = operator
+        self.first_channel = first_channel
 
     @property
     def reduced_shape(self) -> tuple[int, ...]:
@@ -50,14 +57,15 @@ class _Sums:
         """The stored input of a product; ``fill`` in the padding."""
         operator = self.operator
         if isinstance(operator, Dense):
-            return source[(*axes[:-1], summed[0])]
+            return source[(*axes[:-1], summed[0] + self.first_channel)]
         _, height, width, channels = operator.input_shape
         window, groups = operator.window, operator.groups
         image, out_row, out_column, out_channel = axes
         row = out_row * window.strides[0] + summed[0] * window.dilation[0] - window.padding[0]
         column = out_column * window.strides[1] + summed[1] * window.dilation[1] - window.padding[1]
         group = T.floordiv(out_channel, operator.out_channels // groups)
-        value = source[image, row, column, group * (channels // groups) + summed[2]]
+        channel = group * (channels // groups) + summed[2] + self.first_channel
+        value = source[image, row, column, channel]
         return within_map(row, column, height, width, value, fill) if any(window.padding) else value
 
 
@@ -69,11 +77,17 @@ def reference_anchor(request: KernelRequest, p: Primitives) -> Kernel | None:
     return _integer(request, operator, p) if is_code(request.inputs[0]) else _float(request, operator, p)
 
 
-def _stored_axes(request: KernelRequest, axes: Axes) -> Axes:
-    """Where an output element is stored."""
-    if not request.shuffled:
-        return axes
-    return [*axes[:-1], place_of_channel(axes[-1], request.output_shape[-1], request.shuffled)]
+def _store(request: KernelRequest, inputs: Sequence[Buffer], output: Buffer, axes: Axes, result: Expression) -> None:
+    """Stores an output element where it belongs, and beside it the one that it takes turns with."""
+    channel = axes[-1]
+    if request.interleaved is not None:
+        place, position = interleaved_place(request), request.interleaved.position
+        other = inputs[-1][(*axes[:-1], channel + place.offset)]
+        T.buffer_store(output, other, [*axes[:-1], 2 * channel + (1 - position)])
+        channel = 2 * channel + position
+    elif request.shuffled:
+        channel = place_of_channel(channel, request.output_shape[-1], request.shuffled)
+    T.buffer_store(output, result, [*axes[:-1], channel])
 
 
 def _kind(operator: Anchor) -> str:
@@ -91,7 +105,8 @@ def _pack(request: KernelRequest, wanted: type[Any], weight_shape: tuple[int, ..
 
 
 def _integer(request: KernelRequest, operator: Anchor, p: Primitives) -> Kernel:
-    sums, points, channels = _Sums(operator), request.weight_points, operator.weight_shape[0]
+    first_channel = input_place(request, 0).offset
+    sums, points, channels = _Sums(operator, first_channel), request.weight_points, operator.weight_shape[0]
     planes = 2 if request.inputs[0] == "uint16" else 1
     total = "int32" if request.weights == "int8" else "int64"
     weight_shape = (points, *operator.weight_shape)
@@ -130,10 +145,10 @@ def _integer(request: KernelRequest, operator: Anchor, p: Primitives) -> Kernel:
                 factor = factor * T.float32(256) if plane == 1 else factor
                 value = p.fma(convert(accumulator[tuple(axes)], "float32"), factor, value)
             if operator.epilogue.has_residual:
-                residual = convert(centred(inputs[-1][tuple(axes)], integers[1]), "float32")
+                residual = convert(centred(inputs[1][tuple(axes)], integers[1]), "float32")
                 value = p.fma(residual, floats[2], value)
             result = requantize(p, value, floats[0], floats[1], integers[2], request.output)
-            T.buffer_store(output, result, _stored_axes(request, axes))
+            _store(request, inputs, output, axes, result)
 
     function = kernel_function(request, types, emit)
     pack = _pack(request, IntegerAnchorConstants, weight_shape)
@@ -141,7 +156,7 @@ def _integer(request: KernelRequest, operator: Anchor, p: Primitives) -> Kernel:
 
 
 def _float(request: KernelRequest, operator: Anchor, p: Primitives) -> Kernel:
-    sums, storage = _Sums(operator), request.inputs[0]
+    sums, storage = _Sums(operator, input_place(request, 0).offset), request.inputs[0]
     weight_storage = request.weights or "float32"
     types: list[ArrayType] = [
         (operator.weight_shape, STORAGE_DTYPE[weight_storage]),  # type: ignore[index]
@@ -162,9 +177,9 @@ def _float(request: KernelRequest, operator: Anchor, p: Primitives) -> Kernel:
         with block("epilogue", shape) as (axes, _):
             total = accumulator[tuple(axes)]
             if operator.epilogue.has_residual:
-                total = p.add(total, widen(inputs[-1][tuple(axes)], request.inputs[-1]))
+                total = p.add(total, widen(inputs[1][tuple(axes)], request.inputs[-1]))
             result = narrow(p, clamp(p, total, bounds[0], bounds[1]), request.output)
-            T.buffer_store(output, result, _stored_axes(request, axes))
+            _store(request, inputs, output, axes, result)
 
     function = kernel_function(request, types, emit)
     pack = _pack(request, FloatAnchorConstants, operator.weight_shape)

@@ -43,7 +43,7 @@ class CommonFamily:
         """The kernel for a request; None for convolutions, dense and opaque layers, and combinations of storages that no
         precision makes (such as a max-pool that changes its storage)."""
         vector_bytes, processor = 4 * self.lanes, self.processor
-        if request.placement is not None and not _places(request.operator):
+        if (request.placement is not None and not _places(request.operator)) or not request.has_own_buffers:
             return None
         of_table = table_kernel(request, self.tables, processor) if self.tables is not None else None
         if request.overwritten is not None:
