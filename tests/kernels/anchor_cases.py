@@ -22,7 +22,7 @@ from tvm_hquant.kernels.interface import (
     KernelRequest,
     Requantization,
 )
-from tvm_hquant.kernels.kernel_function import input_shapes
+from tvm_hquant.kernels.kernel_function import activation_types, input_place, input_shapes, interleaved_place
 from tvm_hquant.kernels.processor import ASSUMED_PROCESSOR, Processor
 from tvm_hquant.kernels.registry import families_for_target, host_instruction_sets, select_kernel
 from tvm_hquant.operators import Conv2D, Dense, Epilogue, Window
@@ -71,7 +71,7 @@ def run_kernel(kernel: Kernel, constants, inputs: list[np.ndarray], target: dict
     module = tvm.IRModule({"kernel": kernel.function.with_attr("global_symbol", "kernel")})
     library = tvm.compile(module, target=tvm.target.Target(target), tir_pipeline=CPU_PIPELINE)
     request = kernel.request
-    output = tvm.runtime.tensor(np.zeros(request.operator.output_shape, STORAGE_DTYPE[request.output]))
+    output = tvm.runtime.tensor(np.zeros(request.output_shape, STORAGE_DTYPE[request.output]))
     arguments = [tvm.runtime.tensor(np.ascontiguousarray(a)) for a in (*inputs, *kernel.pack(constants))]
     library["kernel"](*arguments, output)
     return output.numpy()
@@ -140,14 +140,34 @@ def check(
     # A set that no list here names may leave requests to the next one of a target's list.
     names = (family, "portable") if family in _OTHERS else (family,)
     kernel = select_kernel(families_for_target(names, processor), request)
-    actual = run_kernel(kernel, constants, inputs, TARGETS[family])
+    activations = in_buffers(rng, request, inputs)
+    actual = run_kernel(kernel, constants, activations, TARGETS[family])
     expected = numerics.evaluate(request, constants, inputs)
     if request.shuffled:
         in_groups = expected.reshape(*expected.shape[:-1], request.shuffled, -1)
         expected = in_groups.swapaxes(-1, -2).reshape(expected.shape)
+    if request.interleaved is not None:
+        place = interleaved_place(request)
+        other = activations[-1][..., place.offset : place.offset + expected.shape[-1]]
+        pair = [expected, other] if request.interleaved.position == 0 else [other, expected]
+        expected = np.stack(pair, axis=-1).reshape(actual.shape)
     assert actual.dtype == expected.dtype
     np.testing.assert_array_equal(actual, expected, err_msg=kernel.name)
     return kernel
+
+
+def in_buffers(rng: np.random.Generator, request: KernelRequest, inputs: list[np.ndarray]) -> list[np.ndarray]:
+    """What a kernel is given for the inputs of its operator; whatever else lies in wider buffers is random."""
+    if request.has_own_buffers:
+        return inputs
+    storages = (*request.inputs, request.output)
+    buffers = [
+        random_activations(rng, shape, s) for (shape, _), s in zip(activation_types(request), storages, strict=False)
+    ]
+    for number, array in enumerate(inputs):
+        first = input_place(request, number).offset
+        buffers[number][..., first : first + array.shape[-1]] = array
+    return buffers
 
 
 CASES = {

@@ -14,11 +14,18 @@ import pytest
 import tvm
 
 from tests.emulated_board.board import Board, export_for_board, tvm_target
-from tests.kernels.anchor_cases import CASES, random_activations, random_case
+from tests.kernels.anchor_cases import CASES, in_buffers, random_activations, random_case
 from tvm_hquant import numerics
 from tvm_hquant.cpu_pipeline import CPU_PIPELINE
 from tvm_hquant.kernels.epilogues.proven_endings import proven_ending
-from tvm_hquant.kernels.interface import IntegerElementwiseConstants, KernelRequest, NoConstants, Requantization
+from tvm_hquant.kernels.interface import (
+    IntegerElementwiseConstants,
+    Interleaving,
+    KernelRequest,
+    NoConstants,
+    Placement,
+    Requantization,
+)
 from tvm_hquant.kernels.registry import families_for_target, select_kernel
 from tvm_hquant.operators import BatchMatmul, Conv2D, Epilogue, Window
 from tvm_hquant.stored_outputs import in_channel_order
@@ -85,6 +92,17 @@ def requests() -> list[KernelRequest]:
     for storage, weights in (("uint8", "int8"), ("float32", "float32")):
         residual = Conv2D((1, 5, 5, 12), 64, Window((1, 1)), 1, Epilogue(True, True))
         found.append(KernelRequest(residual, (storage, storage), storage, weights, overwritten=1))
+    # Channels out of wider buffers, and outputs in turns with some of another one.
+    for storage, weights in (("uint8", "int8"), ("float32", "float32"), ("bfloat16", "bfloat16")):
+        for operator in (Conv2D((1, 5, 5, 29), 29, Window((1, 1)), 1, Epilogue(lower=0.0)), CASES["3x3 padded"]):
+            sources, other = (Placement(3, 40),), Interleaving(1, Placement(5, 41))
+            found.append(
+                KernelRequest(
+                    operator, (storage,), storage, weights, sources=sources, interleaved=other, finite_weights=True
+                )
+            )
+        depthwise = DEPTHWISE["depthwise, rows shared"]
+        found.append(KernelRequest(depthwise, (storage,), storage, weights, sources=(Placement(2, 30),)))
     return found
 
 
@@ -172,7 +190,8 @@ def test_anchors_on_a_board_match_the_contract(
         name = f"kernel_{index}"
         kernel = select_kernel(families_for_target(families), request)
         functions[name] = kernel.function.with_attr("global_symbol", name)
-        activations, output = list(inputs), np.zeros(request.operator.output_shape, STORAGE_DTYPE[request.output])
+        activations = in_buffers(np.random.default_rng(index), request, list(inputs))
+        output = np.zeros(request.output_shape, STORAGE_DTYPE[request.output])
         if request.overwritten is not None:
             output = activations.pop(request.overwritten)
         for position, array in enumerate([*activations, *kernel.pack(constants), output]):
