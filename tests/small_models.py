@@ -74,3 +74,24 @@ def run_module(mod: IRModule, *inputs: Any) -> list[np.ndarray]:
     machine = relax.VirtualMachine(executable, tvm.cpu())
     result = machine["main"](*(tvm.runtime.tensor(np.ascontiguousarray(a)) for a in inputs))
     return [r.numpy() for r in ([result] if hasattr(result, "numpy") else result)]
+
+
+def assert_calls(mod: IRModule, expected: str) -> None:
+    """That ``main`` is the one of a module ``Expected`` in TVMScript, which may leave out the functions that it calls."""
+    stubs = "".join(_stub(mod, g.name_hint) for g in mod.get_global_vars() if g.name_hint != "main")
+    main = mod["main"].without_attr("hquant.inputs").without_attr("hquant.outputs")
+    tvm.ir.assert_structural_equal(main, tvm.script.from_source(expected + stubs)["main"], map_free_vars=True)
+
+
+def _stub(mod: IRModule, name: str) -> str:
+    """A function of the same type."""
+    function = mod[name]
+    if not isinstance(function, relax.Function):
+        return ""
+    parameters = ", ".join(f"a{i}: {_type(p.ty)}" for i, p in enumerate(function.params))
+    result = _type(function.ret_ty)
+    return f"    @R.function(private=True)\n    def {name}({parameters}) -> {result}:\n        return R.zeros({result[9:-1]})\n"
+
+
+def _type(ty: relax.TensorType) -> str:
+    return f'R.Tensor({tuple(int(d) for d in ty.shape)}, "{ty.dtype}")'
