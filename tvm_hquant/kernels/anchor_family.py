@@ -116,19 +116,15 @@ class AnchorFamily:
     def _reaches_buffers(self, request: KernelRequest, dot: DotProduct) -> bool:
         """Whether a kernel reads channels where they lie in wider buffers, and stores its output in turns with another tensor,
         as the request asks."""
-        sweeps_map = False
-        if not _is_depthwise(request) and not self.winograd(request, self.processor):
-            geometry = conv2d_geometry(request, dot, None, self._code_vectors(request), self.processor)
-            if geometry.patches is not None:
-                return False
-            sweeps_map = geometry.sweeps is not None
         if any(request.sources[1:]):
             return False
-        if request.interleaved is None:
-            return True
+        if _is_depthwise(request) or self.winograd(request, self.processor):
+            return request.interleaved is None
+        geometry = conv2d_geometry(request, dot, None, self._code_vectors(request, dot), self.processor)
+        if geometry.patches is not None:
+            return False
         is_plain = len(request.inputs) == 1 and request.placement is None and not request.shuffled
-        has_tiles = not (_is_depthwise(request) or self.winograd(request, self.processor) or sweeps_map)
-        return is_plain and has_tiles
+        return request.interleaved is None or (is_plain and geometry.sweeps is None)
 
     def _dot(self, request: KernelRequest) -> DotProduct | None:
         operator = request.operator
