@@ -84,7 +84,7 @@ class DeployedLibrary:
         calls = [KernelCall(step.key, step.request, step.inputs) for step in program.steps]
         return find_stored_outputs(calls, program.outputs, self.families)
 
-    def run_layers(self, program: Program, sample: Mapping[str, Array]) -> dict[Hashable, Array]:
+    def run_layers(self, program: Program, sample: Mapping[str, Array]) -> dict[int, Array]:
         """Every tensor of one sample by its key in ``program``: each layer reads what the layers before it made.
 
         Channels are in the operators' order, whatever the order in which the library stores them.
@@ -92,7 +92,7 @@ class DeployedLibrary:
         Raises:
             ArtifactError: the library lacks a layer.
         """
-        values: dict[Hashable, Array] = dict(enumerate(sample.values()))
+        values: dict[Any, Array] = dict(enumerate(sample.values()))
         stored = self.stored_outputs(program)
         kernels, parts = stored.kernels, stored.parts
         pairs: dict[Hashable, Array] = {}

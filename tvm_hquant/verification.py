@@ -14,7 +14,7 @@ hides a difference in another.
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -210,7 +210,7 @@ def _compare_step(
     step: Step,
     kernel: Kernel | None,
     library: DeployedLibrary,
-    values: Sequence[Mapping[Hashable, Array]],
+    values: Sequence[Mapping[int, Array]],
     tally: _Tally,
 ) -> None:
     """Adds to the tally how what a layer made of its inputs differs from the contract, over some samples."""
