@@ -91,6 +91,24 @@ def test_float_unary_functions_match_the_contract(
 
 
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+@pytest.mark.parametrize("function", ["sigmoid", "silu", "tanh", "erf", "gelu", "gelu_tanh"])
+def test_exponentials_beside_one_match_the_contract(function: str, instruction_set: str) -> None:
+    """What is left out of exp where it meets a 1 changes no bit: floats of all exponents, infinities and NaN, and those around
+    the places where e to their power, or to twice it, vanishes beside 1, is denormal, or overflows."""
+    every = np.arange(0, 2**32, 8209, dtype=np.uint64).astype(np.uint32).view(np.float32)
+    places = np.array([16.6, 17.4, 20.8, 64.0, 87.33655, 88.02969, 88.72284, 89.0, 103.97208, 104.0], np.float32)
+    near = (places[:, None].view(np.int32) + np.arange(-400, 400, dtype=np.int32)).view(np.float32).reshape(-1)
+    x = np.concatenate([every, near, -near, near / 2, -near / 2, np.array([np.nan, np.inf, -np.inf], np.float32)])
+    request = KernelRequest(Unary(x.shape, function), ("float32",), "float32")
+
+    class Dense(Case):
+        def inputs(self) -> list[np.ndarray]:
+            return [x]
+
+    check(Dense(request, FloatElementwiseConstants(()), 0), instruction_set)
+
+
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
 @pytest.mark.parametrize("shape", [(1, 23, 29, 64), (1, 40, 40, 13)])
 def test_parallel_loops_cover_large_tensors(shape: tuple[int, ...], instruction_set: str) -> None:
     """Tensors that are shared out to threads have no gap and no seam, even if their size fits neither vector nor chunk."""

@@ -1,4 +1,5 @@
-"""The functions of ``float_polynomials`` and of ``numerics.functions`` as TIR expressions, step by step the same."""
+"""The functions of ``float_polynomials`` and of ``numerics.functions`` as TIR expressions: step by step the same, or with fewer
+steps that give the same bits."""
 
 from __future__ import annotations
 
@@ -25,6 +26,12 @@ from tvm_hquant.numerics.functions import GELU_CUBIC, ONE_SIXTH, SQRT_HALF, SQRT
 from tvm_hquant.operators import Composition, Step
 
 _INFINITY = float("inf")
+_INFINITY_BITS = 0x7F800000
+_MANTISSA_UNITS = 2**23
+_NOTHING_BESIDE_ONE = -64.0
+"""e to the power of this, or of less, changes nothing when it is added to 1: not half of the last bit."""
+_BEYOND_FLOATS = 89.0
+"""e to the power of this, or of more, is infinite."""
 
 
 def _polynomial(p: Primitives, coefficients: Sequence[float], x: Expression) -> Expression:
@@ -65,6 +72,19 @@ def exp(p: Primitives, x: Expression) -> Expression:
     half = p.bind(k >> int_like(1, x))
     value = p.multiply(p.multiply(value, _power_of_two(half)), _power_of_two(k - half))
     return p.bind(select(is_nan(x), x, value))
+
+
+def _exp_beside_one(p: Primitives, x: Expression) -> Expression:
+    """What gives the bits of :func:`exp` once it is added to 1 or subtracted from it, in half the instructions around the
+    polynomial, and without denormals, which are slow. For a NaN it is any number."""
+    low, high = float_like(_NOTHING_BESIDE_ONE, x), float_like(_BEYOND_FLOATS, x)
+    x = p.bind(x)
+    t = p.bind(select(x > low, x, low))
+    value, k = _exp_parts(p, p.bind(select(t < high, t, high)))
+    # Within the limits, a larger exponent overflows to the bits of infinity or a little above.
+    bits = p.bind(reinterpret(value, "int32") + k * int_like(_MANTISSA_UNITS, x))
+    infinity = int_like(_INFINITY_BITS, x)
+    return p.bind(reinterpret(select(bits < infinity, bits, infinity), "float32"))
 
 
 def _log_of_parts(p: Primitives, f: Expression, n: Expression) -> Expression:
@@ -120,12 +140,17 @@ def power_of_bounded(p: Primitives, base: Expression, exponent: float, lowest: f
     return p.bind(select(base < float_like(_INFINITY, base), finite, other))
 
 
-def sigmoid(p: Primitives, x: Expression) -> Expression:
-    """``float_polynomials.sigmoid``."""
+def _logistic(p: Primitives, x: Expression) -> Expression:
+    """:func:`sigmoid` of numbers and infinities; for a NaN it is any number."""
     one = float_like(1.0, x)
     # Multiplying by −1 is an exact negation, −0 included; 0 − x would make +0 of +0.
-    negated = x * float_like(-1.0, x)
-    return p.bind(p.divide(one, p.add(one, exp(p, negated))))
+    return p.bind(p.divide(one, p.add(one, _exp_beside_one(p, x * float_like(-1.0, x)))))
+
+
+def sigmoid(p: Primitives, x: Expression) -> Expression:
+    """``float_polynomials.sigmoid``."""
+    x = p.bind(x)
+    return p.bind(select(is_nan(x), x, _logistic(p, x)))
 
 
 def tanh(p: Primitives, x: Expression) -> Expression:
@@ -135,8 +160,10 @@ def tanh(p: Primitives, x: Expression) -> Expression:
     z = p.bind(p.multiply(x, x))
     near = p.fma(x, p.multiply(z, _polynomial(p, polynomials.TANH_COEFFICIENTS, z)), x)
     one, two = float_like(1.0, x), float_like(2.0, x)
-    far = p.subtract(one, p.divide(two, p.add(exp(p, p.multiply(two, a)), one)))
-    return p.bind(select(a < float_like(polynomials.TANH_THRESHOLD, x), near, _with_sign_of(far, x)))
+    far = p.subtract(one, p.divide(two, p.add(_exp_beside_one(p, p.multiply(two, a)), one)))
+    # A NaN is not far, and passes through the polynomial.
+    is_far = a >= float_like(polynomials.TANH_THRESHOLD, x)
+    return p.bind(select(is_far, _with_sign_of(far, x), near))
 
 
 def erf(p: Primitives, x: Expression) -> Expression:
@@ -147,9 +174,9 @@ def erf(p: Primitives, x: Expression) -> Expression:
     near = p.fma(x, _polynomial(p, polynomials.ERF_CENTER_COEFFICIENTS, z), x)
     highest = float_like(polynomials.ERF_HIGHEST, x)
     t = p.bind(select(a > highest, highest, a))
-    tail = exp(p, _polynomial(p, polynomials.ERF_TAIL_COEFFICIENTS, t))
+    tail = _exp_beside_one(p, _polynomial(p, polynomials.ERF_TAIL_COEFFICIENTS, t))
     far = _with_sign_of(p.subtract(float_like(1.0, x), tail), x)
-    return p.bind(select(a < float_like(polynomials.ERF_THRESHOLD, x), near, far))
+    return p.bind(select(a >= float_like(polynomials.ERF_THRESHOLD, x), far, near))
 
 
 Parameters = Sequence[Expression]
@@ -181,7 +208,7 @@ def _gelu_tanh(p: Primitives, x: Expression, _: Parameters) -> Expression:
 
 def _silu(p: Primitives, x: Expression, _: Parameters) -> Expression:
     x = p.bind(x)
-    return p.multiply(x, sigmoid(p, x))
+    return p.multiply(x, _logistic(p, x))
 
 
 def _unit_line(p: Primitives, x: Expression, slope: Expression, intercept: Expression) -> Expression:
