@@ -39,6 +39,8 @@ What each operator looks like afterwards, in NCHW:
 - pools: explicit padding and ``ceil_mode=False``, but for average pools that count their padding and read beyond it;
 - flatten, squeeze, expand_dims: ``R.reshape``; channel shuffle: ``R.take(x, indices, axis=1)``; split and
   Gather of one index: slices;
+- layer, instance and group normalization, also where they are chains of operators: ``R.nn.layer_norm`` over trailing axes, or
+  ``R.nn.group_norm(x, gamma, beta, num_groups, channel_axis=1, axes=[2, …])``; gamma and beta hold scales and shifts behind it;
 - resizing to nearest neighbours: ``R.take`` of rows, then of columns;
 - ONNX Sum, Max, Min, Mean of several tensors: chains of ``R.add``, ``R.maximum``, ``R.minimum``;
 - local response normalization: x / (bias + alpha · m)^beta with m the mean of x · x over the channels' window, written as
@@ -62,6 +64,7 @@ from tvm_hquant.relax_ir.canonical_rules import (
     constant_matrices,
     elementwise,
     movement,
+    normalization,
     sequences,
     slopes,
     upsampling,
@@ -96,6 +99,10 @@ RULES = (
     windows.resolve_ceil_mode,
     windows.drop_uncounted_padding_flag,
     windows.spell_global_mean,
+    normalization.spell_normalization,
+    normalization.spell_instance_norm,
+    normalization.spell_group_norm,
+    normalization.fold_scale_and_shift,
     affine.fold_batch_norm,
     affine.fold_scale_and_shift,
     affine.fold_scale_before_dense,

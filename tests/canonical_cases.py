@@ -198,12 +198,66 @@ def pooling_cases() -> list[Case]:
         Case(
             "instance_normalization",
             onnx_model([node("Conv", "x w b", "c"), node("InstanceNormalization", "c gamma beta", "y")], CONV | _BN),
-            "add add add conv2d conv2d divide mean sqrt subtract variance" + ENDS,
+            "add conv2d nn.group_norm" + ENDS,
         ),
+        *_normalizations(),
         Case(
             "local_response_normalization",
             pooled("LRN", size=3, alpha=0.3, beta=0.6, bias=2.0),
             "add avg_pool3d divide multiply multiply power reshape reshape",
+        ),
+    ]
+
+
+def _normalizations() -> list[Case]:
+    """As exporters write them for opsets that have no such operator."""
+    weights = CONV | random_weights(
+        13, gamma=(6,), beta=(6,), own=(6, 1, 1), shift=(6, 1, 1), rows=(8, 8), lines=(8, 8)
+    )
+    weights |= _numbers(two=2.0, epsilon=1e-5, half=0.5, one=1.0)
+    weights |= {"grouped": np.array([0, 3, -1], np.int64), "ungrouped": np.array([1, 6, 8, 8], np.int64)}
+    weights |= {"ones": np.ones(3, np.float32), "zeros": np.zeros(3, np.float32)}
+    conv = node("Conv", "x w b", "c", pads=[1, 1, 1, 1])
+
+    def deviation(tensor: str, axes: list[int], square: Any) -> list[Any]:
+        return [
+            node("ReduceMean", tensor, "m", axes=axes),
+            node("Sub", f"{tensor} m", "d"),
+            square,
+            node("ReduceMean", "s", "v", axes=axes),
+            node("Add", "v epsilon", "e"),
+        ]
+
+    power, product = node("Pow", "d two", "s"), node("Mul", "d d", "s")
+    turned, back = node("Transpose", "c", "t", perm=[0, 2, 3, 1]), node("Transpose", "z", "y", perm=[0, 3, 1, 2])
+    root, divided = node("Sqrt", "e", "r"), node("Div", "d r", "q")
+    last = [
+        conv, turned, *deviation("t", [-1], power), root, divided,
+        node("Mul", "q gamma", "g"), node("Add", "beta g", "z"), back,
+    ]  # fmt: skip
+    maps = [
+        conv, *deviation("c", [2, 3], product), root, node("Div", "one r", "i"), node("Mul", "i d", "q"),
+        node("Mul", "q own", "g"), node("Sub", "g shift", "y"),
+    ]  # fmt: skip
+    groups = [
+        conv, node("Reshape", "c grouped", "t"), node("InstanceNormalization", "t ones zeros", "n"),
+        node("Reshape", "n ungrouped", "q"), node("Mul", "q own", "g"), node("Add", "g shift", "y"),
+    ]  # fmt: skip
+    powers = [conv, turned, *deviation("t", [3], power), node("Pow", "e half", "r"), node("Div", "d r", "z"), back]
+    # The variance is that of another tensor: no normalization.
+    other = [
+        conv, node("ReduceMean", "c", "m", axes=[-1]), node("Sub", "c m", "d"), node("Mul", "c c", "s"),
+        node("ReduceMean", "s", "v", axes=[-1]), node("Add", "v epsilon", "e"), root, node("Div", "d r", "y"),
+    ]  # fmt: skip
+    return [
+        Case("layer_norm_of_operators", onnx_model(last, weights), "add conv2d nn.layer_norm" + ENDS),
+        Case("instance_norm_of_operators", onnx_model(maps, weights), "add conv2d nn.group_norm" + ENDS),
+        Case("group_norm_of_instance_norm", onnx_model(groups, weights), "add conv2d nn.group_norm" + ENDS),
+        Case("layer_norm_by_powers", onnx_model(powers, weights), "add conv2d nn.layer_norm" + ENDS),
+        Case(
+            "no_normalization",
+            onnx_model(other, weights),
+            "add add conv2d divide mean mean multiply sqrt subtract" + ENDS,
         ),
     ]
 

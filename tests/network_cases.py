@@ -26,7 +26,6 @@ class NetworkCase:
 
 
 _LEFT_TO_TVM = {
-    "transformer": "nn.layer_norm",
     "sqrt": "sqrt",
     "log_softmax": "nn.log_softmax",
     "depth_to_space": "call_tir",
@@ -35,7 +34,6 @@ _LEFT_TO_TVM = {
     "mean_over_channels": "add mean",
     "mean_over_rows": "mean",
     "sum_over_all": "sum",
-    "instance_norm": "add divide sqrt subtract variance",
     "cast": "astype floor_mod greater_equal isfinite logical_not permute_dims subtract where",
     "greater_where": "greater where",
     "arg_max": "add argmax astype",
@@ -311,6 +309,17 @@ def operator_cases() -> list[NetworkCase]:
         _between("sum_over_all", [node("ReduceSum", "stem axes", "last")], _integers(axes=[2, 3])),
         _between("max_over_all", [node("ReduceMax", "stem", "last", axes=[2, 3])]),
         _between("instance_norm", [node("InstanceNormalization", "stem t u_variance", "last")], eight),
+        _between("group_norm", [
+            node("Reshape", "stem grouped", "g"), node("InstanceNormalization", "g ones zeros", "n"),
+            node("Reshape", "n ungrouped", "u"), node("Mul", "u c", "m"), node("Add", "m c", "last"),
+        ], {**eight, **_integers(grouped=[0, 2, -1], ungrouped=[1, 8, 8, 8]),
+            "ones": np.ones(2, np.float32), "zeros": np.zeros(2, np.float32)}),
+        _between("layer_norm_by_operators", [
+            node("Transpose", "stem", "s", perm=[0, 2, 3, 1]), node("ReduceMean", "s", "m", axes=[-1]),
+            node("Sub", "s m", "d"), node("Pow", "d two", "p"), node("ReduceMean", "p", "v", axes=[-1]),
+            node("Add", "v epsilon", "e"), node("Sqrt", "e", "r"), node("Div", "d r", "q"), node("Mul", "q t", "g"),
+            node("Add", "g u_variance", "z"), node("Transpose", "z", "last", perm=[0, 3, 1, 2]),
+        ], {**eight, "two": np.float32(2), "epsilon": np.float32(1e-5)}),
         _between("lrn", [node("LRN", "stem", "last", size=3, alpha=0.3, beta=0.6, bias=2.0)]),
         _between("identity_and_dropout", [node("Identity", "stem", "i"), node("Dropout", "i", "last")]),
         _between("cast", [node("Cast", "stem", "i", to=6), node("Cast", "i", "last", to=1)]),

@@ -11,7 +11,7 @@ import pytest
 import tvm
 import tvm_ffi
 
-from tests.network_cases import activation_cases, merged_cases
+from tests.network_cases import activation_cases, block_cases, merged_cases, operator_cases
 from tests.onnx_models import random_inputs
 from tests.pipeline_checks import import_model, simulated_outputs, uniform_plan
 from tests.planned_models import named_plan, one_sample, partitioned, shared_session, simulated
@@ -48,6 +48,20 @@ def test_composed_functions_in_c(precision: str, tmp_path: Path) -> None:
     outputs = list(load_artifact(tmp_path / "c").run(imported.inputs).values())
     for output, expected in zip(outputs, simulated_outputs(imported, plan), strict=True):
         np.testing.assert_array_equal(output, expected)
+
+
+def test_normalization_in_c(tmp_path: Path) -> None:
+    """Layer normalization into codes and floats, and over maps: sums side by side, roots and divisions of the C library."""
+    blocks = [case for case in block_cases() if case.name == "transformer"]
+    maps = [case for case in operator_cases() if case.name in ("instance_norm", "group_norm")]
+    merged = merged_cases("normalization", [*blocks, *maps], 20)
+    imported = import_model(merged.model, random_inputs(merged.model))
+    plan = uniform_plan(imported.session, "a8w8")
+    artifact = compile_artifact(imported.session.mod, plan, SPEC).save(tmp_path / "c")
+    outputs = list(load_artifact(tmp_path / "c").run(imported.inputs).values())
+    for output, expected in zip(outputs, simulated_outputs(imported, plan), strict=True):
+        np.testing.assert_array_equal(output, expected)
+    assert "group_normalization" in str(artifact.manifest["layers"])
 
 
 def test_artifact_holds_source_that_compiles_alone(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from tvm_hquant.operators import (
     AveragePool2D,
     Concat,
     Conv2D,
+    GroupNormalization,
     MaxPool2D,
     Movement,
     Operator,
@@ -123,6 +124,25 @@ def test_operators_without_integer_kernels_stay_in_float32() -> None:
     ):  # fmt: skip
         graph = graph_of([("u", Unary(SHAPE, function, (0.0, 6.0)), ("x",)), ("a", CONVOLUTION, ("u",))], "a")
         assert follow_consumers(graph, {"a": reader}, {})["u"].precision == expected
+
+
+def test_float_operators_write_the_codes_that_all_readers_want() -> None:
+    """A softmax or normalization ends in codes, with a reader in float or in other codes in floats; a sigmoid in floats."""
+    for operator in (Softmax(SHAPE, 3), GroupNormalization(SHAPE, 3, 3, 1e-5)):
+        layers: list[Node] = [("s", operator, ("x",)), ("a", CONVOLUTION, ("s",)), ("b", CONVOLUTION, ("s",))]
+        graph = graph_of(layers, "a", "b")
+        for readers, made in (
+            ((A8W8, A8W8), "uint8"), ((A16W8, A16W8), "uint16"), ((A8W8, FLOAT32), "float32"),
+            ((A8W8, A16W8), "float32"), ((BFLOAT16, BFLOAT16), "bfloat16"),
+        ):  # fmt: skip
+            precisions = {"s": FLOAT32, "a": readers[0], "b": readers[1]}
+            formats = assign_formats(graph, precisions, all_scales(graph))
+            assert formats.produced["s"].dtype == made
+        left = graph_of(layers, "s", "a", "b")
+        assert (
+            assign_formats(left, {"s": FLOAT32, "a": A8W8, "b": A8W8}, all_scales(left)).produced["s"].dtype
+            == "float32"
+        )
 
 
 def test_pool_behind_a_float_layer_is_converted_after_it() -> None:

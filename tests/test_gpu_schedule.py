@@ -14,7 +14,15 @@ from tvm_hquant.cuda_compilation import kernel_source, source_kept
 from tvm_hquant.gpu_schedule import SumsInRegisters
 from tvm_hquant.kernels.interface import KernelRequest
 from tvm_hquant.kernels.reference.family import ReferenceFamily
-from tvm_hquant.operators import AveragePool2D, BatchMatmul, LocalResponseNormalization, MaxPool2D, Softmax, Window
+from tvm_hquant.operators import (
+    AveragePool2D,
+    BatchMatmul,
+    GroupNormalization,
+    LocalResponseNormalization,
+    MaxPool2D,
+    Softmax,
+    Window,
+)
 
 TARGET = tvm.target.Target({"kind": "cuda", "arch": "sm_80", "host": {"kind": "llvm"}})
 
@@ -111,10 +119,11 @@ WINDOW = Window((3, 3), (2, 2), (1, 1, 1, 1))
         (BatchMatmul(((2, 5, 6), (2, 6, 7)), ((0, 1, 2), (0, 1, 2)), (0, 1, 2)), ("float32", "float32"), 1),
         (MaxPool2D((1, 9, 8, 20), WINDOW), ("uint8",), 1),
         (Softmax((5, 33), 1), ("float32",), 4),
+        (GroupNormalization((5, 33), 1, 1, 1e-5), ("float32",), 3),
     ],
 )
 def test_launches_of_kernels(operator: Any, inputs: tuple[Any, ...], launches: int) -> None:
-    """Pools, normalization and products of matrices launch once; a softmax, whose sums all elements read, as before."""
+    """Pools, normalization and products of matrices launch once; sums that all elements read stay launches."""
     kernel = ReferenceFamily("cuda").kernel(KernelRequest(operator, inputs, inputs[0]))
     assert kernel is not None
     mod = tvm.IRModule({"kernel": kernel.function.with_attr("global_symbol", "kernel")})

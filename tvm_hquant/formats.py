@@ -16,6 +16,7 @@ from tvm_hquant.operators import (
     AveragePool2D,
     BatchMatmul,
     Concat,
+    GroupNormalization,
     LocalResponseNormalization,
     MaxPool2D,
     Movement,
@@ -43,7 +44,7 @@ def is_transparent(layer: Layer) -> bool:
 def is_float_only(layer: Layer, precision: Precision) -> bool:
     """Whether no kernel computes a layer in this precision, so that it stays in float32."""
     operator = layer.operator
-    if isinstance(operator, (Softmax, LocalResponseNormalization, Opaque)):
+    if isinstance(operator, (Softmax, LocalResponseNormalization, GroupNormalization, Opaque)):
         return True
     if isinstance(operator, Unary) and operator.function != "clip":
         return not (precision.is_integer and precision.activation_bits <= 8)
@@ -291,6 +292,9 @@ def _produced_format(
         return max(wanted, key=lambda f: (f.q_max - f.q_min, f in own.values()))
     if isinstance(layer.operator, Opaque):
         return FLOAT32_FORMAT
+    if isinstance(layer.operator, (Softmax, GroupNormalization)) and not floats and len(set(wanted)) == 1:
+        # What a conversion would make of its floats, without writing and reading these.
+        return wanted[0]
     if len(floats) == len(wanted) and len(set(floats)) == 1:
         return floats[0]
     return FLOAT32_FORMAT

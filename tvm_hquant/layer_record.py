@@ -34,7 +34,7 @@ def graph_record(graph: LayerGraph) -> dict[str, Any]:
 
 
 def save_weights(path: Path, graph: LayerGraph, names: Sequence[str]) -> None:
-    """Writes float weights and biases of the named layers."""
+    """Writes float weights and biases of the named layers, gamma and beta of normalizations among them."""
     arrays: dict[str, Array] = {}
     for name in names:
         layer = graph.by_name[name]

@@ -20,7 +20,7 @@ from tvm.ir.expr import GenericConst
 
 from tvm_hquant.errors import ModelError
 from tvm_hquant.operator_codec import decode
-from tvm_hquant.operators import BatchMatmul, Conv2D, Dense, Movement, Opaque, Operator, Shape
+from tvm_hquant.operators import BatchMatmul, Conv2D, Dense, GroupNormalization, Movement, Opaque, Operator, Shape
 
 LAYER_ATTRIBUTE = "hquant.layer"
 OPERATOR_ATTRIBUTE = "hquant.operator"
@@ -42,8 +42,10 @@ class Layer:
         function_name: of its Relax function in the module.
         operator: what it computes.
         inputs: names of the tensors that flow in, in the order of the function's parameters.
-        weights: float32 [out_channels, in_channels / groups, kernel_h, kernel_w] of an anchor, else None.
-        bias: float32 [out_channels] of an anchor (zeros where it has none), else None.
+        weights: float32 [out_channels, in_channels / groups, kernel_h, kernel_w] of an anchor; float32 [channels] of a
+            normalization, its gamma; else None.
+        bias: float32 [out_channels] of an anchor (zeros where it has none); float32 [channels] of a normalization, its beta;
+            else None.
     """
 
     name: str
@@ -55,7 +57,7 @@ class Layer:
 
     @property
     def is_anchor(self) -> bool:
-        """Whether it has weights: a convolution or a dense layer."""
+        """Whether it has weights that can be codes: a convolution or a dense layer."""
         return isinstance(self.operator, (Conv2D, Dense))
 
     @property
@@ -77,6 +79,8 @@ class Layer:
             return "grouped_conv2d" if operator.groups > 1 else "conv2d"
         if isinstance(operator, Movement):
             return operator.function
+        if isinstance(operator, GroupNormalization):
+            return "layer_normalization" if operator.axis == operator.channel_axis else "group_normalization"
         return _KINDS[type(operator).__name__]
 
 
@@ -225,6 +229,8 @@ def _read_layer(mod: IRModule, call: Any, tensor_of: Mapping[Any, str]) -> Layer
     weights = bias = None
     if isinstance(operator, (Conv2D, Dense)):
         weights, bias = _anchor_constants(function, operator)
+    elif isinstance(operator, GroupNormalization):
+        weights, bias = _gamma_and_beta(function)
     return Layer(str(function.attrs[LAYER_ATTRIBUTE]), call.op.name_hint, operator, inputs, weights, bias)
 
 
@@ -246,6 +252,19 @@ def _anchor_constants(function: Any, operator: Conv2D | Dense) -> tuple[Array | 
     if weights is None:
         return None, None
     return np.ascontiguousarray(weights, np.float32), np.ascontiguousarray(bias, np.float32)
+
+
+def _gamma_and_beta(function: Any) -> tuple[Array | None, Array | None]:
+    """Gamma and beta [channels] of a normalization's float body; None where the body is realized already."""
+    for block in function.body.blocks:
+        for binding in block.bindings:
+            if getattr(getattr(binding.value, "op", None), "name", "") in (
+                "relax.nn.layer_norm",
+                "relax.nn.group_norm",
+            ):
+                gamma, beta = (constant_array(a).reshape(-1) for a in binding.value.args[1:3])
+                return np.ascontiguousarray(gamma, np.float32), np.ascontiguousarray(beta, np.float32)
+    return None, None
 
 
 def is_constant(expression: Any) -> bool:

@@ -363,6 +363,43 @@ class LocalResponseNormalization:
 
 
 @dataclass(frozen=True)
+class GroupNormalization:
+    """(x − mean) / √(variance + epsilon) · gamma + beta, mean and variance of each group of channels.
+
+    Axes before ``axis`` are kept apart. Those from ``channel_axis`` on are the channels, each with a gamma and a beta, in
+    ``groups`` groups of neighbours; a group is taken over all positions, which are the axes in between. Layer normalization
+    over trailing axes has no positions and one group, instance normalization a group for each channel.
+    """
+
+    shape: Shape
+    axis: int
+    channel_axis: int
+    epsilon: float
+    groups: int = 1
+
+    @property
+    def output_shape(self) -> Shape:
+        return self.shape
+
+    @property
+    def outer(self) -> int:
+        """What is kept apart besides groups."""
+        return math.prod(self.shape[: self.axis])
+
+    @property
+    def positions(self) -> int:
+        return math.prod(self.shape[self.axis : self.channel_axis])
+
+    @property
+    def channels(self) -> int:
+        return math.prod(self.shape[self.channel_axis :])
+
+    @property
+    def group_channels(self) -> int:
+        return self.channels // self.groups
+
+
+@dataclass(frozen=True)
 class Opaque:
     """Anything else: computed in float32 by TVM's own legalization. ``name`` is the Relax operator, ``macs`` are its
     multiply-accumulates of one call where it is a product of matrices (a 3D convolution, say)."""
@@ -387,5 +424,5 @@ class Convert:
 Anchor = Conv2D | Dense
 Operator = (
     Conv2D | Dense | Add | Multiply | BatchMatmul | MaxPool2D | AveragePool2D | Resize2D | Concat | Unary | Movement
-    | Softmax | LocalResponseNormalization | Opaque | Convert
+    | Softmax | LocalResponseNormalization | GroupNormalization | Opaque | Convert
 )  # fmt: skip

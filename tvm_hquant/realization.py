@@ -23,6 +23,7 @@ from tvm_hquant.kernels.interface import (
     KernelRequest,
     LayerConstants,
     NoConstants,
+    NormalizationConstants,
     ProvenEnding,
     TableConstants,
 )
@@ -34,10 +35,12 @@ from tvm_hquant.operators import (
     Conv2D,
     Convert,
     Dense,
+    GroupNormalization,
     Movement,
     Multiply,
     Resize2D,
     Shape,
+    Softmax,
     Unary,
 )
 from tvm_hquant.precision import Precision
@@ -85,6 +88,13 @@ def realize_layer(
         return request, numerics.average_pool_constants(operator, inputs[0], output)
     if isinstance(operator, Unary):
         return request, _unary(layer, operator, inputs[0], output)
+    quantization = numerics.quantize_constants(output) if output.is_integer else None
+    if isinstance(operator, GroupNormalization):
+        assert layer.weights is not None
+        assert layer.bias is not None
+        return request, NormalizationConstants(layer.weights, layer.bias, quantization)
+    if isinstance(operator, Softmax) and quantization is not None:
+        return request, quantization
     if isinstance(operator, Movement) and operator.function == "pad":
         return request, FillConstants(_stored_fill(operator.fill, output))
     return request, NoConstants()

@@ -21,6 +21,7 @@ from tvm_hquant.kernels.interface import (
     KernelRequest,
     LayerConstants,
     NoConstants,
+    NormalizationConstants,
     QuantizeConstants,
     Requantization,
     TableConstants,
@@ -33,6 +34,7 @@ from tvm_hquant.operators import (
     Composition,
     Concat,
     Convert,
+    GroupNormalization,
     LocalResponseNormalization,
     MaxPool2D,
     Movement,
@@ -358,16 +360,40 @@ def normalizations(draw: st.DrawFn) -> Case:
     shape, source, output = draw(shapes), draw(st.sampled_from(FLOATS)), draw(st.sampled_from(FLOATS))
     operator: Softmax | LocalResponseNormalization
     if draw(st.booleans()):
-        operator = Softmax(shape, draw(st.integers(0, len(shape) - 1)))
-    else:
-        operator = LocalResponseNormalization(
-            shape,
-            draw(st.integers(1, 7)),
-            draw(st.sampled_from([0.02, 0.0, -0.01])),
-            draw(st.sampled_from([0.75, 0.5, -0.75, 1.7])),
-            draw(st.sampled_from([1.0, 2.0, 1e-30, 0.0])),
-        )
+        operator, output = Softmax(shape, draw(st.integers(0, len(shape) - 1))), draw(st.sampled_from(STORAGES))
+        seed = draw(seeds)
+        constants = quantization(output, np.random.default_rng(seed)) if output in CODES else NoConstants()
+        return Case(KernelRequest(operator, (source,), output), constants, seed)
+    operator = LocalResponseNormalization(
+        shape,
+        draw(st.integers(1, 7)),
+        draw(st.sampled_from([0.02, 0.0, -0.01])),
+        draw(st.sampled_from([0.75, 0.5, -0.75, 1.7])),
+        draw(st.sampled_from([1.0, 2.0, 1e-30, 0.0])),
+    )
     return Case(KernelRequest(operator, (source,), output), NoConstants(), draw(seeds))
+
+
+def quantization(storage: str, rng: np.random.Generator) -> QuantizeConstants:
+    """A scale of a size that makes many codes of normal numbers."""
+    return QuantizeConstants(float(np.float32(rng.uniform(0.01, 0.05))), requantization(storage, rng))
+
+
+@st.composite
+def group_normalizations(draw: st.DrawFn) -> Case:
+    """Rows, groups of positions and single channels, of lengths on both sides of 16 and of a vector."""
+    source, output, seed = draw(st.sampled_from(FLOATS)), draw(st.sampled_from(STORAGES)), draw(seeds)
+    groups, per_group = draw(st.integers(1, 5)), draw(st.one_of(st.integers(1, 9), st.integers(10, 70)))
+    outer = draw(st.lists(st.integers(1, 5), max_size=2))
+    positions = draw(st.lists(st.integers(1, 6), max_size=2))
+    channels = draw(st.sampled_from([[groups * per_group], [groups, per_group]]))
+    shape = (*outer, *positions, *channels)
+    epsilon = draw(st.sampled_from([1e-5, 1e-12, 0.1]))
+    operator = GroupNormalization(shape, len(outer), len(outer) + len(positions), epsilon, groups)
+    rng = np.random.default_rng(seed)
+    gamma, beta = (rng.normal(size=operator.channels).astype(np.float32) for _ in range(2))
+    codes = quantization(output, rng) if output in CODES else None
+    return Case(KernelRequest(operator, (source,), output), NormalizationConstants(gamma, beta, codes), seed)
 
 
 ALL_KINDS = {
@@ -380,5 +406,6 @@ ALL_KINDS = {
     "concats": concats(),
     "movements": movements(),
     "normalizations": normalizations(),
+    "group normalizations": group_normalizations(),
 }
 """Random layers of every kind without weights."""

@@ -31,6 +31,7 @@ from tvm_hquant.kernels.interface import (
     IntegerElementwiseConstants,
     KernelRequest,
     NoConstants,
+    NormalizationConstants,
     QuantizeConstants,
     Requantization,
 )
@@ -43,6 +44,7 @@ from tvm_hquant.operators import (
     Composition,
     Conv2D,
     Convert,
+    GroupNormalization,
     LocalResponseNormalization,
     MaxPool2D,
     Movement,
@@ -186,6 +188,29 @@ def test_softmax_of_many_rows(instruction_set: str) -> None:
             return [x]
 
     check(Rows(request, NoConstants(), 0), instruction_set)
+
+
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+@pytest.mark.parametrize(
+    ("shape", "groups"),
+    [((1, 1, 1000), 1), ((203, 96), 1), ((5, 7, 60), 1), ((2, 9, 60), 3), ((2, 300, 48), 48), ((1, 300, 40), 8)],
+    ids=str,
+)
+def test_normalization_in_rows_and_over_positions(shape: tuple[int, ...], groups: int, instruction_set: str) -> None:
+    """One long row, rows side by side more than their group divides, groups over positions, wide and narrow; into codes."""
+    axis = 1 if len(shape) == 3 and shape[1] > 1 else len(shape) - 1
+    operator = GroupNormalization(shape, axis, len(shape) - 1, 1e-5, groups)
+    rng = np.random.default_rng(4)
+    x = rng.normal(3.0, 2.0, shape).astype(np.float32)
+    vectors = [rng.normal(size=operator.channels).astype(np.float32) for _ in range(2)]
+    constants = NormalizationConstants(*vectors, QuantizeConstants(0.03, Requantization(-100.0, 150.0, 101)))
+
+    class Given(Case):
+        def inputs(self) -> list[np.ndarray]:
+            return [x]
+
+    check(Given(KernelRequest(operator, ("float32",), "uint8"), constants, 0), instruction_set)
+    check(Given(KernelRequest(operator, ("float32",), "float32"), NormalizationConstants(*vectors), 0), instruction_set)
 
 
 def test_a_table_is_made_of_elementwise_constants() -> None:

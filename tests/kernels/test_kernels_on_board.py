@@ -21,6 +21,7 @@ from tvm_hquant.kernels.interface import (
     IntegerElementwiseConstants,
     KernelRequest,
     NoConstants,
+    NormalizationConstants,
     QuantizeConstants,
     Requantization,
 )
@@ -30,6 +31,7 @@ from tvm_hquant.operators import (
     AveragePool2D,
     Concat,
     Convert,
+    GroupNormalization,
     LocalResponseNormalization,
     MaxPool2D,
     Movement,
@@ -47,6 +49,11 @@ ENLARGED = Resize2D(MAP, (13, 17), (6, 0, 12), (18, -8, 34))
 """Corners of rows are aligned; of columns, the first outputs lie before the map and the last ones behind it."""
 WINDOW = Window((3, 3), (2, 2), (1, 1, 1, 1))
 CODES_END = Requantization(-90.0, 120.0, 101)
+NORMALIZED = NormalizationConstants(
+    np.linspace(-2, 2, 50).astype(np.float32),
+    np.linspace(1, -1, 50).astype(np.float32),
+    QuantizeConstants(0.03, CODES_END),
+)
 
 
 def board_cases() -> list[Case]:
@@ -89,6 +96,8 @@ def board_cases() -> list[Case]:
             Case(KernelRequest(Convert(MAP), ("float32",), storage), none, seed),
             Case(KernelRequest(Softmax((3, 50), 1), (storage,), storage), none, seed),
             Case(KernelRequest(LocalResponseNormalization(MAP, 5, 0.1, 0.75, 1.0), (storage,), storage), none, seed),
+            Case(KernelRequest(GroupNormalization((5, 50), 1, 1, 1e-5), (storage,), "uint8"), NORMALIZED, seed),
+            Case(KernelRequest(GroupNormalization((1, 9, 50), 1, 2, 1e-5, 5), (storage,), "uint8"), NORMALIZED, seed),
             Case(KernelRequest(AveragePool2D(MAP, WINDOW), (storage,), storage), none, seed),
             Case(KernelRequest(GATED, (storage, storage), storage), none, seed),
             Case(KernelRequest(ENLARGED, (storage,), storage), none, seed),

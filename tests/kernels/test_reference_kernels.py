@@ -20,6 +20,7 @@ from kernel_cases import (
     STORAGES,
     Case,
     assert_matches_contract,
+    group_normalizations,
     matmuls,
     seeds,
     unary_case,
@@ -43,6 +44,7 @@ from tvm_hquant.operators import (
     Conv2D,
     Dense,
     Epilogue,
+    GroupNormalization,
     LocalResponseNormalization,
     Opaque,
     Softmax,
@@ -128,7 +130,7 @@ def test_float_unary_functions_match_the_contract(function: str | Composition) -
 
 
 @few
-@given(case=st.one_of(integer_anchors(), float_anchors()))
+@given(case=st.one_of(integer_anchors(), float_anchors(), group_normalizations()))
 def test_constants_can_be_read_back(case: Case) -> None:
     """A kernel's packed constants are those of ``constant_arrays``, so that a module's layers can be checked and changed."""
     kernel = ReferenceFamily().kernel(case.request)
@@ -162,6 +164,7 @@ CUDA_REQUESTS = [
     KernelRequest(Dense(1, 32, 10), ("float32",), "float32", "float32"),
     KernelRequest(Softmax((1, 10), 1), ("float32",), "float32"),
     KernelRequest(LocalResponseNormalization((1, 4, 4, 8), 5, 0.1, 0.75, 1.0), ("bfloat16",), "bfloat16"),
+    KernelRequest(GroupNormalization((2, 9, 40), 1, 2, 1e-5, 2), ("float32",), "uint8"),
     unary_case("gelu", (4, 40), "float32", "float32", 0).request,
 ]
 

@@ -21,6 +21,7 @@ from tvm_hquant.kernels.interface import (
     KernelRequest,
     LayerConstants,
     NoConstants,
+    NormalizationConstants,
     QuantizeConstants,
     TableConstants,
 )
@@ -33,6 +34,7 @@ from tvm_hquant.operators import (
     Concat,
     Conv2D,
     Convert,
+    GroupNormalization,
     LocalResponseNormalization,
     MaxPool2D,
     Movement,
@@ -85,6 +87,8 @@ def _requests(size: int) -> dict[str, KernelRequest]:
         "permute": _floats(Movement("permute_dims", shape, (1, channels, size, size), (0, 3, 1, 2))),
         "softmax": _floats(Softmax((size * size, channels), 1)),
         "softmax of columns": _floats(Softmax((size, size, channels), 1)),
+        "layer normalization": _floats(GroupNormalization(shape, 3, 3, 1e-5)),
+        "instance normalization": _floats(GroupNormalization(shape, 1, 3, 1e-5, channels)),
         "normalization": _floats(LocalResponseNormalization(shape, 5, 1e-4, 0.75, 1.0)),
     }
 
@@ -169,6 +173,8 @@ def test_smaller_caches_have_smaller_pieces() -> None:
 def _constants(request: KernelRequest, rng: np.random.Generator) -> LayerConstants:
     if isinstance(request.operator, Unary) and request.inputs == ("uint8",):
         return TableConstants(stored_values(rng, (256,), request.output))
+    if isinstance(request.operator, GroupNormalization):
+        return NormalizationConstants(*(stored_values(rng, (request.operator.channels,), "float32") for _ in range(2)))
     if request.inputs[0] != request.output:
         return QuantizeConstants(0.02, requantization(request.output, rng))
     is_arithmetic = request.inputs[0] == "uint8" and isinstance(request.operator, Add)

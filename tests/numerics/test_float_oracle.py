@@ -20,6 +20,9 @@ from tvm_hquant.kernels.interface import (
     FloatElementwiseConstants,
     KernelRequest,
     NoConstants,
+    NormalizationConstants,
+    QuantizeConstants,
+    Requantization,
     TableConstants,
 )
 from tvm_hquant.operators import (
@@ -30,6 +33,7 @@ from tvm_hquant.operators import (
     Convert,
     Dense,
     Epilogue,
+    GroupNormalization,
     LocalResponseNormalization,
     MaxPool2D,
     Movement,
@@ -214,6 +218,69 @@ def test_softmax_adds_in_ascending_order(axis: int) -> None:
         for value in e:
             total = total + value
         np.testing.assert_array_equal(output, e / total)
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis", "channel_axis", "groups"),
+    [((3, 37), 1, 1, 1), ((2, 3, 5), 1, 1, 1), ((2, 3, 4, 12), 1, 3, 3), ((2, 7, 40), 1, 2, 2), ((1, 9, 4), 1, 2, 4)],
+)
+def test_group_normalization_adds_sixteen_sums(
+    shape: tuple[int, ...], axis: int, channel_axis: int, groups: int
+) -> None:
+    """Equal to a plain loop over elements, and near the formula in float64."""
+    operator = GroupNormalization(shape, axis, channel_axis, 1e-3, groups)
+    random = np.random.default_rng(groups)
+    x = random.normal(2.0, 1.5, shape).astype(np.float32)
+    gamma, beta = (random.normal(size=operator.channels).astype(np.float32) for _ in range(2))
+    constants = NormalizationConstants(gamma, beta)
+    ours = numerics.evaluate(KernelRequest(operator, ("float32",), "float32"), constants, [x])
+    blocks = x.reshape(operator.outer, operator.positions, groups, -1)
+    factors, shifts = gamma.reshape(groups, -1), beta.reshape(groups, -1)
+    for (n, g), found in np.ndenumerate(np.zeros((operator.outer, groups))):
+        assert not found
+        group = blocks[n, :, g]
+        mean = _added(group, square=False) / np.float32(group.size)
+        variance = _added(group - mean, square=True) / np.float32(group.size)
+        r = np.float32(1) / np.sqrt(variance + np.float32(1e-3))
+        own = ours.reshape(blocks.shape)[n, :, g]
+        for place, value in np.ndenumerate(group):
+            c = place[1]
+            assert own[place] == exact_fma((value - mean) * r, factors[g, c], shifts[g, c])
+        exact = group.astype(np.float64)
+        exact = (exact - exact.mean()) / np.sqrt(exact.var() + 1e-3) * factors[g] + shifts[g]
+        np.testing.assert_allclose(own, exact, rtol=1e-5, atol=1e-5)
+
+
+def _added(group: np.ndarray, square: bool) -> np.float32:
+    """The sum over [positions, channels], one operation after the other."""
+    sums = [np.float32(0)] * 16
+    for row in group:
+        for c, value in enumerate(row):
+            sums[c % 16] = np.float32(exact_fma(value, value, sums[c % 16])) if square else sums[c % 16] + value
+    for half in (8, 4, 2, 1):
+        sums = [sums[j] + sums[j + half] for j in range(half)]
+    return sums[0]
+
+
+def test_softmax_and_normalization_end_in_the_codes_of_a_conversion() -> None:
+    """Codes behind a float operator are those that a quantize makes of its floats."""
+    random = np.random.default_rng(5)
+    x = random.normal(size=(7, 20)).astype(np.float32)
+    codes = QuantizeConstants(float(np.float32(0.013)), Requantization(-100.0, 120.0, 103))
+    gamma, beta = (random.normal(size=20).astype(np.float32) for _ in range(2))
+    for operator, of_floats, of_codes in (
+        (Softmax((7, 20), 1), NoConstants(), codes),
+        (
+            GroupNormalization((7, 20), 1, 1, 1e-5),
+            NormalizationConstants(gamma, beta),
+            NormalizationConstants(gamma, beta, codes),
+        ),
+    ):
+        floats = numerics.evaluate(KernelRequest(operator, ("float32",), "float32"), of_floats, [x])
+        wanted = numerics.evaluate(KernelRequest(Convert((7, 20)), ("float32",), "uint8"), codes, [floats])
+        found = numerics.evaluate(KernelRequest(operator, ("float32",), "uint8"), of_codes, [x])
+        np.testing.assert_array_equal(found, wanted)
+        assert len(np.unique(found)) > 5
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 9])

@@ -19,6 +19,7 @@ from tvm_hquant.kernels.interface import (
     KernelRequest,
     LayerConstants,
     NoConstants,
+    NormalizationConstants,
     Requantization,
 )
 from tvm_hquant.kernels.kernel_function import input_shapes
@@ -32,6 +33,7 @@ from tvm_hquant.operators import (
     Convert,
     Dense,
     Epilogue,
+    GroupNormalization,
     LocalResponseNormalization,
     MaxPool2D,
     Movement,
@@ -64,6 +66,7 @@ PADDED = Window((3, 3), (2, 1), (1, 1, 0, 1))
 POOL = IntegerElementwiseConstants((7,), (RANDOM.uniform(0, 0.2, (2, 4)).astype(np.float32),), END)
 PRODUCTS = IntegerElementwiseConstants((3, 128), (np.float32(0.002),), END)
 SUM = IntegerElementwiseConstants((3, 250), (np.float32(0.7), np.float32(0.4)), END)
+GAMMA_AND_BETA = NormalizationConstants(*(RANDOM.normal(size=6).astype(np.float32) for _ in range(2)))
 CASES: list[tuple[Operator, str, LayerConstants]] = [
     (Conv2D(MAP, 4, PADDED, 1, Epilogue(True, True)), "uint8", anchor_constants(4, 6, 3, 3)),
     (Conv2D(MAP, 6, PADDED, 6), "uint16", anchor_constants(6, 1, 3, 3)),
@@ -79,6 +82,8 @@ CASES: list[tuple[Operator, str, LayerConstants]] = [
     (Concat((MAP, (1, 5, 4, 2)), 3), "uint8", NoConstants()),
     (Unary(MAP, "sigmoid"), "float32", FloatElementwiseConstants()),
     (Softmax((2, 7), 1), "float32", NoConstants()),
+    (GroupNormalization(MAP, 1, 3, 1e-5, 2), "float32", GAMMA_AND_BETA),
+    (GroupNormalization((2, 6), 1, 1, 1e-5), "float32", GAMMA_AND_BETA),
     (LocalResponseNormalization(MAP, 3, 1e-2, 0.75, 1.0), "float32", NoConstants()),
     (Convert(MAP), "uint8", DequantizeConstants(0.3, 12)),
     (Movement("reshape", MAP, (2, 60)), "uint8", NoConstants()),
@@ -93,6 +98,7 @@ CASES: list[tuple[Operator, str, LayerConstants]] = [
 MIXING: list[tuple[Operator, str, LayerConstants]] = [
     (Concat(((1, 3), (2, 3)), 0), "uint8", NoConstants()),
     (Softmax((4, 2), 0), "float32", NoConstants()),
+    (GroupNormalization((6,), 0, 0, 1e-5), "float32", GAMMA_AND_BETA),
     (BatchMatmul(((3, 4), (4, 5)), ((0, 1), (0, 1)), (0, 1)), "float32", NoConstants()),
     (BatchMatmul(((2, 3, 4), (1, 4, 5)), ((0, 1, 2), (0, 1, 2)), (0, 1, 2)), "float32", NoConstants()),
     (Movement("permute_dims", (2, 3), (3, 2), (1, 0)), "uint8", NoConstants()),

@@ -56,6 +56,47 @@ def verify(before: IRModule, expected: IRModule) -> IRModule:
     return after
 
 
+def test_normalization_of_operators_is_one_call() -> None:
+    """As exporters write it, with its scale and shift behind it, which become gamma and beta."""
+
+    @I.ir_module
+    class Before:
+        @R.function
+        def main(
+            x: R.Tensor((2, 3, 4), "float32"), gamma: R.Tensor((4,), "float32"), beta: R.Tensor((4,), "float32")
+        ) -> R.Tensor((2, 3, 4), "float32"):
+            R.func_attr({"num_input": 1})
+            with R.dataflow():
+                mean = R.mean(x, axis=[-1], keepdims=True)
+                deviation = R.subtract(x, mean)
+                square = R.power(deviation, R.const(2.0, "float32"))
+                variance = R.mean(square, axis=[-1], keepdims=True)
+                positive = R.add(variance, R.const(0.5, "float32"))
+                root = R.sqrt(positive)
+                normal = R.divide(deviation, root)
+                scaled = R.multiply(normal, gamma)
+                y = R.add(scaled, beta)
+                R.output(y)
+            return y
+
+    @I.ir_module
+    class Expected:
+        @R.function
+        def main(
+            x: R.Tensor((2, 3, 4), "float32"), gamma: R.Tensor((4,), "float32"), beta: R.Tensor((4,), "float32")
+        ) -> R.Tensor((2, 3, 4), "float32"):
+            R.func_attr({"num_input": 1})
+            with R.dataflow():
+                y = R.nn.layer_norm(x, gamma, beta, axes=[2], epsilon=0.5)
+                R.output(y)
+            return y
+
+    before = with_weights(Before, ["y"])
+    after = verify(before, Expected)
+    x = np.random.default_rng(0).normal(2.0, 1.0, (2, 3, 4)).astype(np.float32)
+    np.testing.assert_allclose(run_module(after, x)[0], run_module(before, x)[0], rtol=1e-5, atol=1e-6)
+
+
 def test_factors_move_behind_products_of_activations() -> None:
     """A number that scales queries before they are turned, and one index that is taken: neither keeps a product in float."""
 

@@ -169,6 +169,42 @@ class TwoOutputsExpected:
         return d
 
 
+@I.ir_module
+class NormalizationsBefore:
+    @R.function
+    def main(
+        x: R.Tensor((1, 4, 6, 5), "float32"),
+        gamma: R.Tensor((4,), "float32"),
+        beta: R.Tensor((4,), "float32"),
+    ) -> R.Tensor((1, 6, 5, 4), "float32"):
+        R.func_attr({"num_input": 1})
+        with R.dataflow():
+            a = R.nn.avg_pool2d(x, pool_size=(3, 3), padding=(1, 1, 1, 1))
+            b = R.nn.group_norm(a, gamma, beta, num_groups=2, channel_axis=1, axes=[2, 3], epsilon=0.001)
+            c = R.permute_dims(b, [0, 2, 3, 1])
+            d = R.nn.layer_norm(c, gamma, beta, axes=[-1], epsilon=0.01)
+            R.output(d)
+        return d
+
+
+@I.ir_module
+class NormalizationsExpected:
+    @R.function
+    def main(
+        x: R.Tensor((1, 4, 6, 5), "float32"),
+        gamma: R.Tensor((4,), "float32"),
+        beta: R.Tensor((4,), "float32"),
+    ) -> R.Tensor((1, 6, 5, 4), "float32"):
+        R.func_attr({"num_input": 1})
+        with R.dataflow():
+            p = R.permute_dims(x, [0, 2, 3, 1])
+            a = R.nn.avg_pool2d(p, pool_size=(3, 3), padding=(1, 1, 1, 1), layout="NHWC")
+            b = R.nn.group_norm(a, gamma, beta, num_groups=2, channel_axis=3, axes=[1, 2], epsilon=0.001)
+            d = R.nn.layer_norm(b, gamma, beta, axes=[-1], epsilon=0.01)
+            R.output(d)
+        return d
+
+
 def bare(mod: IRModule) -> IRModule:
     """The module without the values of its weights and the names of its inputs and outputs."""
     result = mod.clone()
@@ -184,8 +220,9 @@ def bare(mod: IRModule) -> IRModule:
         (PixelsBefore, PixelsExpected),
         (AxesBefore, AxesExpected),
         (TwoOutputsBefore, TwoOutputsExpected),
+        (NormalizationsBefore, NormalizationsExpected),
     ],
-    ids=["flatten_before_dense", "pixels_of_one_channel", "axes", "two_outputs"],
+    ids=["flatten_before_dense", "pixels_of_one_channel", "axes", "two_outputs", "normalizations"],
 )
 def test_structure_and_outputs(before: IRModule, expected: IRModule) -> None:
     """Each operator is written for channels-last feature maps, and computes what it did before."""

@@ -182,6 +182,71 @@ def test_attention_has_gradients_of_products_of_activations() -> None:
         np.testing.assert_allclose(found, (moved[0] - moved[1]) / 2e-5, atol=1e-6)
 
 
+@I.ir_module
+class _Normalized:
+    @R.function
+    def main(
+        x: R.Tensor((1, 3, 4, 6), "float32"),
+        stem_weight: R.Tensor((6, 6), "float32"),
+        head_weight: R.Tensor((72, 3), "float32"),
+    ) -> R.Tensor((1, 3), "float32"):
+        R.func_attr({"num_input": 1})
+        with R.dataflow():
+            stem = R.matmul(x, stem_weight)
+            rows = R.nn.layer_norm(
+                stem,
+                R.const([0.5, 1.0, -0.7, 1.5, 0.3, 2.0], "float32"),
+                R.const([0.1, 0.0, 0.2, 0.0, 0.3, 0.0], "float32"),
+                axes=[-1],
+                epsilon=0.1,
+            )
+            groups = R.nn.group_norm(
+                rows,
+                R.const([1.0, 0.5, -0.5, 1.2, 0.8, 1.0], "float32"),
+                R.const([0.1, 0.0, 0.2, 0.0, 0.3, 0.0], "float32"),
+                num_groups=2,
+                channel_axis=3,
+                axes=[1, 2],
+                epsilon=0.1,
+            )
+            flat = R.reshape(groups, (1, 72))
+            logits = R.matmul(flat, head_weight)
+            R.output(logits)
+        return logits
+
+
+def _normalized_loss(head: np.ndarray, sums: np.ndarray) -> float:
+    """Cross entropy against class 1, in float64, as a function of what the first layer adds up."""
+
+    def normal(x: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
+        return np.asarray((x - x.mean(axes, keepdims=True)) / np.sqrt(x.var(axes, keepdims=True) + 0.1))
+
+    shift = np.array([0.1, 0.0, 0.2, 0.0, 0.3, 0.0])
+    rows = normal(sums, (2,)) * np.array([0.5, 1.0, -0.7, 1.5, 0.3, 2.0]) + shift
+    groups = normal(rows.reshape(3, 4, 2, 3), (0, 1, 3)).reshape(3, 4, 6)
+    logits = (groups * np.array([1.0, 0.5, -0.5, 1.2, 0.8, 1.0]) + shift).reshape(72) @ head
+    return float(np.log(np.exp(logits).sum()) - logits[1])
+
+
+def test_normalization_has_a_gradient() -> None:
+    """Of rows and of groups over positions: that of float64 differences."""
+    before = with_weights(_Normalized, ["logits"], seed=3)
+    derived = differentiate()(partition_layers()(before))
+    names = [str(n) for n in derived["main"].attrs["hquant.outputs"]]
+    x = np.random.default_rng(5).normal(size=(1, 3, 4, 6)).astype(np.float32)
+    outputs = dict(zip(names, run_module(derived, x, np.array([[0, 1, 0]], np.float32)), strict=True))
+    stem, head = (w.numpy().astype(np.float64) for w in before["main"].attrs["params"])
+    sums = x[0].astype(np.float64) @ stem
+    for position in ((0, 0, 0), (2, 3, 4), (1, 2, 5)):
+        moved = []
+        for step in (1e-5, -1e-5):
+            changed = sums.copy()
+            changed[position] += step
+            moved.append(_normalized_loss(head, changed))
+        found = outputs["stem.sum_gradient"][(0, *position)]
+        np.testing.assert_allclose(found, (moved[0] - moved[1]) / 2e-5, rtol=1e-3, atol=1e-6)
+
+
 def test_operator_without_gradient_is_named() -> None:
     """A user learns which operator stands in the way."""
 

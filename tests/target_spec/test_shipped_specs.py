@@ -10,7 +10,7 @@ import pytest
 from tvm_hquant.errors import PrecisionError
 from tvm_hquant.kernels.instruction_set import load_instruction_set
 from tvm_hquant.layers import Layer
-from tvm_hquant.operators import Conv2D, Movement, Operator, Window
+from tvm_hquant.operators import Conv2D, GroupNormalization, Movement, Operator, Window
 from tvm_hquant.precision import REALIZED, parse_precision
 from tvm_hquant.target_spec import (
     OPERATOR_KINDS,
@@ -95,7 +95,7 @@ def test_processors_offer_everything(name: str) -> None:
 def test_codes_flow_through_operators_without_weights(name: str) -> None:
     """Protects networks from refusals and conversions: what has a kernel for 8-bit codes is offered by every spec."""
     shipped = load_target_spec(name)
-    in_floats = {"softmax", "local_response_normalization", "opaque"}
+    in_floats = {"softmax", "local_response_normalization", "layer_normalization", "group_normalization", "opaque"}
     refused = [kind for kind in OPERATOR_KINDS if kind not in in_floats and shipped.reason_against("a8w8", kind)]
     assert refused == []
 
@@ -158,10 +158,11 @@ def test_every_layer_has_a_kind_that_specs_know() -> None:
     def kind(operator: Operator) -> str:
         return Layer("name", "function", operator, ()).operator_kind
 
-    plain = [c for c in get_args(Operator) if c not in (Conv2D, Movement)]
+    plain = [c for c in get_args(Operator) if c not in (Conv2D, Movement, GroupNormalization)]
     kinds = {kind(object.__new__(c)) for c in plain}  # the class alone decides their kind
     shape = (1, 8, 8, 4)
     kinds |= {kind(Conv2D(shape, 4, Window((3, 3)), groups)) for groups in (1, 2, 4)}
+    kinds |= {kind(GroupNormalization(shape, axis, 3, 1e-5)) for axis in (1, 3)}
     functions = ("reshape", "permute_dims", "strided_slice", "take", "depth_to_space", "pad")
     kinds |= {kind(Movement(function, shape, shape)) for function in functions}
     assert kinds == set(OPERATOR_KINDS)

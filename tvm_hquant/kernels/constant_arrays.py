@@ -16,6 +16,7 @@ DequantizeConstants            float32 [scale], int32 [zero_point]
 TableConstants                 table
 FillConstants                  float32 [fill]
 FloatElementwiseConstants      float32 [parameters…] (one zero where there are none)
+NormalizationConstants         gamma, beta, and where codes are stored the arrays of QuantizeConstants
 NoConstants                    nothing
 =============================  =================================================================================
 """
@@ -36,6 +37,7 @@ from tvm_hquant.kernels.interface import (
     IntegerElementwiseConstants,
     LayerConstants,
     NoConstants,
+    NormalizationConstants,
     QuantizeConstants,
     Requantization,
     TableConstants,
@@ -71,6 +73,9 @@ def to_arrays(constants: LayerConstants) -> tuple[Array, ...]:
             return (_floats(constants.fill),)
         case FloatElementwiseConstants():
             return (_floats(*(constants.parameters or (0.0,))),)
+        case NormalizationConstants():
+            vectors = np.asarray(constants.gamma, np.float32), np.asarray(constants.beta, np.float32)
+            return vectors if constants.quantization is None else (*vectors, *to_arrays(constants.quantization))
         case NoConstants():
             return ()
 
@@ -105,6 +110,11 @@ def from_arrays(kind: str, arrays: Sequence[Array]) -> LayerConstants:
         return FillConstants(float(arrays[0][0]))
     if kind == "FloatElementwiseConstants":
         return FloatElementwiseConstants(tuple(float(v) for v in arrays[0]))
+    if kind == "NormalizationConstants":
+        gamma, beta, *rest = arrays
+        quantization = from_arrays("QuantizeConstants", rest) if rest else None
+        assert quantization is None or isinstance(quantization, QuantizeConstants)
+        return NormalizationConstants(gamma, beta, quantization)
     if kind == "NoConstants":
         return NoConstants()
     raise KeyError(kind)

@@ -229,13 +229,25 @@ class FloatElementwiseConstants:
 
 
 @dataclass(frozen=True, eq=False)
+class NormalizationConstants:
+    """Constants of a normalization with gamma and beta: float32 [channels] both.
+
+    ``quantization`` is what makes codes of the result, None where it is stored as floats.
+    """
+
+    gamma: Array
+    beta: Array
+    quantization: QuantizeConstants | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class NoConstants:
     """For kernels without any."""
 
 
 LayerConstants = (
     IntegerAnchorConstants | FloatAnchorConstants | IntegerElementwiseConstants | QuantizeConstants | DequantizeConstants
-    | TableConstants | FillConstants | FloatElementwiseConstants | NoConstants
+    | TableConstants | FillConstants | FloatElementwiseConstants | NormalizationConstants | NoConstants
 )  # fmt: skip
 
 

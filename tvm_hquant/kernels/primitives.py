@@ -80,6 +80,9 @@ class Primitives(Protocol):
     def divide(self, a: Expression, b: Expression) -> Expression:
         """a / b, correctly rounded."""
 
+    def square_root(self, a: Expression) -> Expression:
+        """√a, correctly rounded."""
+
     def round(self, a: Expression) -> Expression:
         """The nearest integer, ties to even, as float32."""
 
@@ -115,6 +118,9 @@ class LlvmPrimitives:
 
     def divide(self, a: Expression, b: Expression) -> Expression:
         return a / b
+
+    def square_root(self, a: Expression) -> Expression:
+        return _llvm("llvm.sqrt", "float32", a)
 
     def round(self, a: Expression) -> Expression:
         return _llvm("llvm.rint", "float32", a)
@@ -176,6 +182,9 @@ class CudaPrimitives:
     def divide(self, a: Expression, b: Expression) -> Expression:
         return _device_function("float32", "__fdiv_rn", a, b)
 
+    def square_root(self, a: Expression) -> Expression:
+        return _device_function("float32", "__fsqrt_rn", a)
+
     def round(self, a: Expression) -> Expression:
         return _device_function("float32", "rintf", a)
 
@@ -210,6 +219,9 @@ class CSourcePrimitives:
 
     def divide(self, a: Expression, b: Expression) -> Expression:
         return a / b
+
+    def square_root(self, a: Expression) -> Expression:
+        return _c_function("sqrtf", a)
 
     def round(self, a: Expression) -> Expression:
         return _c_function("rintf", a)
@@ -271,6 +283,15 @@ def requantize(
         return narrow(p, value, storage)
     codes = p.round_to_int32(value) + broadcast(zero_point, lanes_of(value))
     return convert(codes, storage)
+
+
+def quantize(p: Primitives, value: Expression, floats: Any, zero_point: Any, storage: str) -> Expression:
+    """The stored code of float32 ``value``: a true division by the scale, then :func:`requantize`.
+
+    ``floats`` and ``zero_point`` are the arrays of ``QuantizeConstants``: [scale, lower, upper] and [zero point].
+    """
+    v = p.divide(value, broadcast(floats[0], lanes_of(value)))
+    return requantize(p, v, floats[1], floats[2], zero_point[0], storage)
 
 
 def centred(value: Expression, zero_point: Expression) -> Expression:

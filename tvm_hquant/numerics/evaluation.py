@@ -21,6 +21,7 @@ from tvm_hquant.kernels.interface import (
     KernelRequest,
     LayerConstants,
     NoConstants,
+    NormalizationConstants,
     QuantizeConstants,
     TableConstants,
 )
@@ -28,6 +29,7 @@ from tvm_hquant.numerics import float_layers, integer_layers
 from tvm_hquant.numerics.batch_matmul import float_batch_matmul, integer_batch_matmul
 from tvm_hquant.numerics.codes import dequantize
 from tvm_hquant.numerics.functions import unary_float32
+from tvm_hquant.numerics.group_normalization import group_normalization
 from tvm_hquant.numerics.movement import move
 from tvm_hquant.numerics.resizing import float_resize, integer_resize
 from tvm_hquant.numerics.storage import narrow, widen
@@ -39,6 +41,7 @@ from tvm_hquant.operators import (
     Conv2D,
     Convert,
     Dense,
+    GroupNormalization,
     LocalResponseNormalization,
     MaxPool2D,
     Movement,
@@ -120,9 +123,7 @@ def _dispatch(request: KernelRequest, constants: LayerConstants, inputs: Sequenc
         case (MaxPool2D() as operator, _) if _is_code(request.inputs[0]):
             return integer_layers.max_pool(operator, inputs[0])
         case (Convert(), QuantizeConstants()):
-            with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-                scaled = widen(inputs[0], request.inputs[0]) / np.float32(constants.scale)
-            return integer_layers.requantize(scaled, constants.requantization, request.output)
+            return _quantized(widen(inputs[0], request.inputs[0]), constants, request.output)
         case (Convert(), DequantizeConstants()):
             return narrow(dequantize(inputs[0], constants.scale, constants.zero_point), request.output)
         case (Opaque() as operator, _):
@@ -130,7 +131,20 @@ def _dispatch(request: KernelRequest, constants: LayerConstants, inputs: Sequenc
     if any(_is_code(storage) for storage in request.inputs):
         raise _mismatch(request, constants)
     values = [widen(array, storage) for array, storage in zip(inputs, request.inputs, strict=True)]
-    return narrow(_float(request, constants, values), request.output)
+    result = _float(request, constants, values)
+    if not _is_code(request.output):
+        return narrow(result, request.output)
+    codes = constants.quantization if isinstance(constants, NormalizationConstants) else constants
+    if not isinstance(codes, QuantizeConstants):
+        raise _mismatch(request, constants)
+    return _quantized(result, codes, request.output)
+
+
+def _quantized(values: FloatArray, constants: QuantizeConstants, storage: Storage) -> Array:
+    """The stored codes of float32 values."""
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        scaled = values / np.float32(constants.scale)
+    return integer_layers.requantize(scaled, constants.requantization, storage)
 
 
 def _float(request: KernelRequest, constants: LayerConstants, values: Sequence[FloatArray]) -> FloatArray:
@@ -150,6 +164,8 @@ def _float(request: KernelRequest, constants: LayerConstants, values: Sequence[F
             return float_resize(operator, values[0])
         case (MaxPool2D() as operator, _):
             return float_layers.float_max_pool(operator, values[0])
+        case (GroupNormalization() as operator, NormalizationConstants()):
+            return group_normalization(operator, values[0], constants.gamma, constants.beta)
         case (Softmax() as operator, _):
             return float_layers.softmax(operator, values[0])
         case (LocalResponseNormalization() as operator, _):

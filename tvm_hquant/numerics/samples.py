@@ -19,6 +19,7 @@ from tvm_hquant.operators import (
     Conv2D,
     Convert,
     Dense,
+    GroupNormalization,
     LocalResponseNormalization,
     MaxPool2D,
     Movement,
@@ -66,6 +67,8 @@ def stacked_operator(operator: Operator, count: int) -> Operator | None:
         case Add() | Unary() | Convert() if operator.shape:
             return replace(operator, shape=_stacked(operator.shape, count))
         case Softmax() if operator.axis != 0:
+            return replace(operator, shape=_stacked(operator.shape, count))
+        case GroupNormalization() if operator.axis > 0:
             return replace(operator, shape=_stacked(operator.shape, count))
         case LocalResponseNormalization() if len(operator.shape) > 1:
             return replace(operator, shape=_stacked(operator.shape, count))

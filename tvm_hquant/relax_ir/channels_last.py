@@ -16,7 +16,7 @@ import numpy as np
 from tvm import relax
 
 from tvm_hquant.operators import Shape
-from tvm_hquant.relax_ir.describe import operator_name, permutation, shape_of
+from tvm_hquant.relax_ir.describe import normalized_axes, operator_name, permutation, shape_of
 from tvm_hquant.stored_tensors import CHANNELS_LAST, StoredTensor, TensorMap
 
 _EXPANDED: tuple[int, ...] = (0, 3, 4, 2, 1)
@@ -222,6 +222,23 @@ def _along_axis(var: Any, call: Any, tensors: TensorMap, readers: Readers) -> St
     return _emitted(make(tensor.expression, axis), CHANNELS_LAST, tensors)
 
 
+def _group_norm(var: Any, call: Any, tensors: TensorMap, readers: Readers) -> StoredTensor | None:
+    if len(shape_of(call)) != 4 or int(call.attrs.channel_axis) % 4 != 1 or normalized_axes(call) != (2, 3):
+        return None
+    attributes = call.attrs
+    converted = relax.op.nn.group_norm(
+        tensors.channels_last(call.args[0]),
+        *(tensors.plain(a) for a in call.args[1:3]),
+        num_groups=int(attributes.num_groups),
+        channel_axis=3,
+        axes=[1, 2],
+        epsilon=float(attributes.epsilon),
+        center=bool(attributes.center),
+        scale=bool(attributes.scale),
+    )
+    return _emitted(converted, CHANNELS_LAST, tensors)
+
+
 def _permute_dims(var: Any, call: Any, tensors: TensorMap, readers: Readers) -> StoredTensor | None:
     """No values move where the result may just be called stored in another order."""
     tensor, axes = tensors.of(call.args[0]), permutation(call)
@@ -332,6 +349,7 @@ _HANDLERS: Mapping[str, Handler] = {
     "relax.nn.softmax": _along_axis,
     "relax.nn.log_softmax": _along_axis,
     "relax.nn.prelu": _along_axis,
+    "relax.nn.group_norm": _group_norm,
     "relax.permute_dims": _permute_dims,
     "relax.reshape": _reshape,
     "relax.matmul": _dense,

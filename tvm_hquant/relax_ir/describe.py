@@ -20,6 +20,7 @@ from tvm_hquant.operators import (
     Conv2D,
     Dense,
     Epilogue,
+    GroupNormalization,
     MaxPool2D,
     Movement,
     Multiply,
@@ -360,6 +361,39 @@ def _softmax(call: Any) -> Operator:
     return Softmax(shape, int(call.attrs.axis) % len(shape))
 
 
+def _layer_norm(call: Any) -> Operator | None:
+    shape, axes = shape_of(call), normalized_axes(call)
+    first = len(shape) - len(axes)
+    if axes != tuple(range(first, len(shape))) or not _has_gamma_and_beta(call, shape[first:]):
+        return None
+    return GroupNormalization(shape, first, first, float(call.attrs.epsilon))
+
+
+def _group_norm(call: Any) -> Operator | None:
+    shape, axes = shape_of(call), normalized_axes(call)
+    channel_axis = len(shape) - 1
+    first = channel_axis - len(axes)
+    if int(call.attrs.channel_axis) % len(shape) != channel_axis or axes != tuple(range(first, channel_axis)):
+        return None
+    if not _has_gamma_and_beta(call, shape[channel_axis:]):
+        return None
+    return GroupNormalization(shape, first, channel_axis, float(call.attrs.epsilon), int(call.attrs.num_groups))
+
+
+def normalized_axes(call: Any) -> tuple[int, ...]:
+    """The axes of a normalization, none negative, ascending."""
+    rank = len(shape_of(call.args[0]))
+    return tuple(sorted(int(axis) % rank for axis in call.attrs.axes))
+
+
+def _has_gamma_and_beta(call: Any, shape: Shape) -> bool:
+    return (
+        bool(call.attrs.center)
+        and bool(call.attrs.scale)
+        and all(is_constant(a) and shape_of(a) == shape for a in call.args[1:3])
+    )
+
+
 _DESCRIPTIONS = {
     "relax.add": _add,
     "relax.multiply": _multiply,
@@ -380,4 +414,6 @@ _DESCRIPTIONS = {
     "relax.nn.pad": _pad,
     "relax.nn.leakyrelu": _leaky_relu,
     "relax.nn.softmax": _softmax,
+    "relax.nn.layer_norm": _layer_norm,
+    "relax.nn.group_norm": _group_norm,
 }

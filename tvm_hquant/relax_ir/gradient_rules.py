@@ -11,6 +11,7 @@ nn.pad (constant)           the slice of g that x was put into
 strided_slice               g with zeros between its elements (strides), padded to the shape of x
 concat                      the slices of g
 avg_pool3d (stride 1)       the same mean of g, with the padding the other way round (local response normalization)
+layer_norm, group_norm      :mod:`tvm_hquant.relax_ir.normalization_gradient`
 max_pool2d, channels-last   g at the largest elements of its window, shared equally among equal ones
 conv2d, channels-last       a convolution of stride 1 with the weights turned by 180° and input and output channels
                             exchanged, over g with stride − 1 zeros between its pixels
@@ -37,6 +38,7 @@ from tvm.relax.op.grad import no_grad
 
 from tvm_hquant.errors import ModelError
 from tvm_hquant.operators import Window
+from tvm_hquant.relax_ir.normalization_gradient import normalization_gradient
 from tvm_hquant.relax_ir.pool_gradient import max_pool2d_gradient
 
 _LEVEL = 11
@@ -185,6 +187,10 @@ def _max_pool2d(output: Any, call: Any, gradient: Any, builder: Any) -> list[Any
     return [builder.emit(max_pool2d_gradient(builder, gradient, call.args[0], output, window))]
 
 
+def _normalization(_output: Any, call: Any, gradient: Any, builder: Any) -> list[Any]:
+    return [normalization_gradient(builder, call, gradient), no_grad(call.args[1]), no_grad(call.args[2])]
+
+
 def _conv2d(output: Any, call: Any, gradient: Any, builder: Any) -> list[Any]:
     if str(call.attrs.data_layout) != "NHWC":
         return list(conv2d_grad(output, call, gradient, builder))
@@ -283,6 +289,8 @@ _RULES = {
     "relax.concat": _concat,
     "relax.nn.avg_pool3d": _avg_pool3d,
     "relax.nn.max_pool2d": _max_pool2d,
+    "relax.nn.layer_norm": _normalization,
+    "relax.nn.group_norm": _normalization,
     "relax.nn.conv2d": _conv2d,
 }
 

@@ -40,7 +40,7 @@ def average_traces(
         Nats per squared unit of a weight. An estimate may be below 0.
     """
     random = np.random.default_rng(seed)
-    weights = {layer.name: layer.weights for layer in evaluator.layers if layer.weights is not None}
+    weights = {layer.name: layer.weights for layer in evaluator.layers if layer.is_anchor and layer.weights is not None}
     deltas = {
         name: step * max(float(np.sqrt(np.mean(w.astype(np.float64) ** 2))), 1e-12) for name, w in weights.items()
     }

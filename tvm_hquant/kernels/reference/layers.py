@@ -12,7 +12,15 @@ from tvm_hquant.kernels.kernel_function import ArrayType, Buffer, kernel_functio
 from tvm_hquant.kernels.primitives import Expression, Primitives, centred, convert, narrow, requantize, select, widen
 from tvm_hquant.kernels.reference.batch_matmul import reference_batch_matmul
 from tvm_hquant.kernels.reference.blocks import Axes, accumulate, block, inside, intermediate, within_map
-from tvm_hquant.kernels.weightless.elementwise import elementwise_form, is_code, pack_only
+from tvm_hquant.kernels.reference.group_normalization import reference_group_normalization
+from tvm_hquant.kernels.weightless.elementwise import (
+    elementwise_form,
+    float_ending,
+    is_code,
+    pack_ending,
+    pack_only,
+    stored_float,
+)
 from tvm_hquant.kernels.weightless.movement import (
     FILL_TYPES,
     fill_pack,
@@ -30,6 +38,7 @@ from tvm_hquant.operators import (
     AveragePool2D,
     BatchMatmul,
     Concat,
+    GroupNormalization,
     LocalResponseNormalization,
     MaxPool2D,
     Movement,
@@ -63,7 +72,9 @@ def reference_layer(request: KernelRequest, p: Primitives) -> Kernel | None:
         case Movement():
             return _movement(request, operator, p) if same_storage else None
         case Softmax():
-            return _softmax(request, operator, p) if floats else None
+            return _softmax(request, operator, p) if not is_code(source) else None
+        case GroupNormalization():
+            return reference_group_normalization(request, operator, p)
         case LocalResponseNormalization():
             return _local_response_normalization(request, operator, p) if floats else None
     return _elementwise(request, p)
@@ -246,7 +257,7 @@ def _softmax(request: KernelRequest, operator: Softmax, p: Primitives) -> Kernel
     def with_axis(axes: Axes, position: Expression) -> tuple[Expression, ...]:
         return tuple([*axes[:axis], position, *axes[axis:]][: len(shape)])
 
-    def emit(inputs: Sequence[Buffer], _: Sequence[Buffer], output: Buffer) -> None:
+    def emit(inputs: Sequence[Buffer], ending: Sequence[Buffer], output: Buffer) -> None:
         largest, total = intermediate(kept, "float32"), intermediate(kept, "float32")
         power = intermediate(shape, "float32")
         with block("maximum", kept, (shape[axis],)) as (axes, summed):
@@ -260,9 +271,10 @@ def _softmax(request: KernelRequest, operator: Softmax, p: Primitives) -> Kernel
             accumulate(total, axes, T.float32(0), value)
         with block("quotient", shape) as (axes, _summed):
             value = p.divide(power[tuple(axes)], total[tuple(without_axis(axes))])
-            T.buffer_store(output, narrow(p, value, request.output), axes)
+            T.buffer_store(output, stored_float(p, value, request, ending), axes)
 
-    return Kernel(request, "reference.softmax", kernel_function(request, (), emit), pack_only(request, NoConstants))
+    function = kernel_function(request, float_ending(request), emit)
+    return Kernel(request, "reference.softmax", function, pack_ending(request))
 
 
 def _local_response_normalization(

@@ -40,6 +40,7 @@ from tvm_hquant.kernels.primitives import (
     float_like,
     lanes_of,
     narrow,
+    quantize,
     requantize,
     widen,
 )
@@ -63,6 +64,9 @@ _UNROLLED = 16
 """Look-ups written out one after the other: of a plain loop LLVM makes AVX-512 gathers, at a third of the speed."""
 _FUNCTION = 30
 """Instructions that compute a function of a vector of float32."""
+
+QUANTIZE_TYPES: tuple[ArrayType, ...] = (((3,), "float32"), ((1,), "int32"))
+"""Types of the arrays of ``QuantizeConstants``."""
 
 Pack = Callable[[LayerConstants], tuple[Array, ...]]
 Value = Callable[[Primitives, Sequence[Expression], Sequence[Any]], Expression]
@@ -112,6 +116,24 @@ def pack_only(request: KernelRequest, wanted: type[Any]) -> Pack:
         return to_arrays(constants)
 
     return pack
+
+
+def float_ending(request: KernelRequest) -> tuple[ArrayType, ...]:
+    """Types of the constants with which a float operator ends: those of a quantize where it stores codes, else none."""
+    return QUANTIZE_TYPES if is_code(request.output) else ()
+
+
+def stored_float(p: Primitives, value: Expression, request: KernelRequest, ending: Sequence[Any]) -> Expression:
+    """What a float operator stores of a float32: floats of its storage, or codes by the constants of :func:`float_ending`."""
+    if not ending:
+        return narrow(p, value, request.output)
+    floats, zero_point = ending
+    return quantize(p, value, floats, zero_point, request.output)
+
+
+def pack_ending(request: KernelRequest) -> Pack:
+    """The ``pack`` of a float operator whose constants are those of :func:`float_ending` alone."""
+    return pack_only(request, QuantizeConstants if is_code(request.output) else NoConstants)
 
 
 def elementwise_form(request: KernelRequest) -> ElementwiseForm | None:
@@ -216,12 +238,9 @@ def _convert(request: KernelRequest) -> ElementwiseForm:
 def _quantize(request: KernelRequest) -> ElementwiseForm:
     def value(p: Primitives, inputs: Sequence[Expression], constants: Sequence[Any]) -> Expression:
         floats, zero_point = constants
-        x = widen(inputs[0], request.inputs[0])
-        v = p.divide(x, broadcast(floats[0], lanes_of(x)))
-        return requantize(p, v, floats[1], floats[2], zero_point[0], request.output)
+        return quantize(p, widen(inputs[0], request.inputs[0]), floats, zero_point, request.output)
 
-    types = (((3,), "float32"), ((1,), "int32"))
-    return ElementwiseForm("quantize", types, value, pack_only(request, QuantizeConstants))
+    return ElementwiseForm("quantize", QUANTIZE_TYPES, value, pack_only(request, QuantizeConstants))
 
 
 def _dequantize(request: KernelRequest) -> ElementwiseForm:

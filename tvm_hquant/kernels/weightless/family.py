@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from tvm_hquant.kernels.interface import Kernel, KernelRequest
 from tvm_hquant.kernels.processor import ASSUMED_PROCESSOR, Processor
 from tvm_hquant.kernels.weightless.elementwise import elementwise_kernel
+from tvm_hquant.kernels.weightless.group_normalization import group_normalization_kernel
 from tvm_hquant.kernels.weightless.movement import movement_kernel
 from tvm_hquant.kernels.weightless.multiplication import multiplication_kernel
 from tvm_hquant.kernels.weightless.normalization import normalization_kernel
@@ -18,7 +19,8 @@ from tvm_hquant.operators import AveragePool2D, Concat, MaxPool2D, Movement, Ope
 
 @dataclass(frozen=True)
 class CommonFamily:
-    """Add, Multiply, pools, Resize2D, Concat, Movement, Unary, Softmax, LocalResponseNormalization and Convert.
+    """Add, Multiply, pools, Resize2D, Concat, Movement, Unary, Softmax, LocalResponseNormalization, GroupNormalization
+    and Convert.
 
     Attributes:
         lanes: float32 values in a vector register: 16 with AVX-512, 8 with AVX2, 4 with NEON. Any LLVM target computes the
@@ -56,6 +58,7 @@ class CommonFamily:
             or movement_kernel(request, vector_bytes, processor)
             or resize_kernel(request, self.lanes, processor)
             or normalization_kernel(request, self.lanes, processor)
+            or group_normalization_kernel(request, self.lanes, processor)
         )
 
 

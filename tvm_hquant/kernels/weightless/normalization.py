@@ -33,7 +33,7 @@ from tvm_hquant.kernels.vector_loops import (
     vector_start,
     vectors,
 )
-from tvm_hquant.kernels.weightless.elementwise import is_code, pack_only
+from tvm_hquant.kernels.weightless.elementwise import float_ending, is_code, pack_ending, pack_only, stored_float
 from tvm_hquant.kernels.work import work
 from tvm_hquant.operators import LocalResponseNormalization, Softmax
 
@@ -46,13 +46,13 @@ _EXPONENTIAL, _POWER = 40, 80
 
 
 def normalization_kernel(request: KernelRequest, lanes: int, processor: Processor = ASSUMED_PROCESSOR) -> Kernel | None:
-    """Softmax and local response normalization between float storages; None for everything else."""
+    """Softmax of floats, into floats or codes, and local response normalization between floats; None for everything else."""
     operator = request.operator
-    if is_code(request.inputs[0]) or is_code(request.output):
+    if is_code(request.inputs[0]):
         return None
     if isinstance(operator, Softmax):
         return _softmax(request, operator, lanes, processor)
-    if isinstance(operator, LocalResponseNormalization):
+    if isinstance(operator, LocalResponseNormalization) and not is_code(request.output):
         return _local_response_normalization(request, operator, _SIDE_BY_SIDE * lanes, processor)
     return None
 
@@ -71,7 +71,7 @@ def _softmax(request: KernelRequest, operator: Softmax, lanes: int, processor: P
         return _softmax_of_rows(request, operator, outer, fitting_lanes(length, lanes), processor)
     width = fitting_lanes(inner, lanes)
 
-    def emit(inputs: Sequence[Buffer], _: Sequence[Buffer], output: Buffer) -> None:
+    def emit(inputs: Sequence[Buffer], ending: Sequence[Buffer], output: Buffer) -> None:
         source, target = flat(inputs[0]), flat(output)
         instructions = outer * vectors(inner, width) * length * _EXPONENTIAL
         with row_loop(outer, work(request, instructions), processor) as row:
@@ -94,10 +94,10 @@ def _softmax(request: KernelRequest, operator: Softmax, lanes: int, processor: P
                 total = load(cell, 0, width)
                 with T.serial(length) as k:
                     value = p.divide(load(scratch, k * width, width), total)
-                    store(target, base + k * inner, narrow(p, value, request.output), width)
+                    store(target, base + k * inner, stored_float(p, value, request, ending), width)
 
-    function = kernel_function(request, (), emit)
-    return Kernel(request, f"common.softmax[{width}]", function, pack_only(request, NoConstants))
+    function = kernel_function(request, float_ending(request), emit)
+    return Kernel(request, f"common.softmax[{width}]", function, pack_ending(request))
 
 
 def _softmax_of_rows(request: KernelRequest, operator: Softmax, rows: int, width: int, processor: Processor) -> Kernel:
@@ -121,7 +121,7 @@ def _softmax_of_rows(request: KernelRequest, operator: Softmax, rows: int, width
             T.buffer_store(best, select(cell[lane + 1] > best[0], cell[lane + 1], best[0]), [0])
         return best[0]
 
-    def emit(inputs: Sequence[Buffer], _: Sequence[Buffer], output: Buffer) -> None:
+    def emit(inputs: Sequence[Buffer], ending: Sequence[Buffer], output: Buffer) -> None:
         source, target = flat(inputs[0]), flat(output)
         instructions = rows * vectors(length, width) * _EXPONENTIAL
         with row_loop(vectors(rows, lines), work(request, instructions), processor) as group:
@@ -142,10 +142,10 @@ def _softmax_of_rows(request: KernelRequest, operator: Softmax, rows: int, width
             for line, total in enumerate(sums):
                 with vector_loop(length, width) as k:
                     value = p.divide(load(powers, line * length + k, width), broadcast(total[0], width))
-                    store(target, (first + line) * length + k, narrow(p, value, request.output), width)
+                    store(target, (first + line) * length + k, stored_float(p, value, request, ending), width)
 
-    function = kernel_function(request, (), emit)
-    return Kernel(request, f"common.softmax[{width}]", function, pack_only(request, NoConstants))
+    function = kernel_function(request, float_ending(request), emit)
+    return Kernel(request, f"common.softmax[{width}]", function, pack_ending(request))
 
 
 def normalized(p: Primitives, operator: LocalResponseNormalization, x: Expression, squares: Expression) -> Expression:
