@@ -320,6 +320,11 @@ def operator_cases() -> list[NetworkCase]:
             node("Add", "v epsilon", "e"), node("Sqrt", "e", "r"), node("Div", "d r", "q"), node("Mul", "q t", "g"),
             node("Add", "g u_variance", "z"), node("Transpose", "z", "last", perm=[0, 3, 1, 2]),
         ], {**eight, "two": np.float32(2), "epsilon": np.float32(1e-5)}),
+        _between("einsum", [
+            node("Einsum", "stem stem", "p", equation="b c h w, b c v w -> b c v h"),
+            node("Einsum", "p wide", "d", equation="bchw,wv->bchv"),
+            node("Einsum", "stem d", "last", equation="bchj,bcjv->bchv"),
+        ], random_weights(15, wide=(8, 8))),
         _between("lrn", [node("LRN", "stem", "last", size=3, alpha=0.3, beta=0.6, bias=2.0)]),
         _between("identity_and_dropout", [node("Identity", "stem", "i"), node("Dropout", "i", "last")]),
         _between("cast", [node("Cast", "stem", "i", to=6), node("Cast", "i", "last", to=1)]),

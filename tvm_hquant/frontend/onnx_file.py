@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,17 @@ def model_inputs(graph: Any) -> list[Any]:
     """Graph inputs without the initializers, which ONNX before IR version 4 lists among them."""
     initializers = {i.name for i in graph.initializer}
     return [i for i in graph.input if i.name not in initializers]
+
+
+def replace_nodes(graph: Any, spelled: Callable[[Any], Sequence[Any] | None]) -> None:
+    """Puts in place of each node what ``spelled`` gives for it; None keeps it."""
+    nodes: list[Any] = []
+    for node in graph.node:
+        others = spelled(node)
+        nodes += [node] if others is None else others
+    kept = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+    del graph.node[:]
+    graph.node.extend(kept)
 
 
 def check_structure(model: Any, label: str) -> None:

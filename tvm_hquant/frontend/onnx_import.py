@@ -17,6 +17,7 @@ from tvm import IRModule
 from tvm.relax.frontend.onnx import from_onnx
 
 from tvm_hquant.errors import ModelError
+from tvm_hquant.frontend.onnx_einsum import spell_einsum
 from tvm_hquant.frontend.onnx_file import (
     check_output_shapes,
     check_sizes,
@@ -57,6 +58,7 @@ def import_onnx(
     fold_shape_computations(proto)
     check_sizes(proto, label)
     spell_repeating_pads(proto)
+    spell_einsum(proto)
     _sort_weights_from_constants(proto.graph)
     inputs = [i.name for i in model_inputs(proto.graph)]
     outputs = [o.name for o in proto.graph.output]

@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 import onnx.numpy_helper
 
+from tvm_hquant.frontend.onnx_file import replace_nodes
 from tvm_hquant.frontend.onnx_folding import static_shapes
 
 _MODES = ("reflect", "edge", "wrap")
@@ -30,13 +31,7 @@ def spell_repeating_pads(model: Any) -> None:
         n.output[0]: n.attribute[0].t for n in graph.node if n.op_type == "Constant" and n.attribute[0].HasField("t")
     }
     shapes = static_shapes(model)
-    nodes: list[Any] = []
-    for node in graph.node:
-        gathers = _gathers(node, constants, shapes) if node.op_type == "Pad" else None
-        nodes += [node] if gathers is None else gathers
-    kept = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
-    del graph.node[:]
-    graph.node.extend(kept)
+    replace_nodes(graph, lambda node: _gathers(node, constants, shapes) if node.op_type == "Pad" else None)
 
 
 def _mode(node: Any) -> str:
