@@ -19,7 +19,7 @@ from tvm_hquant.compilation import lower
 from tvm_hquant.kernel_graph import IN_PLACE, KernelCall
 from tvm_hquant.kernels.interface import Interleaving, KernelRequest, Placement
 from tvm_hquant.kernels.registry import families_for_target
-from tvm_hquant.operators import Concat, Conv2D, Epilogue, Movement, Unary, Window
+from tvm_hquant.operators import Concat, Conv2D, Epilogue, MaxPool2D, Movement, Unary, Window
 from tvm_hquant.passes.partition_layers import partition_layers
 from tvm_hquant.relax_ir.kernel_calls import KERNEL_ATTRIBUTE
 from tvm_hquant.session import QuantizationSession
@@ -215,8 +215,18 @@ def test_which_slices_are_read_in_place() -> None:
     assert found.read("low", ("x",)) == ("x",)
     plain = _found(high, _conv("y", "high"))
     assert plain.kernels["y"].request.sources == (Placement(8, 16),)
-    pool = KernelCall("z", KernelRequest(Unary((1, 4, 4, 8), "sigmoid"), ("uint8",), "uint8"), ("high",))
-    assert not _found(high, _conv("y", "high"), pool).slices
+    few = KernelRequest(MaxPool2D((1, 4, 4, 8), Window((2, 2))), ("uint8",), "uint8")
+    assert not _found(high, _conv("y", "high"), KernelCall("z", few, ("high",))).slices
+    # What is computed element by element, unless vectors would stay empty; concatenations, whose other parts stay in place.
+    clip = KernelCall("y", KernelRequest(Unary((1, 4, 4, 8), "sigmoid"), ("uint8",), "uint8"), ("high",))
+    assert _found(high, clip).kernels["y"].request.sources == (Placement(8, 16),)
+    assert not _found(high, clip, families=("avx512_vnni",)).slices
+    joined = _found(low, high, _conv("b", "high"), _concat("y", "high", "b", "low"))
+    assert [(p.tensor, p.is_copy, p.kernel.request.sources) for p in joined.concats["y"]] == [
+        ("x", True, (Placement(8, 16),)),
+        ("b", False, (Placement(8, 16),)),
+        ("x", True, (Placement(0, 16),)),
+    ]
     assert not _found(high, _conv("y", "high"), outputs=("y", "high")).slices
     assert not _found(_slice("high", "x", 0, 2), _conv("y", "high")).slices
     assert not _found(high, _conv("y", "high"), families=("cuda",)).slices

@@ -24,7 +24,7 @@ class ConcatPart:
     """One input of a concatenation and the kernel that brings it into the whole buffer.
 
     Attributes:
-        tensor: the input.
+        tensor: the input, or what it is a slice of that is read where it is.
         kernel: the kernel of the layer that makes it, writing in place; or, if ``is_copy``, one that copies it.
         is_copy: whether the tensor exists by itself, because others read it or its kernel cannot write in place.
         makes_buffer: whether its kernel is the first to run: its output is the buffer, which the others get.
@@ -56,20 +56,20 @@ def find_concat_parts(
             continue
         parts: list[ConcatPart | None] = []
         offset = 0
-        for tensor, shape in zip(call.inputs, operator.input_shapes, strict=True):
+        sources = request.sources or (None,) * len(call.inputs)
+        for tensor, shape, source in zip(call.inputs, operator.input_shapes, sources, strict=True):
             placement = Placement(offset, channels)
             offset += shape[-1]
             maker = makers.get(tensor)
             kernel = None
-            if readers[tensor] == 1 and maker is not None and maker.request is not None:
+            if source is None and readers[tensor] == 1 and maker is not None and maker.request is not None:
                 kernel = first_kernel(families, replace(maker.request, placement=placement))
             if kernel is not None:
                 parts.append(ConcatPart(tensor, kernel, is_copy=False))
                 continue
-            copy = first_kernel(
-                families,
-                KernelRequest(Concat((shape,), operator.axis), (request.output,), request.output, placement=placement),
-            )
+            part = Concat((shape,), operator.axis)
+            plain = KernelRequest(part, (request.output,), request.output, placement=placement)
+            copy = first_kernel(families, replace(plain, sources=(source,)) if source is not None else plain)
             parts.append(ConcatPart(tensor, copy, is_copy=True) if copy is not None else None)
         if all(parts) and any(not part.is_copy for part in parts if part is not None):
             found[call.tensor] = _with_first(tuple(part for part in parts if part is not None), calls)

@@ -26,7 +26,7 @@ from tvm_hquant.kernels.interface import (
     Requantization,
     TableConstants,
 )
-from tvm_hquant.kernels.kernel_function import input_shapes
+from tvm_hquant.kernels.kernel_function import activation_types, input_place, input_shapes
 from tvm_hquant.operators import (
     Add,
     AveragePool2D,
@@ -66,6 +66,16 @@ class Case:
         shapes = input_shapes(self.request.operator)
         return [stored_values(rng, s, kind) for s, kind in zip(shapes, self.request.inputs, strict=True)]
 
+    def buffers(self) -> list[Array]:
+        """What the kernel gets for them: where they lie in wider buffers, there are other values around them."""
+        rng, inputs = np.random.default_rng(self.seed + 1), self.inputs()
+        types = zip(activation_types(self.request), self.request.inputs, strict=True)
+        buffers = [stored_values(rng, shape, kind) for (shape, _), kind in types]
+        for number, values in enumerate(inputs):
+            first = input_place(self.request, number).offset
+            buffers[number][..., first : first + values.shape[-1]] = values
+        return buffers
+
 
 def stored_values(rng: np.random.Generator, shape: tuple[int, ...], storage: str) -> Array:
     """Random stored values; floats of many magnitudes, a few of them infinite, NaN, denormal or −0."""
@@ -84,7 +94,7 @@ def run_kernel(kernel: Kernel, case: Case, target: dict[str, str]) -> Array:
     request = case.request
     # What the kernel leaves unwritten shows.
     output = tvm.runtime.tensor(np.full(request.operator.output_shape, 77, STORAGE_DTYPE[request.output]))
-    arguments = [tvm.runtime.tensor(np.ascontiguousarray(a)) for a in (*case.inputs(), *kernel.pack(case.constants))]
+    arguments = [tvm.runtime.tensor(np.ascontiguousarray(a)) for a in (*case.buffers(), *kernel.pack(case.constants))]
     library["kernel"](*arguments, output)
     return output.numpy()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
@@ -9,12 +11,14 @@ from hypothesis import strategies as st
 
 from tests.kernels import anchor_cases as anchors
 from tests.kernels.anchor_cases import in_buffers
+from tests.kernels.kernel_cases import additions, assert_matches_contract, code_unaries, concats, conversions, products
 from tvm_hquant import numerics
 from tvm_hquant.kernels.interface import Interleaving, KernelRequest, Placement
+from tvm_hquant.kernels.kernel_function import input_shapes
 from tvm_hquant.kernels.reference.family import ReferenceFamily
-from tvm_hquant.kernels.registry import ANCHOR_FAMILIES
+from tvm_hquant.kernels.registry import ANCHOR_FAMILIES, families_for_target
 from tvm_hquant.kernels.weightless.family import CommonFamily
-from tvm_hquant.operators import Add, Conv2D, Epilogue, Window
+from tvm_hquant.operators import Add, Conv2D, Epilogue, MaxPool2D, Multiply, Window
 from tvm_hquant.stored_outputs import in_channel_order, in_wider_buffers
 
 _WEIGHTS = {"uint8": "int8", "uint16": "int8", "float32": "float32", "bfloat16": "bfloat16"}
@@ -89,6 +93,22 @@ def test_other_algorithms_read_ranges_of_channels(family: str, storage: str, siz
         assert "sweeps" in names[0]
 
 
+@pytest.mark.parametrize("instruction_set", anchors.FAMILIES)
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_layers_without_weights_read_ranges_of_channels(instruction_set: str, data: st.DataObject) -> None:
+    """Any elementwise layer and concatenation of channels, with one input or both in wider buffers: the contract's bits."""
+    case = data.draw(st.one_of(additions(), conversions(), code_unaries(), products(), concats()))
+    shapes = input_shapes(case.request.operator)
+    sources = tuple(data.draw(placements(shape[-1])) for shape in shapes)
+    assume(any(sources))
+    wide = replace(case, request=replace(case.request, sources=sources))
+    family = next(f for f in families_for_target((instruction_set,)) if isinstance(f, CommonFamily))
+    kernel = family.kernel(wide.request)
+    assume(kernel is not None)
+    assert_matches_contract(kernel, wide, anchors.TARGETS[instruction_set])
+
+
 @pytest.mark.parametrize("storage", ["uint8", "float32"])
 def test_plain_loops_reach_other_buffers(storage: str) -> None:
     """Reference kernels, which C source is made of, read a residual beside it all."""
@@ -124,8 +144,15 @@ def test_what_no_kernel_reaches() -> None:
     stem = Conv2D((1, 13, 13, 3), 32, Window((3, 3), (2, 2)))
     patches = KernelRequest(stem, ("uint8",), "uint8", "int8", sources=(Placement(0, 6),))
     assert ANCHOR_FAMILIES["avx512_vnni"].kernel(patches) is None
-    add = KernelRequest(Add((1, 4, 4, 8)), ("uint8", "uint8"), "uint8", sources=(Placement(0, 9), None))
+    add = KernelRequest(Add((1, 4, 4, 7)), ("uint8", "uint8"), "uint8", sources=(Placement(0, 9), None))
+    assert CommonFamily(4).kernel(add) is not None
     assert CommonFamily(8).kernel(add) is None
+    pool = KernelRequest(MaxPool2D((1, 4, 4, 8), Window((2, 2))), ("uint8",), "uint8", sources=(Placement(0, 9),))
+    assert CommonFamily(8).kernel(pool) is None
+    scale = KernelRequest(
+        Multiply(((1, 4, 4, 8), (1, 1, 1, 1))), ("float32",) * 2, "float32", sources=(Placement(1, 9), None)
+    )
+    assert CommonFamily(8).kernel(scale) is None
     assert ReferenceFamily("cuda").kernel(plain) is None
 
 

@@ -49,13 +49,12 @@ from tvm_hquant.kernels.vector_loops import (
     ARITHMETIC,
     MOVE,
     elements,
-    fitting_lanes,
     flat,
-    flat_loop,
     load,
     store,
     vectors,
 )
+from tvm_hquant.kernels.weightless.element_loops import element_loop, fitting_width, neighbours
 from tvm_hquant.kernels.work import work
 from tvm_hquant.operators import Add, Convert, Unary
 from tvm_hquant.tensor_format import STORAGE_DTYPE
@@ -254,24 +253,23 @@ def _dequantize(request: KernelRequest) -> ElementwiseForm:
 
 
 def elementwise_kernel(request: KernelRequest, lanes: int, processor: Processor = ASSUMED_PROCESSOR) -> Kernel | None:
-    """One loop over the flat tensors, in vectors of ``lanes`` float32; None if the request is not elementwise, or is to be
+    """One loop over the tensors, in vectors of ``lanes`` float32; None if the request is not elementwise, or is to be
     written over an input and vectors overlap."""
     form = elementwise_form(request)
     if form is None:
         return None
-    length = elements(request.operator.output_shape)
-    width = fitting_lanes(length, lanes if form.vectorizes else _UNROLLED)
+    width = fitting_width(request, lanes if form.vectorizes else _UNROLLED)
     vector = width if form.vectorizes else 1
-    if request.overwritten is not None and (request.placement is not None or length % width):
+    if request.overwritten is not None and (request.placement is not None or neighbours(request) % width):
         return None
 
     def emit(inputs: Sequence[Buffer], constants: Sequence[Buffer], output: Buffer) -> None:
         sources, target = [flat(buffer) for buffer in inputs], flat(output)
-        instructions = vectors(length, vector) * form.instructions
-        with flat_loop(length, width, work(request, instructions), processor) as first:
-            for start in (first + offset for offset in range(0, width, vector)):
-                values = [load(buffer, start, vector) for buffer in sources]
-                store(target, start, form.value(LlvmPrimitives(), values, constants), vector)
+        instructions = vectors(elements(request.operator.output_shape), vector) * form.instructions
+        with element_loop(request, width, work(request, instructions), processor) as (starts, first):
+            for offset in range(0, width, vector):
+                values = [load(b, start + offset, vector) for b, start in zip(sources, starts, strict=True)]
+                store(target, first + offset, form.value(LlvmPrimitives(), values, constants), vector)
 
     function = kernel_function(request, form.constants, emit)
     return Kernel(request, f"common.{form.name}[{width}]", function, form.pack)

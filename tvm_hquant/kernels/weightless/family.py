@@ -14,7 +14,7 @@ from tvm_hquant.kernels.weightless.normalization import normalization_kernel
 from tvm_hquant.kernels.weightless.pooling import pool_kernel
 from tvm_hquant.kernels.weightless.resizing import resize_kernel
 from tvm_hquant.kernels.weightless.tables import TableVectors, table_kernel
-from tvm_hquant.operators import AveragePool2D, Concat, MaxPool2D, Movement, Operator
+from tvm_hquant.operators import Add, AveragePool2D, Concat, Convert, MaxPool2D, Movement, Multiply, Operator, Unary
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,9 @@ class CommonFamily:
         """The kernel for a request; None for convolutions, dense and opaque layers, and combinations of storages that no
         precision makes (such as a max-pool that changes its storage)."""
         vector_bytes, processor = 4 * self.lanes, self.processor
-        if (request.placement is not None and not _places(request.operator)) or not request.has_own_buffers:
+        if request.placement is not None and not _places(request.operator):
+            return None
+        if request.interleaved is not None or (request.sources and not self._reads_ranges(request.operator)):
             return None
         of_table = table_kernel(request, self.tables, processor) if self.tables is not None else None
         if request.overwritten is not None:
@@ -60,6 +62,14 @@ class CommonFamily:
             or normalization_kernel(request, self.lanes, processor)
             or group_normalization_kernel(request, self.lanes, processor)
         )
+
+    def _reads_ranges(self, operator: Operator) -> bool:
+        """Whether there are kernels that read the operator's inputs as channels of wider buffers: of fewer than fill a vector,
+        a copy takes less time than elements that are computed pixel by pixel."""
+        if isinstance(operator, Concat):
+            return operator.axis == len(operator.output_shape) - 1
+        fewest = self.lanes if self.tables is None else max(self.lanes, self.tables.widths[0])
+        return isinstance(operator, Add | Multiply | Unary | Convert) and operator.output_shape[-1] >= fewest
 
 
 def _places(operator: Operator) -> bool:

@@ -18,7 +18,7 @@ from tvm_hquant.errors import KernelError
 from tvm_hquant.kernels.constant_arrays import to_arrays
 from tvm_hquant.kernels.convolution.group_interleaving import MOST_GROUPS, interleave_groups
 from tvm_hquant.kernels.interface import Array, FillConstants, Kernel, KernelRequest, LayerConstants, NoConstants
-from tvm_hquant.kernels.kernel_function import ArrayType, Buffer, Emit, kernel_function
+from tvm_hquant.kernels.kernel_function import ArrayType, Buffer, Emit, input_place, kernel_function
 from tvm_hquant.kernels.primitives import Expression, LlvmPrimitives, Primitives, broadcast, convert, narrow
 from tvm_hquant.kernels.processor import ASSUMED_PROCESSOR, Processor
 from tvm_hquant.kernels.vector_loops import (
@@ -199,17 +199,19 @@ def _concat(request: KernelRequest, operator: Concat, copies: _Copies) -> Emit:
     outer, step = elements(shape[:axis]), elements(shape[axis:])
     runs = [elements(part[axis:]) for part in operator.input_shapes]
     starts = [request.output_offset + offset for offset in _offsets(runs)]
+    places = [input_place(request, number) for number in range(len(runs))]
 
     def emit(inputs: Sequence[Buffer], _: Sequence[Buffer], output: Buffer) -> None:
         sources, target = [flat(buffer) for buffer in inputs], flat(output)
         if outer == 1:
-            for source, run, first in zip(sources, runs, starts, strict=True):
+            for source, run, first, place in zip(sources, runs, starts, places, strict=True):
                 with copies.flat(run) as (offset, width):
-                    store(target, offset + first, load(source, offset, width), width)
+                    store(target, offset + first, load(source, offset + place.offset, width), width)
             return
         with copies.rows(outer, sum(copies.instructions(outer, run) for run in runs)) as row:
-            for source, run, first in zip(sources, runs, starts, strict=True):
-                _copy(source, row * run, target, row * step + first, run, copies.lanes)
+            for source, run, first, place in zip(sources, runs, starts, places, strict=True):
+                own = row * (place.channels if axis == len(shape) - 1 else run) + place.offset
+                _copy(source, own, target, row * step + first, run, copies.lanes)
 
     return emit
 

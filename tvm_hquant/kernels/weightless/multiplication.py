@@ -17,8 +17,9 @@ from tvm_hquant.kernels.interface import (
     Kernel,
     KernelRequest,
     NoConstants,
+    Placement,
 )
-from tvm_hquant.kernels.kernel_function import ArrayType, Buffer, kernel_function
+from tvm_hquant.kernels.kernel_function import ArrayType, Buffer, input_place, kernel_function
 from tvm_hquant.kernels.primitives import (
     Expression,
     LlvmPrimitives,
@@ -58,7 +59,10 @@ def multiplication_kernel(
     """Rows of neighbours in vectors of ``lanes`` float32; None for other operators, and for codes times floats."""
     if not isinstance(request.operator, Multiply) or not _is_uniform(request):
         return None
-    geometry = _Rows(request.operator)
+    places = tuple(input_place(request, number) for number in range(2)) if request.sources else ()
+    geometry = _Rows(request.operator, places)
+    if not geometry.reaches_places:
+        return None
     width = fitting_lanes(geometry.run, lanes)
 
     def emit(inputs: Sequence[Buffer], constants: Sequence[Buffer], output: Buffer) -> None:
@@ -130,9 +134,13 @@ def _product(
 
 @dataclass(frozen=True)
 class _Rows:
-    """The output as rows of neighbours, along which every input is either whole or one value."""
+    """The output as rows of neighbours, along which every input is either whole or one value.
+
+    ``places`` are those of the inputs' channels in their buffers, if any of these is wider.
+    """
 
     operator: Multiply
+    places: tuple[Placement, ...] = ()
 
     @property
     def padded(self) -> tuple[Shape, ...]:
@@ -143,6 +151,17 @@ class _Rows:
     @property
     def split(self) -> int:
         """The first axis of a row."""
+        return max(self._first_even_axis, len(self.operator.output_shape) - 1) if self.places else self._first_even_axis
+
+    @property
+    def reaches_places(self) -> bool:
+        """Whether rows are read where they lie: inputs have all channels of a row, or buffers of their own."""
+        last = len(self.operator.output_shape) - 1
+        return not self.places or (self.split == last and all(self.is_full(k) for k in range(len(self.places))))
+
+    @property
+    def _first_even_axis(self) -> int:
+        """The first axis from which on every input is whole, or repeated."""
         shape = self.operator.output_shape
         repeats: dict[int, bool] = {}
         for axis in reversed(range(len(shape))):
@@ -169,6 +188,8 @@ class _Rows:
     def start(self, k: int, row: Expression) -> Expression:
         """Where the values of input ``k`` for a row begin."""
         own, position, step = self.padded[k], T.int32(0), math.prod(self.padded[k][self.split :])
+        if self.places:
+            position, step = T.int32(self.places[k].offset), self.places[k].channels
         for axis in reversed(range(self.split)):
             size = self.operator.output_shape[axis]
             if own[axis] > 1:
