@@ -63,6 +63,30 @@ class _Units:
         return last
 
 
+@I.ir_module
+class _Halves:
+    """One half gates the other; both are joined again with what a convolution makes of one."""
+
+    @R.function
+    def main(
+        x: R.Tensor((1, 5, 5, 6), "float32"),
+        make_weight: R.Tensor((130, 6, 1, 1), "float32"),
+        more_weight: R.Tensor((9, 65, 3, 3), "float32"),
+        last_weight: R.Tensor((3, 204, 1, 1), "float32"),
+    ) -> R.Tensor((1, 5, 5, 3), "float32"):
+        R.func_attr({"num_input": 1})
+        with R.dataflow():
+            made = R.nn.conv2d(x, make_weight, data_layout="NHWC", kernel_layout="OIHW")
+            low = R.strided_slice(made, axes=[3], begin=[0], end=[65])
+            high = R.strided_slice(made, axes=[3], begin=[65], end=[130])
+            gated = R.multiply(low, R.sigmoid(high))
+            more = R.nn.conv2d(high, more_weight, padding=[1, 1, 1, 1], data_layout="NHWC", kernel_layout="OIHW")
+            joined = R.concat((high, more, gated, low), axis=3)
+            last = R.nn.conv2d(joined, last_weight, data_layout="NHWC", kernel_layout="OIHW")
+            R.output(last)
+        return last
+
+
 _EXPECTED = """
 @I.ir_module
 class Expected:
@@ -130,6 +154,18 @@ def test_the_module_keeps_its_outputs(precision: str) -> None:
     assert report.holds
     kernels = {check.layer: check.kernel for check in report.checks}
     assert {kernels[name] for name in ("take_0", "concat_1", "strided_slice_1")} == {IN_PLACE}
+
+
+@pytest.mark.parametrize("precision", ["a8w8", "float32"])
+def test_gates_and_concatenations_read_slices(precision: str) -> None:
+    """Layers without weights read halves where they are, and so do copies into the buffer of a concatenation."""
+    session = new_session(partition_layers()(with_weights(_Halves, ["y"])))
+    report = verify_artifact(compile_artifact(session.mod, uniform_plan(session, precision), session.spec))
+    assert report.holds
+    kernels = {check.layer: check.kernel for check in report.checks}
+    assert {kernels[name] for name in ("strided_slice_0", "strided_slice_1")} == {IN_PLACE}
+    if precision == "float32":
+        assert kernels["concat_0"] == IN_PLACE
 
 
 def test_the_check_finds_kernels_that_store_something_else() -> None:

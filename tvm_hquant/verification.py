@@ -118,7 +118,7 @@ def verify_artifact(
     plan, program = artifact_program(artifact)
     library = DeployedLibrary(artifact, rpc)
     stored = library.stored_outputs(program)
-    kernels = dict(stored.kernels)
+    kernels = {key: kernel for key, kernel in stored.kernels.items() if key not in stored.concats}
     in_place = {*stored.concats, *stored.names}
     for step in program.steps:
         if step.request is not None and not is_view(step.request) and step.key not in (*kernels, *in_place):
