@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from tvm_hquant.kernels.interface import KernelRequest
 from tvm_hquant.kernels.kernel_function import input_place
 from tvm_hquant.kernels.primitives import Expression
-from tvm_hquant.kernels.processor import Processor
+from tvm_hquant.kernels.processor import Processor, Work
 from tvm_hquant.kernels.vector_loops import elements, fitting_lanes, flat_loop, row_loop, vector_loop
 
 
@@ -21,7 +21,7 @@ def neighbours(request: KernelRequest) -> int:
 
 @contextmanager
 def element_loop(
-    request: KernelRequest, width: int, work: float, processor: Processor
+    request: KernelRequest, width: int, work: Work, processor: Processor
 ) -> Iterator[tuple[Sequence[Expression], Expression]]:
     """Goes over vectors of ``width`` elements; where they start in each input and in the output, flat.
 
