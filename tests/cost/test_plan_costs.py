@@ -97,6 +97,18 @@ def test_exact_time_is_the_sum_of_what_runs() -> None:
     assert plan_costs(session, candidates("branches"), "latency").total(plan) == pytest.approx(expected)
 
 
+def test_pairs_are_looked_at_when_they_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protects what needs no model, such as one precision everywhere, from the time that it takes to make one."""
+    session, asked = shared_session("branches"), []
+    monkeypatch.setattr("tvm_hquant.cost.plan_costs.neighbours", lambda graph: asked.append(graph) or neighbours(graph))
+    costs = plan_costs(session, candidates("branches"), "latency")
+    costs.total(dict.fromkeys(BRANCHES, PRECISIONS[0]))
+    assert not asked
+    assert costs.pairs
+    assert len(costs.pairs) == len(dict(costs.pairs))
+    assert len(asked) == 1
+
+
 def test_measured_times_take_the_place_of_predicted_ones() -> None:
     """Where a kernel was timed, its time counts, and nothing else changes."""
     session = shared_session("residual")

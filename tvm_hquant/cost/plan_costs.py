@@ -19,9 +19,10 @@ without weights, and layers that read one tensor.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from functools import lru_cache
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache, lru_cache
 from itertools import pairwise
+from typing import TypeVar
 
 from tvm_hquant.cost.predicted import predicted_cycles, weight_bytes
 from tvm_hquant.errors import SearchError
@@ -34,6 +35,8 @@ from tvm_hquant.session import QuantizationSession
 from tvm_hquant.tensor_format import float_format
 
 OBJECTIVES = ("latency", "size", "macs")
+_Key = TypeVar("_Key")
+_Value = TypeVar("_Value", covariant=True)
 
 
 def plan_costs(
@@ -142,23 +145,44 @@ class _Changes:
 
 
 def _expanded(session: QuantizationSession, candidates: Mapping[str, tuple[str, ...]], latency: _Latency) -> CostModel:
+    """The model, whose parts are computed when they are read: who knows what to ask for needs the exact cost alone."""
     base = {layer: precisions[0] for layer, precisions in candidates.items()}
-    of_base = latency.of(base)
     changes = _Changes(session, latency, base)
-    added = {
-        (n, p): changes.added({n: p}) if p != base[n] else 0.0
-        for n, precisions in candidates.items()
-        for p in precisions
-    }
-    pairs = {}
-    for first, second in neighbours(session.graph):
-        if first in candidates and second in candidates:
-            extra = _pair(base, first, second, candidates, added, changes.added)
-            if extra:
-                pairs[first, second] = extra
     own = {layer: latency.of_layer(layer, precision) for layer, precision in base.items()}
-    layers = {(n, p): own[n] + more for (n, p), more in added.items()}
-    return CostModel(layers, pairs, of_base - sum(own.values()), latency.of)
+
+    @cache
+    def added() -> dict[LayerPrecision, float]:
+        return {
+            (n, p): changes.added({n: p}) if p != base[n] else 0.0
+            for n, precisions in candidates.items()
+            for p in precisions
+        }
+
+    def layers() -> dict[LayerPrecision, float]:
+        return {(n, p): own[n] + more for (n, p), more in added().items()}
+
+    def pairs() -> dict[tuple[str, str], dict[tuple[str, str], float]]:
+        both = [pair for pair in neighbours(session.graph) if all(name in candidates for name in pair)]
+        found = {pair: _pair(base, *pair, candidates, added(), changes.added) for pair in both}
+        return {pair: extra for pair, extra in found.items() if extra}
+
+    return CostModel(_Computed(layers), _Computed(pairs), latency.of(base) - sum(own.values()), latency.of)
+
+
+class _Computed(Mapping[_Key, _Value]):
+    """A mapping that is computed when something is read of it for the first time."""
+
+    def __init__(self, compute: Callable[[], Mapping[_Key, _Value]]) -> None:
+        self._content = cache(compute)
+
+    def __getitem__(self, key: _Key) -> _Value:
+        return self._content()[key]
+
+    def __iter__(self) -> Iterator[_Key]:
+        return iter(self._content())
+
+    def __len__(self) -> int:
+        return len(self._content())
 
 
 def _pair(

@@ -39,11 +39,12 @@ def _asks_for_processor(family: KernelFamily | ProcessorFamily) -> TypeGuard[Pro
     return hasattr(family, "on")
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=4096)
 def family_kernel(family: KernelFamily, request: KernelRequest) -> Kernel | None:
     """What a family has for a request.
 
-    Passes, the simulator and the check of artifacts ask for the same kernels again: each is made once.
+    Passes, the simulator and the check of artifacts ask for the same kernels again, one after the other: each is made once,
+    where all of a network fit. A layer of DenseNet-121 asks three families on average, for float32 and for codes.
     """
     return family.kernel(request)
 

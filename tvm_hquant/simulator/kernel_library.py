@@ -25,12 +25,13 @@ class Library(NamedTuple):
 
 
 def built_kernels(kernels: Sequence[Kernel], target: Any) -> Any:
-    """An executable that holds kernels alone, by their symbols.
+    """An executable that holds kernels alone, by their symbols. What calls them gives each the arrays that it is for.
 
     Raises:
         ToolchainError: TVM cannot generate code for them.
     """
-    return build_module(simulate_quantization(kernels)(IRModule()), target, "this machine")
+    module = simulate_quantization(kernels)(IRModule())
+    return build_module(module, target, "this machine", checks_arguments=False)
 
 
 def exported(executable: Any) -> bytes:
