@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +14,10 @@ from tvm_hquant.kernels.primitives import Expression
 
 GROUPS = 4
 """Vectors of words, or of 32-bit sums, that hold the channels of a vector of bytes."""
+
+
+_BLOCK_COST = 16
+"""What a block of channels costs beside its bytes, in bytes: loads of constants, loops."""
 
 
 class CodeVectors(Protocol):
@@ -101,3 +105,15 @@ class CodeClamp(Protocol):
 
     def codes(self, low: Expression, high: Expression) -> Expression:
         """uint8 codes of two vectors of :meth:`half`."""
+
+
+Vectors = TypeVar("Vectors", bound=CodeVectors)
+
+
+def fitting_vectors(candidates: Sequence[Vectors], channels: int) -> Vectors | None:
+    """Those that take so many channels in the least time, if the last block may overlap the one before it.
+
+    None if there are too few channels for any.
+    """
+    fitting = [v for v in candidates if v.width <= channels]
+    return min(fitting, key=lambda v: -(-channels // v.width) * (v.width + _BLOCK_COST), default=None)

@@ -22,7 +22,7 @@ from tvm_hquant.kernels.kernel_function import Buffer, input_place, kernel_funct
 from tvm_hquant.kernels.primitives import Expression, LlvmPrimitives, broadcast
 from tvm_hquant.kernels.processor import ASSUMED_PROCESSOR, Processor
 from tvm_hquant.kernels.vector_loops import flat, load, store
-from tvm_hquant.kernels.word_vectors import GROUPS, WordVectors
+from tvm_hquant.kernels.word_vectors import GROUPS, WordVectors, fitting_vectors
 from tvm_hquant.kernels.work import work
 from tvm_hquant.operators import Conv2D
 
@@ -30,8 +30,6 @@ _WORD_ROWS = 4
 """Rows of a word."""
 _ROW_ORDER = (0, 2, 1, 3)
 """Which of four rows each code of a word is from, as ``saturation_free_pairs`` has the pairs."""
-_BLOCK_COST = 16
-"""What a block costs beside its bytes, in bytes: loads of constants, loops."""
 _MOST_PRODUCTS = 96
 """Products of one group of channels that are written out for a tile."""
 
@@ -49,11 +47,10 @@ def interleaved_depthwise_kernel(
     conv = request.operator
     assert isinstance(conv, Conv2D)
     window_elements = conv.window.kernel[0] * conv.window.kernel[1]
-    fitting = [v for v in candidates if v.width <= conv.in_channels and window_elements <= v.most_products]
+    vectors = fitting_vectors([v for v in candidates if window_elements <= v.most_products], conv.in_channels)
     is_plain = request.inputs == ("uint8",) and request.output == "uint8" and request.weight_points == 1
-    if not (is_plain and request.weights == "int8" and fitting):
+    if not is_plain or request.weights != "int8" or vectors is None:
         return None
-    vectors = min(fitting, key=lambda v: -(-conv.in_channels // v.width) * (v.width + _BLOCK_COST))
     geometry = InterleavedGeometry(conv, vectors)
     dtype = vectors.weight_dtype
     lanes, copies = len(geometry.channel_rows), geometry.offset_copies

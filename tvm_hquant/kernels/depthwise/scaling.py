@@ -23,12 +23,9 @@ from tvm_hquant.kernels.kernel_function import Buffer, input_place, kernel_funct
 from tvm_hquant.kernels.primitives import Expression, LlvmPrimitives
 from tvm_hquant.kernels.processor import ASSUMED_PROCESSOR, Processor
 from tvm_hquant.kernels.vector_loops import ARITHMETIC, flat, flat_loop, load
-from tvm_hquant.kernels.word_vectors import GROUPS, CodeVectors
+from tvm_hquant.kernels.word_vectors import GROUPS, CodeVectors, fitting_vectors
 from tvm_hquant.kernels.work import work
 from tvm_hquant.operators import Conv2D, Window
-
-_BLOCK_COST = 16
-"""What a block costs beside its bytes, in bytes: loads of constants, loops."""
 
 
 def scaling_kernel(
@@ -44,12 +41,11 @@ def scaling_kernel(
     """
     conv = request.operator
     assert isinstance(conv, Conv2D)
-    fitting = [v for v in candidates if v.width <= conv.in_channels]
+    vectors = fitting_vectors(candidates, conv.in_channels)
     stored = {*request.inputs, request.output}
     is_plain = stored == {"uint8"} and request.weights == "int8" and request.weight_points == 1
-    if not (is_plain and conv.window == Window((1, 1)) and fitting):
+    if not is_plain or conv.window != Window((1, 1)) or vectors is None:
         return None
-    vectors = min(fitting, key=lambda v: -(-conv.in_channels // v.width) * (v.width + _BLOCK_COST))
     packing = _Packing(conv.in_channels, vectors)
     lanes = len(packing.channel_rows)
     types = integer_array_types(lanes, "float32", lanes, 1, 1, "int32")

@@ -21,9 +21,8 @@ from tvm_hquant.kernels.instruction_set import Host, InstructionSet
 from tvm_hquant.kernels.interface import KernelRequest
 from tvm_hquant.kernels.primitives import Expression, convert
 from tvm_hquant.kernels.processor import Processor
-from tvm_hquant.kernels.weightless.family import CommonFamily
-from tvm_hquant.kernels.x86.byte_tables import ByteTables
 from tvm_hquant.kernels.x86.byte_vectors import WordProduct
+from tvm_hquant.kernels.x86.common_family import common_family
 from tvm_hquant.operators import Conv2D
 
 _LANES = 8
@@ -181,7 +180,7 @@ def _is_faster_transformed(request: KernelRequest, processor: Processor) -> bool
 INSTRUCTION_SET = InstructionSet(
     (
         AnchorFamily("avx2", _dot, _LANES, _word_product, (16, 32), winograd=_is_faster_transformed),
-        CommonFamily(_LANES, ByteTables((16, 32))),
+        common_family(_LANES),
     ),
     frozenset({"avx2", "fma"}),
     host=Host("x86_64", "x86-64-avx2", "x86-64-v3"),

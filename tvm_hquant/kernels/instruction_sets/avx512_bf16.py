@@ -22,8 +22,7 @@ from tvm_hquant.kernels.instruction_set import Host, InstructionSet
 from tvm_hquant.kernels.interface import KernelRequest
 from tvm_hquant.kernels.kernel_function import Buffer
 from tvm_hquant.kernels.primitives import Expression, broadcast, vector_type
-from tvm_hquant.kernels.weightless.family import CommonFamily
-from tvm_hquant.kernels.x86.byte_tables import ByteTables
+from tvm_hquant.kernels.x86.common_family import common_family
 from tvm_hquant.operators import Conv2D, Dense
 
 _LANES = 16
@@ -95,7 +94,7 @@ def _dot(request: KernelRequest) -> DotProduct | None:
 
 
 INSTRUCTION_SET = InstructionSet(
-    (AnchorFamily("avx512_bf16", _dot, _LANES), CommonFamily(_LANES, ByteTables((16, 32, 64)))),
+    (AnchorFamily("avx512_bf16", _dot, _LANES), common_family(_LANES)),
     frozenset({"avx512f", "avx512bw", "avx512vl", "avx512_bf16"}),
     host=Host("x86_64", "x86-64-avx512-bf16", "x86-64-v4", ("+avx512vnni", "+avx512bf16")),
     preference=50,

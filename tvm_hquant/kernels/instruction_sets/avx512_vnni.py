@@ -15,8 +15,7 @@ from tvm_hquant.kernels.dot_product import DotProduct, FloatDot, RepeatedOperand
 from tvm_hquant.kernels.instruction_set import Host, InstructionSet
 from tvm_hquant.kernels.interface import KernelRequest
 from tvm_hquant.kernels.primitives import Expression
-from tvm_hquant.kernels.weightless.family import CommonFamily
-from tvm_hquant.kernels.x86.byte_tables import ByteTables
+from tvm_hquant.kernels.x86.common_family import common_family
 from tvm_hquant.operators import Conv2D
 
 _LANES = 16
@@ -94,10 +93,7 @@ def _dot(request: KernelRequest) -> DotProduct:
 
 
 INSTRUCTION_SET = InstructionSet(
-    (
-        AnchorFamily("avx512_vnni", _dot, _LANES, lambda _: "vpdpbusd", (16, 32, 64)),
-        CommonFamily(_LANES, ByteTables((16, 32, 64))),
-    ),
+    (AnchorFamily("avx512_vnni", _dot, _LANES, lambda _: "vpdpbusd", (16, 32, 64)), common_family(_LANES)),
     frozenset({"avx512f", "avx512bw", "avx512vl", "avx512_vnni"}),
     host=Host("x86_64", "x86-64-avx512-vnni", "x86-64-v4", ("+avx512vnni",)),
     preference=40,

@@ -12,8 +12,7 @@ from tvm_hquant.kernels.dot_product import DotProduct
 from tvm_hquant.kernels.instruction_set import Host, InstructionSet
 from tvm_hquant.kernels.instruction_sets.avx512_vnni import VnniDot
 from tvm_hquant.kernels.interface import KernelRequest
-from tvm_hquant.kernels.weightless.family import CommonFamily
-from tvm_hquant.kernels.x86.byte_tables import ByteTables
+from tvm_hquant.kernels.x86.common_family import common_family
 
 _LANES = 8
 _REGISTERS = 16
@@ -26,10 +25,7 @@ def _dot(request: KernelRequest) -> DotProduct | None:
 
 
 INSTRUCTION_SET = InstructionSet(
-    (
-        AnchorFamily("avx_vnni", _dot, _LANES, lambda _: "vpdpbusd", (16, 32)),
-        CommonFamily(_LANES, ByteTables((16, 32))),
-    ),
+    (AnchorFamily("avx_vnni", _dot, _LANES, lambda _: "vpdpbusd", (16, 32)), common_family(_LANES)),
     frozenset({"avx2", "fma", "avx_vnni"}),
     host=Host("x86_64", "x86-64-avx-vnni", "x86-64-v3", ("+avxvnni",)),
     preference=30,

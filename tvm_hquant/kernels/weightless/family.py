@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from tvm_hquant.kernels.interface import Kernel, KernelRequest
 from tvm_hquant.kernels.processor import ASSUMED_PROCESSOR, Processor
 from tvm_hquant.kernels.weightless.elementwise import elementwise_kernel
+from tvm_hquant.kernels.weightless.gating import gating_kernel
 from tvm_hquant.kernels.weightless.group_normalization import group_normalization_kernel
 from tvm_hquant.kernels.weightless.movement import movement_kernel
 from tvm_hquant.kernels.weightless.multiplication import multiplication_kernel
@@ -14,6 +15,7 @@ from tvm_hquant.kernels.weightless.normalization import normalization_kernel
 from tvm_hquant.kernels.weightless.pooling import pool_kernel
 from tvm_hquant.kernels.weightless.resizing import resize_kernel
 from tvm_hquant.kernels.weightless.tables import TableVectors, table_kernel
+from tvm_hquant.kernels.word_vectors import CodeVectors
 from tvm_hquant.operators import Add, AveragePool2D, Concat, Convert, MaxPool2D, Movement, Multiply, Operator, Unary
 
 
@@ -26,11 +28,13 @@ class CommonFamily:
         lanes: float32 values in a vector register: 16 with AVX-512, 8 with AVX2, 4 with NEON. Any LLVM target computes the
             same with any power of two; the wrong one is only slower.
         tables: vectors that are looked up in tables; None where codes are, one by one.
+        codes: vectors of bytes in which maps of codes are multiplied by gates.
         processor: that work is cut for.
     """
 
     lanes: int = 8
     tables: TableVectors | None = None
+    codes: tuple[CodeVectors, ...] = ()
     processor: Processor = ASSUMED_PROCESSOR
 
     def on(self, processor: Processor) -> CommonFamily:
@@ -55,6 +59,7 @@ class CommonFamily:
         return (
             of_table
             or elementwise_kernel(request, self.lanes, processor)
+            or gating_kernel(request, self.codes, processor)
             or multiplication_kernel(request, self.lanes, processor)
             or pool_kernel(request, vector_bytes, processor)
             or movement_kernel(request, vector_bytes, processor)
