@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kernel_cases import Case, assert_matches_contract, seeds
 
-from tvm_hquant.kernels.interface import IntegerElementwiseConstants, KernelRequest, Requantization
+from tvm_hquant.kernels.interface import IntegerElementwiseConstants, KernelRequest, Placement, Requantization
 from tvm_hquant.kernels.processor import ASSUMED_PROCESSOR
 from tvm_hquant.kernels.registry import host_instruction_sets
 from tvm_hquant.kernels.weightless.gating import gating_kernel
@@ -39,10 +39,12 @@ def vectors(instruction_set: str) -> list[ByteVectors]:
     gate=st.sampled_from(["images", "one", "flat"]),
     gated=st.integers(0, 1),
     cores=st.sampled_from([1, 4]),
+    places=st.sampled_from([None, (3, 0), (0, 5)]),
     seed=seeds,
 )
-def test_gates_match_the_contract(instruction_set, images, size, channels, gate, gated, cores, seed) -> None:
-    """Any shapes, either order of the inputs, gates for each image or one for all; values beyond the codes are cut off."""
+def test_gates_match_the_contract(instruction_set, images, size, channels, gate, gated, cores, places, seed) -> None:
+    """Any shapes, either order of the inputs, gates for each image or one for all, in buffers of their own or wider ones;
+    values beyond the codes are cut off."""
     rng = np.random.default_rng(seed)
     factors = {"images": (images, 1, 1, channels), "one": (1, 1, 1, channels), "flat": (channels,)}[gate]
     shapes = [factors, factors]
@@ -52,7 +54,8 @@ def test_gates_match_the_contract(instruction_set, images, size, channels, gate,
     end = Requantization(float(limits[0] - zero_point), float(limits[1] - zero_point), zero_point)
     multiplier = np.float32(10.0 ** rng.uniform(-4, 1))
     zero_points = tuple(int(z) for z in rng.integers(0, 256, 2))
-    request = KernelRequest(Multiply((shapes[0], shapes[1])), ("uint8", "uint8"), "uint8")
+    sources = tuple(Placement(offset, channels + 7) for offset in places) if places else ()
+    request = KernelRequest(Multiply((shapes[0], shapes[1])), ("uint8", "uint8"), "uint8", sources=sources)
     kernel = gating_kernel(request, vectors(instruction_set), replace(ASSUMED_PROCESSOR, cores=cores))
     constants = IntegerElementwiseConstants(zero_points, (multiplier,), end)
     assert_matches_contract(kernel, Case(request, constants, seed), TARGETS[instruction_set])
