@@ -51,7 +51,7 @@ class CommonFamily:
         vector_bytes, processor = 4 * self.lanes, self.processor
         if request.placement is not None and not _places(request.operator):
             return None
-        if request.interleaved is not None or (request.sources and not self._reads_ranges(request.operator)):
+        if request.interleaved is not None or (request.sources and not self._reads_ranges(request)):
             return None
         of_table = table_kernel(request, self.tables, processor) if self.tables is not None else None
         if request.overwritten is not None:
@@ -68,13 +68,18 @@ class CommonFamily:
             or group_normalization_kernel(request, self.lanes, processor)
         )
 
-    def _reads_ranges(self, operator: Operator) -> bool:
-        """Whether there are kernels that read the operator's inputs as channels of wider buffers: of fewer than fill a vector,
-        a copy takes less time than elements that are computed pixel by pixel."""
+    def _reads_ranges(self, request: KernelRequest) -> bool:
+        """Whether there are kernels that read the inputs of a request as channels of wider buffers.
+
+        Not where these fill no vector, and not for functions that are looked up: pixel by pixel they take as long as over a
+        copy, or longer.
+        """
+        operator = request.operator
         if isinstance(operator, Concat):
             return operator.axis == len(operator.output_shape) - 1
-        fewest = self.lanes if self.tables is None else max(self.lanes, self.tables.widths[0])
-        return isinstance(operator, Add | Multiply | Unary | Convert) and operator.output_shape[-1] >= fewest
+        is_table = isinstance(operator, Unary) and request.inputs == ("uint8",)
+        is_elementwise = isinstance(operator, Add | Multiply | Unary | Convert) and not is_table
+        return is_elementwise and operator.output_shape[-1] >= self.lanes
 
 
 def _places(operator: Operator) -> bool:

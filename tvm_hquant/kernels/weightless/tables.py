@@ -15,8 +15,7 @@ from tvm_hquant.kernels.interface import Array, Kernel, KernelRequest, LayerCons
 from tvm_hquant.kernels.kernel_function import Buffer, kernel_function
 from tvm_hquant.kernels.primitives import Expression
 from tvm_hquant.kernels.processor import ASSUMED_PROCESSOR, Processor
-from tvm_hquant.kernels.vector_loops import elements, flat, load, store, vectors
-from tvm_hquant.kernels.weightless.element_loops import element_loop, neighbours
+from tvm_hquant.kernels.vector_loops import elements, flat, flat_loop, load, store, vectors
 from tvm_hquant.kernels.weightless.elementwise import elementwise_form
 from tvm_hquant.kernels.work import work
 from tvm_hquant.operators import Unary
@@ -45,11 +44,11 @@ class TableVectors(Protocol):
 def table_kernel(
     request: KernelRequest, tables: TableVectors, processor: Processor = ASSUMED_PROCESSOR
 ) -> Kernel | None:
-    """One loop over the tensor; None for other operators and storages, for tensors that fill no vector, and for those that
+    """One loop over the flat tensor; None for other operators and storages, for tensors that fill no vector, and for those that
     are written over their input if all vectors overlap: some codes would be looked up twice."""
     if not isinstance(request.operator, Unary) or (*request.inputs, request.output) != ("uint8", "uint8"):
         return None
-    length = neighbours(request)
+    length = elements(request.operator.shape)
     reads_once = request.overwritten is not None
     fitting = [width for width in tables.widths if width <= length and not (reads_once and length % width)]
     if not fitting or (reads_once and request.placement is not None):
@@ -64,8 +63,8 @@ def table_kernel(
 
     def emit(inputs: Sequence[Buffer], constants: Sequence[Buffer], output: Buffer) -> None:
         source, target = flat(inputs[0]), flat(output)
-        in_all = work(request, vectors(elements(request.operator.output_shape), width) * tables.instructions)
-        with element_loop(request, width, in_all, processor) as ((at,), start):
-            store(target, start, tables.look_up(constants[0], load(source, at, width)), width)
+        in_all = work(request, vectors(length, width) * tables.instructions)
+        with flat_loop(length, width, in_all, processor) as start:
+            store(target, start, tables.look_up(constants[0], load(source, start, width)), width)
 
     return Kernel(request, f"common.{form.name}[{width}]", kernel_function(request, form.constants, emit), pack)
