@@ -4,12 +4,12 @@ The roofline model (Williams, Waterman and Patterson, "Roofline: an insightful v
 architectures", CACM 52(4), 2009): a kernel takes at least as long as its arithmetic at the unit's rate, and as its memory
 traffic at the memory's bandwidth. Only what cannot stay in the last-level cache from one call to the next counts as traffic:
 the weights if those of the whole network exceed it, activations that exceed it alone. The unit's rate is the peak that the spec
-names, at the clock that this machine has, if the spec describes machines of its kind.
+names, at the clock that this machine has and with its memory, if the spec describes machines of its kind; products with padding
+need not be computed.
 """
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
 from collections.abc import Iterable, Mapping
@@ -17,20 +17,19 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
-import numpy as np
 import numpy.typing as npt
 
 from tvm_hquant.concat_parts import part_name
 from tvm_hquant.errors import ArtifactError, PrecisionError
 from tvm_hquant.kernel_graph import IN_PLACE
 from tvm_hquant.kernels.interface import KernelRequest
-from tvm_hquant.kernels.kernel_function import input_shapes
-from tvm_hquant.operators import AveragePool2D, Concat, Conv2D, Dense, MaxPool2D, Movement, Opaque
+from tvm_hquant.operators import Concat
 from tvm_hquant.runtime import Artifact
 from tvm_hquant.simulator.program import Program, Step
+from tvm_hquant.step_work import activation_bytes, operations, rated, share_on_map, weight_bytes
 from tvm_hquant.target_spec import TargetSpec, read_target_spec
 from tvm_hquant.target_spec.core_probe import measure_core
-from tvm_hquant.tensor_format import STORAGE_DTYPE
+from tvm_hquant.target_spec.detect import cache_fields, copy_bandwidth_gb_per_s
 from tvm_hquant.verification import artifact_program, random_inputs
 
 Array = npt.NDArray[Any]
@@ -141,7 +140,7 @@ def profile_artifact(
         DataError: the sample does not fit.
     """
     plan, program = artifact_program(artifact)
-    spec = _at_this_clock(read_target_spec(artifact.manifest["target"]["spec"], "the artifact's target spec"))
+    spec = _on_this_machine(read_target_spec(artifact.manifest["target"]["spec"], "the artifact's target spec"))
     sample = artifact.checked_inputs(inputs if inputs is not None else random_inputs(artifact.manifest, plan)[0])
     steps = called_steps(program, artifact.manifest)
     timed = _timed_calls(artifact, sample, repeat)
@@ -151,7 +150,7 @@ def profile_artifact(
             "one compilation; compile the model again"
         )
     whole = 1e6 * statistics.median(artifact.time(sample, repeat))
-    roof = Roof(spec, {n: d.precision for n, d in plan.layers.items()}, threads, sum(map(_weight_bytes, program.steps)))
+    roof = Roof(spec, {n: d.precision for n, d in plan.layers.items()}, threads, sum(map(weight_bytes, program.steps)))
     kernels = tuple(roof.kernel(*called, microseconds) for called, microseconds in zip(steps, timed, strict=True))
     return NetworkProfile(
         str(artifact.manifest["model"]),
@@ -164,13 +163,15 @@ def profile_artifact(
     )
 
 
-def _at_this_clock(spec: TargetSpec) -> TargetSpec:
-    """The spec with the clock that this machine has now, if it is such a machine; else as it is."""
+def _on_this_machine(spec: TargetSpec) -> TargetSpec:
+    """The spec with the clock that this machine has now, and its memory, if it is such a machine; else as it is."""
     target = spec.tvm_target()
     if target.kind.name != "llvm" or not spec.is_timed_here():
         return spec
     clock = measure_core(target, max(unit.channel_alignment for unit in spec.units)).clock_ghz
-    return spec.at_clocks({unit.name: clock for unit in spec.units})
+    bandwidth = max(spec.memory.bandwidth_gb_per_s, copy_bandwidth_gb_per_s())
+    memory = spec.memory.model_copy(update={**cache_fields(), "bandwidth_gb_per_s": bandwidth})
+    return spec.at_clocks({unit.name: clock for unit in spec.units}).model_copy(update={"memory": memory})
 
 
 def called_steps(program: Program, manifest: Mapping[str, Any]) -> list[tuple[Step, str]]:
@@ -259,7 +260,7 @@ class Roof:
 
     def kernel(self, step: Step, kernel_name: str, microseconds: float) -> KernelProfile:
         """The profile of one call."""
-        activations, weights = _activation_bytes(step), _weight_bytes(step)
+        activations, weights = activation_bytes(step), weight_bytes(step)
         if step.layer is None:
             assert step.request is not None
             operator, precision = "convert", f"{step.request.inputs[0]} → {step.request.output}"
@@ -276,8 +277,8 @@ class Roof:
             precision,
             kernel_name,
             microseconds,
-            _operations(step),
-            _rated(step),
+            operations(step),
+            rated(step),
             activations + weights,
             None if compute is None else "memory" if memory > compute else "compute",
             None if compute is None else 1e6 * max(memory, compute),
@@ -305,67 +306,9 @@ class Roof:
             source, destination = storages if storages[0] != storages[1] else ("uint8", "int8")
             rate = self.spec.conversion_peak_per_cycle(source, destination)
             unit = max(self.spec.units, key=lambda u: u.clock_ghz)
-            return _rated(step) / (rate * unit.clock_ghz * 1e9 * min(self.threads, unit.count))
+            return rated(step) / (rate * unit.clock_ghz * 1e9 * min(self.threads, unit.count))
         try:
-            return _rated(step) / self.spec.peak_per_second(precision, step.layer.operator_kind, self.threads)
+            peak = self.spec.peak_per_second(precision, step.layer.operator_kind, self.threads)
+            return rated(step) * share_on_map(step.layer.operator) / peak
         except PrecisionError:
             return None
-
-
-def _rated(step: Step) -> int:
-    if step.layer is not None and (step.layer.macs or isinstance(step.layer.operator, Opaque)):
-        return step.layer.macs
-    assert step.request is not None
-    return math.prod(step.request.operator.output_shape)
-
-
-def _operations(step: Step) -> int:
-    if step.layer is not None and step.layer.macs:
-        return 2 * step.layer.macs
-    operator = step.request.operator if step.request is not None else None
-    window = operator.window.kernel if isinstance(operator, MaxPool2D | AveragePool2D) else ()
-    return _rated(step) * math.prod(window)
-
-
-def _activation_bytes(step: Step) -> int:
-    if step.request is None:
-        assert step.layer is not None
-        assert isinstance(step.layer.operator, Opaque)
-        shapes = [*step.layer.operator.input_shapes, step.layer.operator.output_shape]
-        return sum(map(math.prod, shapes)) * np.dtype("float32").itemsize
-    request = step.request
-    _, *others = input_shapes(request.operator)
-    elements = [_elements_read(request), *map(math.prod, others), math.prod(request.operator.output_shape)]
-    storages = [*request.inputs, request.output]
-    return sum(n * np.dtype(STORAGE_DTYPE[storage]).itemsize for n, storage in zip(elements, storages, strict=True))
-
-
-def _elements_read(request: KernelRequest) -> int:
-    """Of the first input: without pixels between strides, and without what is cut off."""
-    match request.operator:
-        case Movement(function="strided_slice" | "take" | "depth_to_space"):
-            return math.prod(request.operator.output_shape)
-        case Conv2D() | MaxPool2D() | AveragePool2D() as operator:
-            batch, height, width, channels = operator.input_shape
-            window, sizes = operator.window, operator.output_shape[1:3]
-            axes = zip(window.kernel, window.strides, window.padding[:2], window.dilation, strict=True)
-            read = [_positions_read(*a, *s) for a, *s in zip(axes, (height, width), sizes, strict=True)]
-            return batch * channels * math.prod(read)
-        case operator:
-            return math.prod(input_shapes(operator)[0])
-
-
-def _positions_read(kernel: int, stride: int, before: int, dilation: int, size: int, output: int) -> int:
-    """Of an axis of a map, how many lie in some window."""
-    read = {o * stride - before + k * dilation for o in range(output) for k in range(kernel)}
-    return len(read & set(range(size)))
-
-
-def _weight_bytes(step: Step) -> int:
-    """Bytes of an anchor's weights as its kernel reads them: a byte for each code, whatever its width."""
-    if step.request is None or not isinstance(step.request.operator, (Conv2D, Dense)):
-        return 0
-    sizes = {"int8": 1, "float32": 4}
-    return (
-        math.prod(step.request.operator.weight_shape) * step.request.weight_points * sizes.get(step.request.weights, 2)
-    )
