@@ -18,6 +18,7 @@ from kernel_cases import (
     FLOATS,
     Case,
     assert_matches_contract,
+    elementwise_constants,
     run_kernel,
     seeds,
     shapes,
@@ -49,10 +50,12 @@ from tvm_hquant.operators import (
     MaxPool2D,
     Movement,
     Opaque,
+    Resize2D,
     Softmax,
     Unary,
     Window,
 )
+from tvm_hquant.relax_ir.describe import resize_positions
 
 LANES = {"avx512_vnni": 16, "avx2": 8}
 TARGETS = {
@@ -126,6 +129,28 @@ def test_parallel_loops_cover_large_tensors(shape: tuple[int, ...], instruction_
         unary_case("tanh", shape, "float32", "float32", 4),
     ):
         check(case, instruction_set)
+
+
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+@few
+@given(
+    shape=st.tuples(st.integers(1, 2), st.integers(2, 6), st.integers(1, 5), st.integers(1, 40)),
+    size=st.tuples(st.integers(9, 40), st.integers(1, 13)),
+    mode=st.sampled_from(["half_pixel", "asymmetric", "align_corners"]),
+    storages=st.sampled_from(
+        [("uint8", "uint8"), ("uint16", "float32"), ("float32", "float32"), ("float16", "bfloat16")]
+    ),
+    seed=seeds,
+)
+def test_enlarged_maps_match_the_contract(instruction_set, shape, size, mode, storages, seed) -> None:
+    """Rows that many rows of the output lie between are resized once: no row is left out, none is taken for another."""
+    rows, columns = (resize_positions(mode, shape[axis + 1], size[axis]) for axis in (0, 1))
+    assert rows is not None
+    assert columns is not None
+    request = KernelRequest(Resize2D(shape, size, rows, columns), storages[:1], storages[1])
+    is_integer = storages[0].startswith("uint")
+    rng = np.random.default_rng(seed)
+    check(Case(request, elementwise_constants(request, rng) if is_integer else NoConstants(), seed), instruction_set)
 
 
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)

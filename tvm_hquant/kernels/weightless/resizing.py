@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from tvm.tirx.script import builder as T
 
@@ -32,6 +34,10 @@ _INTEGER_TYPES: tuple[ArrayType, ...] = (((1,), "float32"), ((2,), "float32"), (
 _PIXELS = 4
 """Of the input for one of the output."""
 
+_ROWS_OF_CODES, _ROWS_OF_FLOATS = 1.5, 3.0
+"""Rows of the output between two of the input, on average, from which it takes less time to resize these first: codes are to be
+made floats for every pixel around them."""
+
 Pixel = Callable[[Expression, Expression], Expression]
 """The stored values at an input row and column."""
 
@@ -41,26 +47,116 @@ def resize_kernel(request: KernelRequest, lanes: int, processor: Processor = ASS
     operator = request.operator
     if not isinstance(operator, Resize2D) or not _is_possible(request):
         return None
-    _, height, width, channels = operator.input_shape
-    (batch, out_height, out_width, _), vector = operator.output_shape, fitting_lanes(channels, lanes)
+    resize = _Resize(request, operator, fitting_lanes(operator.input_shape[3], lanes), lanes, processor)
+    emit = resize.emit_by_pairs if resize.has_rows_in_common else resize.emit_by_pixels
+    return _kernel(request, f"common.resize2d[{resize.vector}{' rows' if resize.has_rows_in_common else ''}]", emit)
 
-    def emit(inputs: Sequence[Buffer], constants: Sequence[Buffer], output: Buffer) -> None:
+
+@dataclass(frozen=True)
+class _Resize:
+    """Loops over an output, in vectors of ``vector`` channels, or of ``lanes`` neighbours where pixels do not matter."""
+
+    request: KernelRequest
+    operator: Resize2D
+    vector: int
+    lanes: int
+    processor: Processor
+
+    @property
+    def first_pair(self) -> int:
+        """The row above the first of the output."""
+        _, start, denominator = self.operator.rows
+        return start // denominator
+
+    @property
+    def pairs(self) -> int:
+        """Pairs of neighbouring rows between which rows of the output lie, where it has more of them than the input."""
+        step, start, denominator = self.operator.rows
+        return ((self.operator.output_shape[1] - 1) * step + start) // denominator - self.first_pair + 1
+
+    @property
+    def line(self) -> int:
+        """Elements of a row of the output."""
+        return self.operator.output_shape[2] * self.operator.output_shape[3]
+
+    @property
+    def has_rows_in_common(self) -> bool:
+        """Whether so many rows of the output lie between the same two of the input that these are resized first."""
+        step, _, denominator = self.operator.rows
+        if not 0 < step <= denominator or self.line < self.lanes:
+            return False
+        fewest = _ROWS_OF_CODES if is_code(self.request.inputs[0]) else _ROWS_OF_FLOATS
+        fits = 2 * 4 * self.line <= self.processor.l2_bytes // 2
+        return fits and self.operator.output_shape[1] >= fewest * self.pairs
+
+    def emit_by_pixels(self, inputs: Sequence[Buffer], constants: Sequence[Buffer], output: Buffer) -> None:
+        """Every pixel of the output from the four around it."""
         source, target, p = flat(inputs[0]), flat(output), LlvmPrimitives()
-        instructions = batch * out_height * out_width * vectors(channels, vector) * _PIXELS * ARITHMETIC
-        with row_loop(batch * out_height, work(request, instructions), processor) as line:
+        _, height, width, channels = self.operator.input_shape
+        _, out_height, out_width, _ = self.operator.output_shape
+        columns_of = _ColumnTables(p, self.operator)
+        with self._row_loop(out_height) as line:
             image, row = T.floordiv(line, out_height), T.floormod(line, out_height)
-            rows = _between(p, operator.rows, row, height)
+            rows = _between(p, self.operator.rows, row, height)
             with T.serial(out_width) as column:
-                columns = _between(p, operator.columns, column, width)
-                with vector_loop(channels, vector) as channel:
+                columns = columns_of.column(column)
+                with vector_loop(channels, self.vector) as channel:
 
                     def pixel(y: Expression, x: Expression, channel: Expression = channel) -> Expression:
-                        return load(source, ((image * height + y) * width + x) * channels + channel, vector)
+                        return load(source, ((image * height + y) * width + x) * channels + channel, self.vector)
 
-                    result = _stored(p, request, _interpolated(p, request, pixel, rows, columns, constants), constants)
-                    store(target, (line * out_width + column) * channels + channel, result, vector)
+                    value = _interpolated(p, self.request, pixel, rows, columns, constants)
+                    place = (line * out_width + column) * channels + channel
+                    store(target, place, _stored(p, self.request, value, constants), self.vector)
 
-    return _kernel(request, f"common.resize2d[{vector}]", emit)
+    def emit_by_pairs(self, inputs: Sequence[Buffer], constants: Sequence[Buffer], output: Buffer) -> None:
+        """Two rows of the input along their columns, then all rows of the output between them."""
+        source, target, p = flat(inputs[0]), flat(output), LlvmPrimitives()
+        _, height, width, channels = self.operator.input_shape
+        _, out_height, out_width, _ = self.operator.output_shape
+        step, start, denominator = self.operator.rows
+        columns_of = _ColumnTables(p, self.operator)
+        with self._row_loop(self.pairs) as number:
+            image, above = T.bind(number // self.pairs), T.bind(number % self.pairs + self.first_pair)
+            resized = T.alloc_buffer((2 * self.line,), "float32")
+            for side in range(2):
+                y = T.bind(T.max(0, T.min(above + side, height - 1)))
+                with T.serial(out_width) as column:
+                    first, second, fraction = columns_of.column(column)
+                    with vector_loop(channels, self.vector) as channel:
+                        pixels = (((image * height + y) * width + x) * channels + channel for x in (first, second))
+                        a, b = (_as_float(p, self.request, load(source, at, self.vector), constants) for at in pixels)
+                        place = side * self.line + column * channels + channel
+                        store(resized, place, _mixed(p, a, b, fraction), self.vector)
+            begin, end = (T.floordiv((above + k) * denominator - start + step - 1, step) for k in range(2))
+            with T.serial(T.bind(T.max(0, begin)), T.bind(T.min(end, out_height))) as row:
+                fraction = _fraction(p, self.operator.rows, row, above)
+                place = T.bind((image * out_height + row) * self.line)
+                with vector_loop(self.line, self.lanes) as at:
+                    top, bottom = (p.bind(load(resized, side * self.line + at, self.lanes)) for side in range(2))
+                    value = _mixed(p, top, bottom, fraction)
+                    store(target, place + at, _stored(p, self.request, value, constants), self.lanes)
+
+    def _row_loop(self, rows: int) -> Any:
+        outputs = self.operator.output_shape[0] * self.operator.output_shape[1] * self.operator.output_shape[2]
+        instructions = outputs * vectors(self.operator.output_shape[3], self.vector) * _PIXELS * ARITHMETIC
+        return row_loop(self.operator.output_shape[0] * rows, work(self.request, instructions), self.processor)
+
+
+class _ColumnTables:
+    """What :func:`_between` gives for every column of the output, which all rows share: it takes as long as some vectors."""
+
+    def __init__(self, p: Primitives, operator: Resize2D) -> None:
+        width, out_width = operator.input_shape[2], operator.output_shape[2]
+        dtypes = ("int32", "int32", "float32")
+        self._tables = [T.alloc_buffer((out_width,), dtype) for dtype in dtypes]
+        with T.serial(out_width) as column:
+            for table, value in zip(self._tables, _between(p, operator.columns, column, width), strict=True):
+                T.buffer_store(table, value, [column])
+
+    def column(self, column: Expression) -> tuple[Expression, Expression, Expression]:
+        first, second, fraction = (T.bind(table[column]) for table in self._tables)
+        return first, second, fraction
 
 
 def reference_resize(request: KernelRequest, operator: Resize2D, p: Primitives) -> Kernel | None:
@@ -98,11 +194,16 @@ def _between(
 ) -> tuple[Expression, Expression, Expression]:
     """The input indices on both sides of an output index, and how far it lies from the first, as float32."""
     step, start, denominator = positions
-    numerator = index * step + start
-    below = T.floordiv(numerator, denominator)
-    rest = convert(numerator - below * denominator, "float32")
+    below = T.floordiv(index * step + start, denominator)
     first, second = (T.max(0, T.min(side, size - 1)) for side in (below, below + 1))
-    return first, second, p.bind(p.divide(rest, T.float32(denominator)))
+    return first, second, _fraction(p, positions, index, below)
+
+
+def _fraction(p: Primitives, positions: Positions, index: Expression, below: Expression) -> Expression:
+    """How far an output index lies from the input index below it, as float32."""
+    step, start, denominator = positions
+    rest = convert(index * step + start - below * denominator, "float32")
+    return p.bind(p.divide(rest, T.float32(denominator)))
 
 
 def _interpolated(
@@ -114,16 +215,21 @@ def _interpolated(
     constants: Sequence[Buffer],
 ) -> Expression:
     def value(y: Expression, x: Expression) -> Expression:
-        stored = pixel(y, x)
-        if is_code(request.inputs[0]):
-            return p.bind(convert(centred(stored, constants[2][0]), "float32"))
-        return p.bind(widen(stored, request.inputs[0]))
+        return _as_float(p, request, pixel(y, x), constants)
 
-    def mixed(a: Expression, b: Expression, fraction: Expression) -> Expression:
-        return p.bind(p.fma(p.subtract(b, a), broadcast(fraction, lanes_of(a)), a))
+    top, bottom = (_mixed(p, value(y, columns[0]), value(y, columns[1]), columns[2]) for y in rows[:2])
+    return _mixed(p, top, bottom, rows[2])
 
-    top, bottom = (mixed(value(y, columns[0]), value(y, columns[1]), columns[2]) for y in rows[:2])
-    return mixed(top, bottom, rows[2])
+
+def _as_float(p: Primitives, request: KernelRequest, stored: Expression, constants: Sequence[Buffer]) -> Expression:
+    """float32 of what is stored; of codes less the zero point."""
+    if is_code(request.inputs[0]):
+        return p.bind(convert(centred(stored, constants[2][0]), "float32"))
+    return p.bind(widen(stored, request.inputs[0]))
+
+
+def _mixed(p: Primitives, a: Expression, b: Expression, fraction: Expression) -> Expression:
+    return p.bind(p.fma(p.subtract(b, a), broadcast(fraction, lanes_of(a)), a))
 
 
 def _stored(p: Primitives, request: KernelRequest, value: Expression, constants: Sequence[Buffer]) -> Expression:
