@@ -31,6 +31,7 @@ from tvm_hquant.kernels.primitives import (
 from tvm_hquant.kernels.processor import ASSUMED_PROCESSOR, Processor
 from tvm_hquant.kernels.vector_loops import ARITHMETIC, fitting_lanes, flat, load, row_loop, store, vector_loop, vectors
 from tvm_hquant.kernels.weightless.elementwise import is_code, pack_only
+from tvm_hquant.kernels.weightless.overlapping_pools import overlapping_pool_kernel
 from tvm_hquant.kernels.window_axis import window_axes
 from tvm_hquant.kernels.work import work
 from tvm_hquant.operators import AveragePool2D, MaxPool2D
@@ -96,7 +97,8 @@ def pool_kernel(request: KernelRequest, vector_bytes: int, processor: Processor 
         return _max_pool(request, operator, vector_bytes // item, processor)
     if isinstance(operator, AveragePool2D):
         if is_code(source):
-            return _integer_average_pool(request, operator, vector_bytes // 4, processor)
+            overlapping = overlapping_pool_kernel(request, vector_bytes // 4, processor)
+            return overlapping or _integer_average_pool(request, operator, vector_bytes // 4, processor)
         return None if is_code(request.output) else _float_average_pool(request, operator, vector_bytes // 4, processor)
     return None
 
