@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from tvm_hquant.kernel_graph import KernelCall, first_kernel
+from tvm_hquant.kernel_graph import KernelCall, first_kernel, kernel_of_same_family
 from tvm_hquant.kernels.interface import Kernel, KernelFamily, KernelRequest, Placement
 from tvm_hquant.operators import Concat
 
@@ -63,7 +63,7 @@ def find_concat_parts(
             maker = makers.get(tensor)
             kernel = None
             if source is None and readers[tensor] == 1 and maker is not None and maker.request is not None:
-                kernel = first_kernel(families, replace(maker.request, placement=placement))
+                kernel = kernel_of_same_family(families, replace(maker.request, placement=placement), maker.request)
             if kernel is not None:
                 parts.append(ConcatPart(tensor, kernel, is_copy=False))
                 continue

@@ -151,6 +151,10 @@ def check(
         other = activations[-1][..., place.offset : place.offset + expected.shape[-1]]
         pair = [expected, other] if request.interleaved.position == 0 else [other, expected]
         expected = np.stack(pair, axis=-1).reshape(actual.shape)
+    if request.placement is not None:
+        first, inner = request.output_offset, expected
+        expected = np.zeros_like(actual)
+        expected[..., first : first + inner.shape[-1]] = inner
     assert actual.dtype == expected.dtype
     np.testing.assert_array_equal(actual, expected, err_msg=kernel.name)
     return kernel

@@ -37,21 +37,26 @@ def placements(draw: st.DrawFn, channels: int) -> Placement | None:
 def test_ranges_of_channels_are_exact(family: str, data: st.DataObject) -> None:
     """Odd numbers of channels, groups, windows with padding, dilated, over the ends of rows: the contract's values.
 
-    What lies beside the channels in a buffer is random; the other tensor is stored as it is.
+    What lies beside the channels in a buffer, or beside those of a residual, is random, and stays as it is where outputs are
+    placed; the other tensor is stored as it is.
     """
     groups, window = data.draw(st.sampled_from([1, 1, 1, 2])), data.draw(st.sampled_from(_WINDOWS))
     inputs, outputs = (groups * data.draw(st.integers(1, 70)) for _ in range(2))
     shape = (data.draw(st.integers(1, 2)), *data.draw(st.tuples(st.integers(4, 7), st.integers(4, 7))), inputs)
-    storage = data.draw(st.sampled_from(list(_WEIGHTS)))
-    operator = Conv2D(shape, outputs, window, groups, Epilogue(True, lower=data.draw(st.sampled_from([0.0, -np.inf]))))
-    source, other = data.draw(placements(inputs)), data.draw(placements(outputs))
+    storage, has_residual = data.draw(st.sampled_from(list(_WEIGHTS))), data.draw(st.booleans())
+    ends = Epilogue(True, has_residual, data.draw(st.sampled_from([0.0, -np.inf])))
+    operator = Conv2D(shape, outputs, window, groups, ends)
+    source, residual, other = (data.draw(placements(channels)) for channels in (inputs, outputs, outputs))
+    sources = (source, residual)[: 1 + has_residual]
+    position = data.draw(st.sampled_from([0, 1, None]))
     request = KernelRequest(
         operator,
-        (storage,),
+        (storage,) * (1 + has_residual),
         storage,
         _WEIGHTS[storage],
-        sources=(source,) if source is not None else (),
-        interleaved=Interleaving(data.draw(st.integers(0, 1)), other),
+        sources=sources if any(sources) else (),
+        placement=other if position is None else None,
+        interleaved=Interleaving(position, other) if position is not None else None,
         finite_weights=storage in ("float32", "bfloat16"),
     )
     # Patches of few channels and sweeps over a map do not reach them.
@@ -132,13 +137,11 @@ def test_plain_loops_reach_other_buffers(storage: str) -> None:
 
 
 def test_what_no_kernel_reaches() -> None:
-    """A residual is read where outputs are stored; patches of a first layer, sums and GPUs have buffers of their own."""
+    """Depthwise layers do not store in turns; patches of a first layer, pools and GPUs have buffers of their own."""
     family, other = ANCHOR_FAMILIES["avx2"], Interleaving(1)
     conv = Conv2D((1, 4, 4, 8), 16, Window((1, 1)))
     plain = KernelRequest(conv, ("uint8",), "uint8", "int8", interleaved=other)
     assert family.kernel(plain) is not None
-    summed = Conv2D((1, 4, 4, 8), 16, Window((1, 1)), 1, Epilogue(True, True))
-    assert family.kernel(KernelRequest(summed, ("uint8", "uint8"), "uint8", "int8", interleaved=other)) is None
     depthwise = Conv2D((1, 4, 4, 32), 32, Window((3, 3)), 32)
     assert family.kernel(KernelRequest(depthwise, ("uint8",), "uint8", "int8", interleaved=other)) is None
     stem = Conv2D((1, 13, 13, 3), 32, Window((3, 3), (2, 2)))

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from tvm_hquant.errors import KernelError
 from tvm_hquant.kernels.convolution.group_interleaving import MOST_GROUPS
 from tvm_hquant.kernels.convolution.interleaved_groups import can_interleave_groups, saves_time
+from tvm_hquant.kernels.convolution.output_places import reads_residual_apart
 from tvm_hquant.kernels.convolution.shuffled_outputs import is_order_of_constants, with_shuffled_outputs
 from tvm_hquant.kernels.convolution.template import conv2d_geometry, conv2d_kernel
 from tvm_hquant.kernels.convolution.winograd import winograd_kernel
@@ -88,12 +89,9 @@ class AnchorFamily:
         dot = self._dot(request)
         if dot is None:
             return None
-        if request.placement is not None and len(request.inputs) > 1:
-            # Templates read a residual at the place where they write.
-            return None
         if request.overwritten is not None and not self._writes_over_residual(request, dot, tile):
             return None
-        if not request.has_own_buffers and not self._reaches_buffers(request, dot):
+        if not (request.has_own_buffers and request.placement is None) and not self._reaches_buffers(request, dot):
             return None
         if tile is not None and not self.tiles(request):
             raise KernelError(f"{request.operator} has no choice of tiles: leave {tile} out")
@@ -109,22 +107,23 @@ class AnchorFamily:
     def _writes_over_residual(self, request: KernelRequest, dot: DotProduct, tile: Tile | None) -> bool:
         """Whether a kernel reads the residual at exactly the places that it writes, each once."""
         tiles_may_overlap = _is_depthwise(request) or self.winograd(request, self.processor)
-        if request.overwritten != 1 or request.placement is not None or tiles_may_overlap:
+        if request.overwritten != 1 or reads_residual_apart(request) or tiles_may_overlap:
             return False
         return not conv2d_geometry(request, dot, tile, self._code_vectors(request, dot), self.processor).overlaps
 
     def _reaches_buffers(self, request: KernelRequest, dot: DotProduct) -> bool:
-        """Whether a kernel reads channels where they lie in wider buffers, and stores its output in turns with another tensor,
-        as the request asks."""
-        if any(request.sources[1:]):
+        """Whether a kernel reads channels where they lie in wider buffers, a residual elsewhere than it writes, and stores its
+        output in turns with another tensor, as the request asks."""
+        is_in_turns = request.interleaved is not None
+        if is_in_turns and (request.placement is not None or request.shuffled):
             return False
+        stores_plainly = not (is_in_turns or reads_residual_apart(request))
         if _is_depthwise(request) or self.winograd(request, self.processor):
-            return request.interleaved is None
+            return stores_plainly
         geometry = conv2d_geometry(request, dot, None, self._code_vectors(request, dot), self.processor)
-        if geometry.patches is not None:
+        if geometry.patches is not None and any(request.sources[:1]):
             return False
-        is_plain = len(request.inputs) == 1 and request.placement is None and not request.shuffled
-        return request.interleaved is None or (is_plain and geometry.sweeps is None)
+        return stores_plainly or geometry.sweeps is None
 
     def _dot(self, request: KernelRequest) -> DotProduct | None:
         operator = request.operator

@@ -83,7 +83,7 @@ def conv2d_geometry(
     geometry = AnchorGeometry(
         conv, dot, planes, request.weight_points, tile, packs_codes, is_neutral, patches, writes_once, processor
     )
-    if not request.sources:
+    if not any(request.sources[:1]):
         return geometry
     in_place = replace(geometry, source=input_place(request, 0))
     return replace(geometry, copies=True) if in_place.needs_copy(STORAGE_DTYPE[request.inputs[0]]) else in_place
@@ -292,7 +292,7 @@ class _Emitter:
 
         def prefetch_pixel(i: Expression) -> None:
             """What the epilogue reads and writes for a pixel; it comes to the cache while the sums are computed."""
-            outputs.prefetch(i, geometry.block_channels, self.epilogue.memory, self.epilogue.turns)
+            outputs.prefetch(i, geometry.block_channels, self.epilogue)
 
         between = prefetch_pixel if self.steps.take_one_run else None
         if between is None and dot.prefetches_outputs:
@@ -339,15 +339,17 @@ class _Emitter:
                 for j in range(geometry.tile.vectors):
                     channel = geometry.vector_channel(j)
                     other = outputs.other(i, channel) if has_turns else None
-                    self.epilogue.finish(value(i, j), outputs.own(i, channel), other)
+                    self.epilogue.finish(value(i, j), outputs.own(i, channel), outputs.residual(i, channel), other)
             return
         for first, size in geometry.vector_groups:
             channel = geometry.vector_channel(first, size)
             for start in range(0, pixels, GROUPS // size):
                 packed = range(start, min(start + GROUPS // size, pixels))
                 values = [[value(i, first + j) for j in range(size)] for i in packed]
+                places = [outputs.own(i, channel) for i in packed]
+                residuals = [at for i in packed if (at := outputs.residual(i, channel)) is not None]
                 others = [outputs.other(i, channel) for i in packed] if has_turns else []
-                self.packed_epilogue.finish(values, [outputs.own(i, channel) for i in packed], others)
+                self.packed_epilogue.finish(values, places, residuals, others)
 
     def _start_places(self, run: TileRun, place: TilePlace, number: Expression | None) -> StartPlaces:
         """Where to find what the sums of a pass start at, by pixel and vector of channels of a tile."""

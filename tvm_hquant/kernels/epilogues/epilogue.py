@@ -56,14 +56,21 @@ class Epilogue:
         is_apart = self.residual is not None and self.request.overwritten is None
         return (self.residual, self.output) if is_apart else (self.output,)
 
-    def finish(self, value: Expression, index: Expression, other: Expression | None = None) -> None:
+    def finish(
+        self,
+        value: Expression,
+        index: Expression,
+        residual: Expression | None = None,
+        other: Expression | None = None,
+    ) -> None:
         """Adds the residual to float32 ``value``, clamps, rounds and stores at the flat ``index`` of the output.
 
-        ``other`` is where the channels are that are stored in turns with these.
+        ``residual`` is where the residual is, if not at that index; ``other`` where the channels are that are stored in turns
+        with these.
         """
         p = LlvmPrimitives()
         if self.residual is not None:
-            stored = self._load(self.residual, index)
+            stored = self._load(self.residual, index if residual is None else residual)
             if self.is_integer:
                 assert self.zero_points is not None
                 difference = convert(centred(stored, self.zero_points[1]), "float32")

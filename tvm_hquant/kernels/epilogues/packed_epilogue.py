@@ -73,6 +73,7 @@ class PackedEpilogue:
         self,
         values: Sequence[Sequence[Expression]],
         places: Sequence[Expression],
+        residuals: Sequence[Expression] = (),
         others: Sequence[Expression] = (),
     ) -> None:
         """Adds the residual to float32 values, clamps, rounds and stores.
@@ -80,6 +81,7 @@ class PackedEpilogue:
         Args:
             values: [pixel][vector], 4, 2 or 1 vectors of channels of at most 1, 2 or 4 pixels.
             places: where the channels of each pixel start in the output.
+            residuals: where they start in the residual, if not there.
             others: where those start that are stored in turns with them.
         """
         size = len(values[0])
@@ -87,7 +89,7 @@ class PackedEpilogue:
         flat = [value for pixel in values for value in pixel]
         flat += [flat[-1]] * (GROUPS - len(flat))
         if self.residual is not None:
-            flat = self._add_residual(flat, size, places)
+            flat = self._add_residual(flat, size, residuals or places)
         clamp = self.vectors.clamp(self.limits, self.zero_points, self.ending)
         sums = [clamp.rounded(value) for value in flat]
         codes = clamp.codes(clamp.half(sums[0], sums[1]), clamp.half(sums[2], sums[3]))
