@@ -34,8 +34,8 @@ def vectors(instruction_set: str) -> list[ByteVectors]:
 @settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     images=st.integers(1, 3),
-    size=st.tuples(st.integers(1, 5), st.integers(1, 6)),
-    channels=st.integers(16, 150),
+    size=st.tuples(st.integers(1, 5), st.integers(1, 8)),
+    channels=st.one_of(st.integers(16, 150), st.sampled_from([24, 32, 40, 48, 72, 96, 144])),
     gate=st.sampled_from(["images", "one", "flat"]),
     gated=st.integers(0, 1),
     cores=st.sampled_from([1, 4]),
@@ -65,6 +65,7 @@ def test_gates_match_the_contract(instruction_set, images, size, channels, gate,
     "request_",
     [
         KernelRequest(Multiply(((1, 4, 4, 15), (1, 1, 1, 15))), ("uint8", "uint8"), "uint8"),
+        KernelRequest(Multiply(((1, 3, 3, 8), (1, 1, 1, 8))), ("uint8", "uint8"), "uint8"),
         KernelRequest(Multiply(((1, 4, 4, 32), (1, 4, 4, 32))), ("uint8", "uint8"), "uint8"),
         KernelRequest(Multiply(((1, 4, 4, 32), (1, 4, 1, 32))), ("uint8", "uint8"), "uint8"),
         KernelRequest(Multiply(((1, 4, 4, 32), (1, 4, 4, 1))), ("uint8", "uint8"), "uint8"),
