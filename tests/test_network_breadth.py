@@ -56,7 +56,10 @@ def test_float_and_a8w8(case: NetworkCase) -> None:
     outputs = imported.float_outputs()
     for output, expected in zip(outputs, imported.expected, strict=True):
         assert output.shape == expected.shape
-        np.testing.assert_allclose(output, expected, rtol=1e-4, atol=1e-4)
+        # What is left of large values that cancel has their rounding.
+        largest = float(np.abs(expected).max())
+        assert np.isfinite(largest)
+        np.testing.assert_allclose(output, expected, rtol=1e-4, atol=max(1e-4, 1e-6 * largest))
     assert imported.opaque == case.opaque, "other operators than before are left to TVM"
     plan = uniform_plan(imported.session, "a8w8")
     assert all(decision.reason for decision in plan.layers.values())
