@@ -325,6 +325,11 @@ def operator_cases() -> list[NetworkCase]:
             node("Einsum", "p wide", "d", equation="bchw,wv->bchv"),
             node("Einsum", "stem d", "last", equation="bchj,bcjv->bchv"),
         ], random_weights(15, wide=(8, 8))),
+        _between("attention_bias", [
+            node("Add", "stem bias", "b"), node("Reshape", "b split", "s"), node("Add", "s mask", "m"),
+            node("Reshape", "m joined", "j"), node("Softmax", "j", "last", axis=-1),
+        ], {**random_weights(16, bias=(1, 1, 8, 8), mask=(1, 2, 1, 8, 8)),
+            **_integers(split=[1, 2, 4, 8, 8], joined=[1, 8, 8, 8])}),
         _between("lrn", [node("LRN", "stem", "last", size=3, alpha=0.3, beta=0.6, bias=2.0)]),
         _between("identity_and_dropout", [node("Identity", "stem", "i"), node("Dropout", "i", "last")]),
         _between("cast", [node("Cast", "stem", "i", to=6), node("Cast", "i", "last", to=1)]),

@@ -15,6 +15,7 @@ from tvm_hquant.layers import Layer, LayerGraph
 from tvm_hquant.operators import (
     AveragePool2D,
     BatchMatmul,
+    BiasAdd,
     Concat,
     GroupNormalization,
     LocalResponseNormalization,
@@ -44,7 +45,7 @@ def is_transparent(layer: Layer) -> bool:
 def is_float_only(layer: Layer, precision: Precision) -> bool:
     """Whether no kernel computes a layer in this precision, so that it stays in float32."""
     operator = layer.operator
-    if isinstance(operator, (Softmax, LocalResponseNormalization, GroupNormalization, Opaque)):
+    if isinstance(operator, (Softmax, LocalResponseNormalization, GroupNormalization, BiasAdd, Opaque)):
         return True
     if isinstance(operator, Unary) and operator.function != "clip":
         return not (precision.is_integer and precision.activation_bits <= 8)
@@ -292,7 +293,7 @@ def _produced_format(
         return max(wanted, key=lambda f: (f.q_max - f.q_min, f in own.values()))
     if isinstance(layer.operator, Opaque):
         return FLOAT32_FORMAT
-    if isinstance(layer.operator, (Softmax, GroupNormalization)) and not floats and len(set(wanted)) == 1:
+    if isinstance(layer.operator, (Softmax, GroupNormalization, BiasAdd)) and not floats and len(set(wanted)) == 1:
         # What a conversion would make of its floats, without writing and reading these.
         return wanted[0]
     if len(floats) == len(wanted) and len(set(floats)) == 1:

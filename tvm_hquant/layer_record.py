@@ -34,12 +34,14 @@ def graph_record(graph: LayerGraph) -> dict[str, Any]:
 
 
 def save_weights(path: Path, graph: LayerGraph, names: Sequence[str]) -> None:
-    """Writes float weights and biases of the named layers, gamma and beta of normalizations among them."""
+    """Writes float weights and biases of the named layers, also of layers that are no convolutions."""
     arrays: dict[str, Array] = {}
     for name in names:
         layer = graph.by_name[name]
-        if layer.weights is not None and layer.bias is not None:
-            arrays[f"{name}/weights"], arrays[f"{name}/bias"] = layer.weights, layer.bias
+        if layer.weights is not None:
+            arrays[f"{name}/weights"] = layer.weights
+        if layer.bias is not None:
+            arrays[f"{name}/bias"] = layer.bias
     np.savez_compressed(path, **arrays)  # type: ignore[arg-type]
 
 

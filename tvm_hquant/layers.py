@@ -20,7 +20,17 @@ from tvm.ir.expr import GenericConst
 
 from tvm_hquant.errors import ModelError
 from tvm_hquant.operator_codec import decode
-from tvm_hquant.operators import BatchMatmul, Conv2D, Dense, GroupNormalization, Movement, Opaque, Operator, Shape
+from tvm_hquant.operators import (
+    BatchMatmul,
+    BiasAdd,
+    Conv2D,
+    Dense,
+    GroupNormalization,
+    Movement,
+    Opaque,
+    Operator,
+    Shape,
+)
 
 LAYER_ATTRIBUTE = "hquant.layer"
 OPERATOR_ATTRIBUTE = "hquant.operator"
@@ -45,7 +55,7 @@ class Layer:
         weights: float32 [out_channels, in_channels / groups, kernel_h, kernel_w] of an anchor; float32 [channels] of a
             normalization, its gamma; else None.
         bias: float32 [out_channels] of an anchor (zeros where it has none); float32 [channels] of a normalization, its beta;
-            else None.
+            float32 of the bias shape of a bias addition; else None.
     """
 
     name: str
@@ -87,6 +97,7 @@ class Layer:
 _KINDS = {
     "Dense": "dense",
     "Add": "add",
+    "BiasAdd": "bias_add",
     "Multiply": "multiply",
     "BatchMatmul": "batch_matmul",
     "MaxPool2D": "max_pool2d",
@@ -231,6 +242,8 @@ def _read_layer(mod: IRModule, call: Any, tensor_of: Mapping[Any, str]) -> Layer
         weights, bias = _anchor_constants(function, operator)
     elif isinstance(operator, GroupNormalization):
         weights, bias = _gamma_and_beta(function)
+    elif isinstance(operator, BiasAdd):
+        bias = _added_constant(function)
     return Layer(str(function.attrs[LAYER_ATTRIBUTE]), call.op.name_hint, operator, inputs, weights, bias)
 
 
@@ -265,6 +278,15 @@ def _gamma_and_beta(function: Any) -> tuple[Array | None, Array | None]:
                 gamma, beta = (constant_array(a).reshape(-1) for a in binding.value.args[1:3])
                 return np.ascontiguousarray(gamma, np.float32), np.ascontiguousarray(beta, np.float32)
     return None, None
+
+
+def _added_constant(function: Any) -> Array | None:
+    """The constant of a bias addition's float body; None where the body is realized already."""
+    for block in function.body.blocks:
+        for binding in block.bindings:
+            if getattr(getattr(binding.value, "op", None), "name", "") == "relax.add":
+                return next((constant_array(a) for a in binding.value.args if is_constant(a)), None)
+    return None
 
 
 def is_constant(expression: Any) -> bool:

@@ -12,9 +12,9 @@ from tvm_hquant.kernels import interface
 _CLASSES: dict[str, type[Any]] = {
     c.__name__: c
     for c in (
-        operators.Window, operators.Epilogue, operators.Conv2D, operators.Dense, operators.Add, operators.Multiply,
-        operators.BatchMatmul, operators.MaxPool2D, operators.AveragePool2D, operators.Resize2D, operators.Concat,
-        operators.Unary, operators.Composition, operators.Step, operators.Movement, operators.Softmax,
+        operators.Window, operators.Epilogue, operators.Conv2D, operators.Dense, operators.Add, operators.BiasAdd,
+        operators.Multiply, operators.BatchMatmul, operators.MaxPool2D, operators.AveragePool2D, operators.Resize2D,
+        operators.Concat, operators.Unary, operators.Composition, operators.Step, operators.Movement, operators.Softmax,
         operators.LocalResponseNormalization, operators.GroupNormalization, operators.Opaque, operators.Convert,
         tensor_format.TensorFormat, interface.KernelRequest, interface.Placement,
         interface.Interleaving, interface.ProvenEnding,

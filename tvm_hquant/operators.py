@@ -137,6 +137,19 @@ class Multiply:
 
 
 @dataclass(frozen=True)
+class BiasAdd:
+    """Sum of a tensor and constants, which are repeated along axes where they have size 1 or which they lack in front:
+    embeddings of positions, biases and masks of attention."""
+
+    shape: Shape
+    bias_shape: Shape
+
+    @property
+    def output_shape(self) -> Shape:
+        return self.shape
+
+
+@dataclass(frozen=True)
 class BatchMatmul:
     """Products of matrices that are activations both: scale · Σₖ a[…, i, k] · b[…, k, j].
 
@@ -423,6 +436,6 @@ class Convert:
 
 Anchor = Conv2D | Dense
 Operator = (
-    Conv2D | Dense | Add | Multiply | BatchMatmul | MaxPool2D | AveragePool2D | Resize2D | Concat | Unary | Movement
+    Conv2D | Dense | Add | BiasAdd | Multiply | BatchMatmul | MaxPool2D | AveragePool2D | Resize2D | Concat | Unary | Movement
     | Softmax | LocalResponseNormalization | GroupNormalization | Opaque | Convert
 )  # fmt: skip

@@ -17,6 +17,7 @@ from tvm_hquant.errors import PrecisionError
 from tvm_hquant.kernels.convolution.saturation import centred_products, saturation_free_pairs
 from tvm_hquant.kernels.epilogues.proven_endings import proven_ending
 from tvm_hquant.kernels.interface import (
+    BiasConstants,
     FillConstants,
     FloatAnchorConstants,
     FloatElementwiseConstants,
@@ -32,6 +33,7 @@ from tvm_hquant.operators import (
     Add,
     AveragePool2D,
     BatchMatmul,
+    BiasAdd,
     Conv2D,
     Convert,
     Dense,
@@ -93,6 +95,9 @@ def realize_layer(
         assert layer.weights is not None
         assert layer.bias is not None
         return request, NormalizationConstants(layer.weights, layer.bias, quantization)
+    if isinstance(operator, BiasAdd):
+        assert layer.bias is not None
+        return request, BiasConstants(layer.bias, quantization)
     if isinstance(operator, Softmax) and quantization is not None:
         return request, quantization
     if isinstance(operator, Movement) and operator.function == "pad":

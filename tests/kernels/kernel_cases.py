@@ -13,6 +13,7 @@ from tvm_hquant import numerics
 from tvm_hquant.cpu_pipeline import CPU_PIPELINE
 from tvm_hquant.kernels.interface import (
     Array,
+    BiasConstants,
     DequantizeConstants,
     FillConstants,
     FloatElementwiseConstants,
@@ -31,6 +32,7 @@ from tvm_hquant.operators import (
     Add,
     AveragePool2D,
     BatchMatmul,
+    BiasAdd,
     Composition,
     Concat,
     Convert,
@@ -406,8 +408,25 @@ def group_normalizations(draw: st.DrawFn) -> Case:
     return Case(KernelRequest(operator, (source,), output), NormalizationConstants(gamma, beta, codes), seed)
 
 
+@st.composite
+def bias_additions(draw: st.DrawFn) -> Case:
+    """Constants of the whole shape, of trailing axes, of axes in the middle, or one number."""
+    shape, source, output, seed = (
+        draw(shapes),
+        draw(st.sampled_from(FLOATS)),
+        draw(st.sampled_from(STORAGES)),
+        draw(seeds),
+    )
+    own = tuple(size if draw(st.booleans()) else 1 for size in shape)[draw(st.integers(0, len(shape) - 1)) :]
+    rng = np.random.default_rng(seed)
+    codes = quantization(output, rng) if output in CODES else None
+    constants = BiasConstants(rng.normal(size=own).astype(np.float32), codes)
+    return Case(KernelRequest(BiasAdd(shape, own), (source,), output), constants, seed)
+
+
 ALL_KINDS = {
     "additions": additions(),
+    "bias additions": bias_additions(),
     "products": products(),
     "conversions": conversions(),
     "unary functions of codes": code_unaries(),

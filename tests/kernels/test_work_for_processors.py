@@ -17,6 +17,7 @@ from tvm_hquant.kernels.convolution.patches import conv_of_patches
 from tvm_hquant.kernels.convolution.winograd_geometry import WinogradGeometry
 from tvm_hquant.kernels.interface import (
     Array,
+    BiasConstants,
     Kernel,
     KernelRequest,
     LayerConstants,
@@ -31,6 +32,7 @@ from tvm_hquant.kernels.registry import families_for_target, select_kernel
 from tvm_hquant.operators import (
     Add,
     AveragePool2D,
+    BiasAdd,
     Concat,
     Conv2D,
     Convert,
@@ -75,6 +77,7 @@ def _requests(size: int) -> dict[str, KernelRequest]:
         "depthwise of floats": _floats(depthwise),
         "depthwise of wide codes": replace(_codes(depthwise), inputs=("uint16",), output="uint16"),
         "add": _codes(Add(shape), 2),
+        "bias": _floats(BiasAdd(shape, (1, size, 1, channels))),
         "multiply": _floats(Multiply((shape, (1, 1, 1, channels))), 2),
         "quantize": replace(_codes(Convert(shape)), inputs=("float32",)),
         "table": _codes(Unary(shape, "sigmoid")),
@@ -173,6 +176,8 @@ def test_smaller_caches_have_smaller_pieces() -> None:
 def _constants(request: KernelRequest, rng: np.random.Generator) -> LayerConstants:
     if isinstance(request.operator, Unary) and request.inputs == ("uint8",):
         return TableConstants(stored_values(rng, (256,), request.output))
+    if isinstance(request.operator, BiasAdd):
+        return BiasConstants(stored_values(rng, request.operator.bias_shape, "float32"))
     if isinstance(request.operator, GroupNormalization):
         return NormalizationConstants(*(stored_values(rng, (request.operator.channels,), "float32") for _ in range(2)))
     if request.inputs[0] != request.output:

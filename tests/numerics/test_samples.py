@@ -10,6 +10,7 @@ import pytest
 
 from tvm_hquant import numerics
 from tvm_hquant.kernels.interface import (
+    BiasConstants,
     DequantizeConstants,
     FillConstants,
     FloatAnchorConstants,
@@ -28,6 +29,7 @@ from tvm_hquant.operators import (
     Add,
     AveragePool2D,
     BatchMatmul,
+    BiasAdd,
     Concat,
     Conv2D,
     Convert,
@@ -82,6 +84,8 @@ CASES: list[tuple[Operator, str, LayerConstants]] = [
     (Concat((MAP, (1, 5, 4, 2)), 3), "uint8", NoConstants()),
     (Unary(MAP, "sigmoid"), "float32", FloatElementwiseConstants()),
     (Softmax((2, 7), 1), "float32", NoConstants()),
+    (BiasAdd(MAP, (4, 6)), "float32", BiasConstants(RANDOM.normal(size=(4, 6)))),
+    (BiasAdd(MAP, (1, 5, 1, 6)), "float32", BiasConstants(RANDOM.normal(size=(1, 5, 1, 6)))),
     (GroupNormalization(MAP, 1, 3, 1e-5, 2), "float32", GAMMA_AND_BETA),
     (GroupNormalization((2, 6), 1, 1, 1e-5), "float32", GAMMA_AND_BETA),
     (LocalResponseNormalization(MAP, 3, 1e-2, 0.75, 1.0), "float32", NoConstants()),
@@ -98,6 +102,7 @@ CASES: list[tuple[Operator, str, LayerConstants]] = [
 MIXING: list[tuple[Operator, str, LayerConstants]] = [
     (Concat(((1, 3), (2, 3)), 0), "uint8", NoConstants()),
     (Softmax((4, 2), 0), "float32", NoConstants()),
+    (BiasAdd((3, 2), (3, 1)), "float32", BiasConstants(RANDOM.normal(size=(3, 1)))),
     (GroupNormalization((6,), 0, 0, 1e-5), "float32", GAMMA_AND_BETA),
     (BatchMatmul(((3, 4), (4, 5)), ((0, 1), (0, 1)), (0, 1)), "float32", NoConstants()),
     (BatchMatmul(((2, 3, 4), (1, 4, 5)), ((0, 1, 2), (0, 1, 2)), (0, 1, 2)), "float32", NoConstants()),

@@ -95,7 +95,14 @@ def test_processors_offer_everything(name: str) -> None:
 def test_codes_flow_through_operators_without_weights(name: str) -> None:
     """Protects networks from refusals and conversions: what has a kernel for 8-bit codes is offered by every spec."""
     shipped = load_target_spec(name)
-    in_floats = {"softmax", "local_response_normalization", "layer_normalization", "group_normalization", "opaque"}
+    in_floats = {
+        "bias_add",
+        "softmax",
+        "local_response_normalization",
+        "layer_normalization",
+        "group_normalization",
+        "opaque",
+    }
     refused = [kind for kind in OPERATOR_KINDS if kind not in in_floats and shipped.reason_against("a8w8", kind)]
     assert refused == []
 

@@ -17,6 +17,7 @@ TableConstants                 table
 FillConstants                  float32 [fill]
 FloatElementwiseConstants      float32 [parameters…] (one zero where there are none)
 NormalizationConstants         gamma, beta, and where codes are stored the arrays of QuantizeConstants
+BiasConstants                  bias, and where codes are stored the arrays of QuantizeConstants
 NoConstants                    nothing
 =============================  =================================================================================
 """
@@ -29,6 +30,7 @@ import numpy as np
 
 from tvm_hquant.kernels.interface import (
     Array,
+    BiasConstants,
     DequantizeConstants,
     FillConstants,
     FloatAnchorConstants,
@@ -75,7 +77,9 @@ def to_arrays(constants: LayerConstants) -> tuple[Array, ...]:
             return (_floats(*(constants.parameters or (0.0,))),)
         case NormalizationConstants():
             vectors = np.asarray(constants.gamma, np.float32), np.asarray(constants.beta, np.float32)
-            return vectors if constants.quantization is None else (*vectors, *to_arrays(constants.quantization))
+            return *vectors, *_of_codes(constants.quantization)
+        case BiasConstants():
+            return np.asarray(constants.bias, np.float32), *_of_codes(constants.quantization)
         case NoConstants():
             return ()
 
@@ -99,9 +103,9 @@ def from_arrays(kind: str, arrays: Sequence[Array]) -> LayerConstants:
         requantization = Requantization(float(floats[0]), float(floats[1]), int(integers[-1]))
         return IntegerElementwiseConstants(tuple(int(i) for i in integers[:-1]), tuple(multipliers), requantization)
     if kind == "QuantizeConstants":
-        floats, integers = arrays
-        requantization = Requantization(float(floats[1]), float(floats[2]), int(integers[0]))
-        return QuantizeConstants(float(floats[0]), requantization)
+        quantization = _quantization(arrays)
+        assert quantization is not None
+        return quantization
     if kind == "DequantizeConstants":
         return DequantizeConstants(float(arrays[0][0]), int(arrays[1][0]))
     if kind == "TableConstants":
@@ -111,13 +115,25 @@ def from_arrays(kind: str, arrays: Sequence[Array]) -> LayerConstants:
     if kind == "FloatElementwiseConstants":
         return FloatElementwiseConstants(tuple(float(v) for v in arrays[0]))
     if kind == "NormalizationConstants":
-        gamma, beta, *rest = arrays
-        quantization = from_arrays("QuantizeConstants", rest) if rest else None
-        assert quantization is None or isinstance(quantization, QuantizeConstants)
-        return NormalizationConstants(gamma, beta, quantization)
+        return NormalizationConstants(arrays[0], arrays[1], _quantization(arrays[2:]))
+    if kind == "BiasConstants":
+        return BiasConstants(arrays[0], _quantization(arrays[1:]))
     if kind == "NoConstants":
         return NoConstants()
     raise KeyError(kind)
+
+
+def _of_codes(quantization: QuantizeConstants | None) -> tuple[Array, ...]:
+    return () if quantization is None else to_arrays(quantization)
+
+
+def _quantization(arrays: Sequence[Array]) -> QuantizeConstants | None:
+    """What was quantized with, None for no arrays."""
+    if not arrays:
+        return None
+    floats, integers = arrays
+    requantization = Requantization(float(floats[1]), float(floats[2]), int(integers[0]))
+    return QuantizeConstants(float(floats[0]), requantization)
 
 
 def _floats(*values: float) -> Array:

@@ -241,13 +241,25 @@ class NormalizationConstants:
 
 
 @dataclass(frozen=True, eq=False)
+class BiasConstants:
+    """Constants of the sum of floats and a bias: float32 of the operator's bias shape.
+
+    ``quantization`` is what makes codes of the result, None where it is stored as floats.
+    """
+
+    bias: Array
+    quantization: QuantizeConstants | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class NoConstants:
     """For kernels without any."""
 
 
 LayerConstants = (
     IntegerAnchorConstants | FloatAnchorConstants | IntegerElementwiseConstants | QuantizeConstants | DequantizeConstants
-    | TableConstants | FillConstants | FloatElementwiseConstants | NormalizationConstants | NoConstants
+    | TableConstants | FillConstants | FloatElementwiseConstants | NormalizationConstants
+    | BiasConstants | NoConstants
 )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from tvm_hquant.errors import KernelError
 from tvm_hquant.fused_multiply_add import FloatArray
 from tvm_hquant.kernels.interface import (
+    BiasConstants,
     DequantizeConstants,
     FillConstants,
     FloatAnchorConstants,
@@ -37,6 +38,7 @@ from tvm_hquant.operators import (
     Add,
     AveragePool2D,
     BatchMatmul,
+    BiasAdd,
     Concat,
     Conv2D,
     Convert,
@@ -134,7 +136,7 @@ def _dispatch(request: KernelRequest, constants: LayerConstants, inputs: Sequenc
     result = _float(request, constants, values)
     if not _is_code(request.output):
         return narrow(result, request.output)
-    codes = constants.quantization if isinstance(constants, NormalizationConstants) else constants
+    codes = constants.quantization if isinstance(constants, NormalizationConstants | BiasConstants) else constants
     if not isinstance(codes, QuantizeConstants):
         raise _mismatch(request, constants)
     return _quantized(result, codes, request.output)
@@ -152,6 +154,8 @@ def _float(request: KernelRequest, constants: LayerConstants, values: Sequence[F
         case (Add() as operator, FloatElementwiseConstants() | NoConstants()):
             lower, upper = _parameters(constants, (operator.lower, operator.upper))
             return float_layers.float_add(values[0], values[1], lower, upper)
+        case (BiasAdd(), BiasConstants()):
+            return float_layers.float_bias_add(values[0], constants.bias)
         case (Multiply(), NoConstants()):
             return float_layers.float_multiply(values[0], values[1])
         case (BatchMatmul() as operator, NoConstants()):

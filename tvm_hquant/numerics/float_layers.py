@@ -126,6 +126,12 @@ def float_add(a: FloatArray, b: FloatArray, lower: float, upper: float) -> Float
         return clamp(a + b, lower, upper)
 
 
+def float_bias_add(x: FloatArray, bias: Array) -> FloatArray:
+    """x + bias."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return np.asarray(x + np.asarray(bias, np.float32), np.float32)
+
+
 def float_multiply(a: FloatArray, b: FloatArray) -> FloatArray:
     """a · b."""
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):

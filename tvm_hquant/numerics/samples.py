@@ -15,6 +15,7 @@ from tvm_hquant.operators import (
     Add,
     AveragePool2D,
     BatchMatmul,
+    BiasAdd,
     Concat,
     Conv2D,
     Convert,
@@ -67,6 +68,8 @@ def stacked_operator(operator: Operator, count: int) -> Operator | None:
         case Add() | Unary() | Convert() if operator.shape:
             return replace(operator, shape=_stacked(operator.shape, count))
         case Softmax() if operator.axis != 0:
+            return replace(operator, shape=_stacked(operator.shape, count))
+        case BiasAdd() if len(operator.bias_shape) < len(operator.shape) or operator.bias_shape[:1] == (1,):
             return replace(operator, shape=_stacked(operator.shape, count))
         case GroupNormalization() if operator.axis > 0:
             return replace(operator, shape=_stacked(operator.shape, count))

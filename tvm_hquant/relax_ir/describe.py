@@ -16,6 +16,7 @@ from tvm_hquant.operators import (
     Add,
     AveragePool2D,
     BatchMatmul,
+    BiasAdd,
     Concat,
     Conv2D,
     Dense,
@@ -216,7 +217,10 @@ def _padding(values: Sequence[Any]) -> tuple[int, int, int, int]:
 
 def _add(call: Any) -> Operator | None:
     a, b = call.args
-    if is_constant(a) or is_constant(b) or shape_of(a) != shape_of(b):
+    for data, other in ((a, b), (b, a)):
+        if is_constant(other) and not is_constant(data) and shape_of(data) == shape_of(call):
+            return BiasAdd(shape_of(call), shape_of(other))
+    if shape_of(a) != shape_of(b):
         return None
     return Add(shape_of(call))
 

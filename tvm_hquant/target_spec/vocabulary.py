@@ -7,7 +7,7 @@ OPERATORS_WITH_WEIGHTS: tuple[str, ...] = ("conv2d", "depthwise_conv2d", "groupe
 
 OPERATOR_KINDS: tuple[str, ...] = (
     *OPERATORS_WITH_WEIGHTS,
-    "batch_matmul", "add", "multiply", "average_pool2d", "max_pool2d", "resize2d", "concat", "unary", "softmax",
+    "batch_matmul", "add", "bias_add", "multiply", "average_pool2d", "max_pool2d", "resize2d", "concat", "unary", "softmax",
     "local_response_normalization", "layer_normalization", "group_normalization", "reshape", "permute_dims",
     "strided_slice", "take", "depth_to_space", "pad", "convert", "opaque",
 )  # fmt: skip

@@ -13,6 +13,7 @@ from tvm_hquant.kernels.primitives import Expression, Primitives, centred, conve
 from tvm_hquant.kernels.reference.batch_matmul import reference_batch_matmul
 from tvm_hquant.kernels.reference.blocks import Axes, accumulate, block, inside, intermediate, within_map
 from tvm_hquant.kernels.reference.group_normalization import reference_group_normalization
+from tvm_hquant.kernels.weightless.bias_addition import reference_bias_addition
 from tvm_hquant.kernels.weightless.elementwise import (
     elementwise_form,
     float_ending,
@@ -37,6 +38,7 @@ from tvm_hquant.numerics.movement import unknown_movement
 from tvm_hquant.operators import (
     AveragePool2D,
     BatchMatmul,
+    BiasAdd,
     Concat,
     GroupNormalization,
     LocalResponseNormalization,
@@ -65,6 +67,8 @@ def reference_layer(request: KernelRequest, p: Primitives) -> Kernel | None:
             return reference_resize(request, operator, p)
         case Concat():
             return _concat(request, operator) if same_storage else None
+        case BiasAdd():
+            return reference_bias_addition(request, operator, p)
         case Multiply():
             return reference_multiplication(request, p)
         case BatchMatmul():

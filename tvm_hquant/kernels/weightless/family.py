@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from tvm_hquant.kernels.interface import Kernel, KernelRequest
 from tvm_hquant.kernels.processor import ASSUMED_PROCESSOR, Processor
+from tvm_hquant.kernels.weightless.bias_addition import bias_addition_kernel
 from tvm_hquant.kernels.weightless.elementwise import elementwise_kernel
 from tvm_hquant.kernels.weightless.gating import gating_kernel
 from tvm_hquant.kernels.weightless.group_normalization import group_normalization_kernel
@@ -21,7 +22,7 @@ from tvm_hquant.operators import Add, AveragePool2D, Concat, Convert, MaxPool2D,
 
 @dataclass(frozen=True)
 class CommonFamily:
-    """Add, Multiply, pools, Resize2D, Concat, Movement, Unary, Softmax, LocalResponseNormalization, GroupNormalization
+    """Add, BiasAdd, Multiply, pools, Resize2D, Concat, Movement, Unary, Softmax, LocalResponseNormalization, GroupNormalization
     and Convert.
 
     Attributes:
@@ -60,6 +61,7 @@ class CommonFamily:
             of_table
             or elementwise_kernel(request, self.lanes, processor)
             or gating_kernel(request, self.codes, processor)
+            or bias_addition_kernel(request, self.lanes, processor)
             or multiplication_kernel(request, self.lanes, processor)
             or pool_kernel(request, vector_bytes, processor)
             or movement_kernel(request, vector_bytes, processor)

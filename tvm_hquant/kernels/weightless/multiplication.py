@@ -5,9 +5,7 @@ So squeeze-and-excitation blocks (a map times one factor per channel) stay in co
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from tvm.tirx.script import builder as T
@@ -17,7 +15,6 @@ from tvm_hquant.kernels.interface import (
     Kernel,
     KernelRequest,
     NoConstants,
-    Placement,
 )
 from tvm_hquant.kernels.kernel_function import ArrayType, Buffer, input_place, kernel_function
 from tvm_hquant.kernels.primitives import (
@@ -40,15 +37,15 @@ from tvm_hquant.kernels.vector_loops import (
     fitting_lanes,
     flat,
     flat_loop,
-    load,
     row_loop,
     store,
     vector_loop,
     vectors,
 )
+from tvm_hquant.kernels.weightless.broadcast_rows import BroadcastRows
 from tvm_hquant.kernels.weightless.elementwise import is_code, pack_only
 from tvm_hquant.kernels.work import work
-from tvm_hquant.operators import Multiply, Shape
+from tvm_hquant.operators import Multiply
 
 _INTEGER_TYPES: tuple[ArrayType, ...] = (((1,), "float32"), ((2,), "float32"), ((3,), "int32"))
 
@@ -60,7 +57,7 @@ def multiplication_kernel(
     if not isinstance(request.operator, Multiply) or not _is_uniform(request):
         return None
     places = tuple(input_place(request, number) for number in range(2)) if request.sources else ()
-    geometry = _Rows(request.operator, places)
+    geometry = BroadcastRows(request.operator.output_shape, request.operator.input_shapes, places)
     if not geometry.reaches_places:
         return None
     width = fitting_lanes(geometry.run, lanes)
@@ -69,12 +66,7 @@ def multiplication_kernel(
         sources, target = [flat(buffer) for buffer in inputs], flat(output)
 
         def finish(row: Expression, start: Expression) -> None:
-            values = [
-                load(source, geometry.start(k, row) + start, width)
-                if geometry.is_full(k)
-                else broadcast(source[geometry.start(k, row)], width)
-                for k, source in enumerate(sources)
-            ]
+            values = [geometry.load(source, k, row, start, width) for k, source in enumerate(sources)]
             store(target, row * geometry.run + start, _product(request, LlvmPrimitives(), values, constants), width)
 
         in_all = work(request, geometry.rows * vectors(geometry.run, width) * ARITHMETIC)
@@ -130,70 +122,3 @@ def _product(
     a, b = (convert(centred(code, zero_points[k]), "float32") for k, code in enumerate(values))
     v = p.fma(p.multiply(a, b), broadcast(multiplier[0], lanes_of(a)), float_like(0.0, a))
     return requantize(p, v, bounds[0], bounds[1], zero_points[2], request.output)
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """The output as rows of neighbours, along which every input is either whole or one value.
-
-    ``places`` are those of the inputs' channels in their buffers, if any of these is wider.
-    """
-
-    operator: Multiply
-    places: tuple[Placement, ...] = ()
-
-    @property
-    def padded(self) -> tuple[Shape, ...]:
-        """Input shapes with the rank of the output."""
-        rank = len(self.operator.output_shape)
-        return tuple((1,) * (rank - len(shape)) + shape for shape in self.operator.input_shapes)
-
-    @property
-    def split(self) -> int:
-        """The first axis of a row."""
-        return max(self._first_even_axis, len(self.operator.output_shape) - 1) if self.places else self._first_even_axis
-
-    @property
-    def reaches_places(self) -> bool:
-        """Whether rows are read where they lie: inputs have all channels of a row, or buffers of their own."""
-        last = len(self.operator.output_shape) - 1
-        return not self.places or (self.split == last and all(self.is_full(k) for k in range(len(self.places))))
-
-    @property
-    def _first_even_axis(self) -> int:
-        """The first axis from which on every input is whole, or repeated."""
-        shape = self.operator.output_shape
-        repeats: dict[int, bool] = {}
-        for axis in reversed(range(len(shape))):
-            if shape[axis] == 1:
-                continue
-            for k, own in enumerate(self.padded):
-                if repeats.setdefault(k, own[axis] == 1) != (own[axis] == 1):
-                    return axis + 1
-        return 0
-
-    @property
-    def rows(self) -> int:
-        return math.prod(self.operator.output_shape[: self.split])
-
-    @property
-    def run(self) -> int:
-        """Elements of a row."""
-        return math.prod(self.operator.output_shape[self.split :])
-
-    def is_full(self, k: int) -> bool:
-        """Whether input ``k`` has a value for every element of a row."""
-        return math.prod(self.padded[k][self.split :]) == self.run
-
-    def start(self, k: int, row: Expression) -> Expression:
-        """Where the values of input ``k`` for a row begin."""
-        own, position, step = self.padded[k], T.int32(0), math.prod(self.padded[k][self.split :])
-        if self.places:
-            position, step = T.int32(self.places[k].offset), self.places[k].channels
-        for axis in reversed(range(self.split)):
-            size = self.operator.output_shape[axis]
-            if own[axis] > 1:
-                position = position + T.floormod(row, size) * step
-                step *= size
-            row = T.floordiv(row, size)
-        return position
