@@ -324,7 +324,7 @@ def operator_cases() -> list[NetworkCase]:
             node("Einsum", "stem stem", "p", equation="b c h w, b c v w -> b c v h"),
             node("Einsum", "p wide", "d", equation="bchw,wv->bchv"),
             node("Einsum", "stem d", "last", equation="bchj,bcjv->bchv"),
-        ], random_weights(15, wide=(8, 8))),
+        ], {"wide": random_weights(15, wide=(8, 8))["wide"] / 100}),
         _between("attention_bias", [
             node("Add", "stem bias", "b"), node("Reshape", "b split", "s"), node("Add", "s mask", "m"),
             node("Reshape", "m joined", "j"), node("Softmax", "j", "last", axis=-1),

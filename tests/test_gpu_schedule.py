@@ -119,7 +119,7 @@ WINDOW = Window((3, 3), (2, 2), (1, 1, 1, 1))
         (BatchMatmul(((2, 5, 6), (2, 6, 7)), ((0, 1, 2), (0, 1, 2)), (0, 1, 2)), ("float32", "float32"), 1),
         (MaxPool2D((1, 9, 8, 20), WINDOW), ("uint8",), 1),
         (Softmax((5, 33), 1), ("float32",), 4),
-        (GroupNormalization((5, 33), 1, 1, 1e-5), ("float32",), 3),
+        (GroupNormalization((5, 33), 1, 1, 1e-5), ("float32",), 5),
     ],
 )
 def test_launches_of_kernels(operator: Any, inputs: tuple[Any, ...], launches: int) -> None:

@@ -68,7 +68,8 @@ def reference_group_normalization(request: KernelRequest, operator: GroupNormali
             return exists, inputs[0][place]
 
         def total(sums: Buffer, axes: Axes) -> Expression:
-            return sum_of_partial_sums(p, [sums[(*axes, T.int32(k))] for k in range(depth)])
+            """Bound, so that dlight leaves it a block of its own: what it puts into another one, each element computes."""
+            return p.bind(sum_of_partial_sums(p, [sums[(*axes, T.int32(k))] for k in range(depth)]))
 
         with block("sums", (outer, groups, depth), summed_shape) as (axes, summed):
             exists, stored = element(axes, summed)
