@@ -199,6 +199,18 @@ def test_an_existing_artifact_is_replaced(residual: Artifact, branches: Artifact
     assert names_beside(target) == ["artifact"]
 
 
+def test_a_replaced_artifact_is_loaded_anew(residual: Artifact, branches: Artifact, tmp_path: Path) -> None:
+    """A process that has run what stood in the folder before runs what stands there now, and keeps what it has loaded."""
+    before = load_artifact(residual.save(tmp_path / "artifact").folder)
+    inputs, other = (random_samples(shared_session(model), 1) for model in ("residual", "branches"))
+    outputs = before.run(inputs)
+    after = load_artifact(branches.save(tmp_path / "artifact").folder)
+    for found, expected in zip(after.run(other).values(), expected_outputs("branches", other), strict=True):
+        np.testing.assert_array_equal(found, expected)
+    for name, found in before.run(inputs).items():
+        np.testing.assert_array_equal(found, outputs[name])
+
+
 def test_an_empty_folder_may_become_an_artifact(residual: Artifact, tmp_path: Path) -> None:
     """Such as the one that mktemp made."""
     (tmp_path / "empty").mkdir()

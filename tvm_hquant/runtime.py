@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -42,6 +43,20 @@ def use_all_cores() -> None:
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     os.environ.setdefault("TVM_NUM_THREADS", str(cores))
+
+
+def _load_library(path: Path) -> Any:
+    """Loads a library under a name that none had before.
+
+    The dynamic loader goes by names: asked for a file that took the place of one that this process has loaded, it gives the
+    old one. ``tvm.runtime.load_module`` replaces a link by what it names, ``tvm_ffi.load_module`` does not.
+    """
+    import tvm_ffi
+
+    with tempfile.TemporaryDirectory(prefix="tvm_hquant_") as folder:
+        link = Path(folder) / path.name
+        link.symlink_to(path.resolve())
+        return tvm_ffi.load_module(link)
 
 
 def read_manifest(folder: Path | str) -> dict[str, Any]:
@@ -129,7 +144,7 @@ class Artifact:
                 "run it on its target (with the driver installed), or compile the model with '--target host'"
             )
         try:
-            return tvm.runtime.load_module(str(path))
+            return _load_library(path)
         except (RuntimeError, OSError) as error:
             raise ArtifactError(f"cannot load {path}: {str(error).strip().splitlines()[-1]}") from None
 
