@@ -60,7 +60,8 @@ def find_concat_parts(
         for tensor, shape, source in zip(call.inputs, operator.input_shapes, sources, strict=True):
             placement = Placement(offset, channels)
             offset += shape[-1]
-            maker = makers.get(tensor)
+            # A concatenation whose inputs are written in place has no kernel that could write elsewhere.
+            maker = None if tensor in found else makers.get(tensor)
             kernel = None
             if source is None and readers[tensor] == 1 and maker is not None and maker.request is not None:
                 kernel = kernel_of_same_family(families, replace(maker.request, placement=placement), maker.request)

@@ -123,6 +123,41 @@ def test_the_module_keeps_its_outputs(precision: str) -> None:
         assert {c.layer: c.kernel for c in report.checks}["concat_0"] == "in place"
 
 
+@I.ir_module
+class _Nested:
+    """A concatenation whose inputs are written in place is an input of another one."""
+
+    @R.function
+    def main(
+        x: R.Tensor((1, 6, 6, 8), "float32"),
+        left_weight: R.Tensor((24, 8, 1, 1), "float32"),
+        right_weight: R.Tensor((8, 8, 1, 1), "float32"),
+        outer_weight: R.Tensor((16, 8, 1, 1), "float32"),
+    ) -> R.Tensor((1, 6, 6, 48), "float32"):
+        R.func_attr({"num_input": 1})
+        with R.dataflow():
+            left = R.nn.conv2d(x, left_weight, data_layout="NHWC", kernel_layout="OIHW")
+            right = R.nn.conv2d(x, right_weight, data_layout="NHWC", kernel_layout="OIHW")
+            inner = R.concat((left, right), axis=3)
+            outer = R.nn.conv2d(x, outer_weight, data_layout="NHWC", kernel_layout="OIHW")
+            joined = R.concat((inner, outer), axis=3)
+            R.output(joined)
+        return joined
+
+
+def test_a_concatenation_in_place_is_copied_into_another() -> None:
+    """Its buffer is its own: no kernel of it could write elsewhere."""
+    session = new_session(partition_layers()(with_weights(_Nested, ["y"])))
+    families = families_for_target(session.spec.instruction_sets)
+    modules: dict[str, IRModule] = {}
+    lower(session.mod, uniform_plan(session, "float32"), session.spec, families, modules.__setitem__)
+    inputs = one_sample(session)
+    before, after = (built_outputs(modules[s], *inputs.values()) for s in ("lower_layers", "write_concat_in_place"))
+    np.testing.assert_array_equal(before[0], after[0])
+    copied = modules["write_concat_in_place"]["concat_1_part0"].body.blocks[0].bindings[0].value
+    assert str(copied.op.name) == "relax.call_tir_inplace"
+
+
 @st.composite
 def _placed_cases(draw: st.DrawFn) -> tuple[str, KernelRequest, LayerConstants, list[np.ndarray]]:
     family = draw(st.sampled_from([f for f in ("avx512_vnni", "avx2", "portable") if f in anchors.HOST]))
