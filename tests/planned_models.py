@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -140,11 +140,17 @@ def named_plan(model: str, name: str) -> PrecisionPlan:
 
 @cache
 def stages(model: str, name: str) -> Mapping[str, IRModule]:
-    """The module after every quantization pass, by the name of the pass, with this machine's kernels."""
-    session = shared_session(model)
+    """:func:`plan_stages` of a named plan of a small model."""
+    return plan_stages(shared_session(model), named_plan(model, name))
+
+
+def plan_stages(
+    session: QuantizationSession, plan: PrecisionPlan, instruction_sets: Sequence[str] | None = None
+) -> Mapping[str, IRModule]:
+    """The module after every quantization pass, by the name of the pass, with this machine's kernels unless sets are named."""
     modules: dict[str, IRModule] = {}
-    families = families_for_target(session.spec.instruction_sets, session.spec.processor)
-    lower(session.mod, named_plan(model, name), session.spec, families, modules.__setitem__)
+    families = families_for_target(instruction_sets or session.spec.instruction_sets, session.spec.processor)
+    lower(session.mod, plan, session.spec, families, modules.__setitem__)
     return modules
 
 

@@ -14,16 +14,15 @@ from tvm.script import ir as I
 from tvm.script import relax as R
 
 from tests.kernels import anchor_cases as anchors
-from tests.planned_models import built_outputs, new_session, one_sample, uniform_plan
+from tests.planned_models import built_outputs, new_session, one_sample, plan_stages, uniform_plan
 from tests.small_models import with_weights
 from tvm_hquant import numerics
 from tvm_hquant.artifact import compile_artifact
 from tvm_hquant.channel_shuffles import find_absorbed_shuffles
-from tvm_hquant.compilation import lower
 from tvm_hquant.kernel_graph import KernelCall
 from tvm_hquant.kernels.interface import KernelRequest, Placement
 from tvm_hquant.kernels.reference.family import ReferenceFamily
-from tvm_hquant.kernels.registry import ANCHOR_FAMILIES, families_for_target
+from tvm_hquant.kernels.registry import ANCHOR_FAMILIES
 from tvm_hquant.operators import Conv2D, Epilogue, Movement, Window
 from tvm_hquant.passes.partition_layers import partition_layers
 from tvm_hquant.relax_ir.kernel_calls import REQUEST_ATTRIBUTE
@@ -78,10 +77,9 @@ def _session() -> QuantizationSession:
 @pytest.mark.skipif("avx2" not in anchors.HOST, reason="this CPU has no AVX2")
 def test_a_shuffle_becomes_a_name() -> None:
     """The convolution stores its channels shuffled, and the shuffle gives back what it gets; ``main`` and the outputs stay."""
-    session, modules = _session(), {}
+    session = _session()
     plan = uniform_plan(session, "a8w8")
-    families = families_for_target(("avx2",))
-    lower(session.mod, plan, session.spec, families, modules.__setitem__)
+    modules = plan_stages(session, plan, ("avx2",))
     before, after = modules["realize_quantization"], modules["lower_layers"]
     bare = after["take_0"]
     for attribute in dict(bare.attrs):

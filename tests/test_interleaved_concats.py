@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
 
@@ -12,10 +13,9 @@ from tvm import IRModule
 from tvm.script import ir as I
 from tvm.script import relax as R
 
-from tests.planned_models import built_outputs, new_session, one_sample, uniform_plan
+from tests.planned_models import built_outputs, new_session, one_sample, plan_stages, uniform_plan
 from tests.small_models import assert_calls, with_weights
 from tvm_hquant.artifact import compile_artifact
-from tvm_hquant.compilation import lower
 from tvm_hquant.kernel_graph import IN_PLACE, KernelCall
 from tvm_hquant.kernels.interface import Interleaving, KernelRequest, Placement
 from tvm_hquant.kernels.registry import families_for_target
@@ -119,11 +119,8 @@ def _session() -> QuantizationSession:
 
 
 @cache
-def _stages(precision: str) -> dict[str, IRModule]:
-    session, modules = _session(), {}
-    families = families_for_target(session.spec.instruction_sets)
-    lower(session.mod, uniform_plan(session, precision), session.spec, families, modules.__setitem__)
-    return modules
+def _stages(precision: str) -> Mapping[str, IRModule]:
+    return plan_stages(_session(), uniform_plan(_session(), precision))
 
 
 def test_calls_after_the_pass() -> None:

@@ -14,11 +14,10 @@ from tvm.script import relax as R
 
 from tests.kernels import anchor_cases as anchors
 from tests.kernels.kernel_cases import additions, assert_same_bits, code_unaries, conversions
-from tests.planned_models import built_outputs, new_session, one_sample, uniform_plan
+from tests.planned_models import built_outputs, new_session, one_sample, plan_stages, uniform_plan
 from tests.small_models import with_weights
 from tvm_hquant import numerics
 from tvm_hquant.artifact import compile_artifact
-from tvm_hquant.compilation import lower
 from tvm_hquant.cpu_pipeline import CPU_PIPELINE
 from tvm_hquant.kernel_graph import KernelCall
 from tvm_hquant.kernels.interface import Kernel, KernelRequest
@@ -67,9 +66,9 @@ def test_lowered_layers_write_over_residuals(precision: str) -> None:
 
     The layers and ``main`` stay as they are; the outputs, too; the artifact's check finds the kernels that it has.
     """
-    session, modules = new_session(partition_layers()(with_weights(_Blocks, ["y"]))), {}
-    plan, families = uniform_plan(session, precision), families_for_target(session.spec.instruction_sets)
-    lower(session.mod, plan, session.spec, families, modules.__setitem__)
+    session = new_session(partition_layers()(with_weights(_Blocks, ["y"])))
+    plan = uniform_plan(session, precision)
+    modules = plan_stages(session, plan)
     before, after = modules["realize_quantization"], modules["lower_layers"]
     tvm.ir.assert_structural_equal(before["main"], after["main"], map_free_vars=True)
     calls = {name: after[name].body.blocks[0].bindings[0].value for name in ("first", "second", "third")}

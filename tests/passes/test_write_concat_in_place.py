@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
 
@@ -16,11 +17,10 @@ from tvm.script import relax as R
 
 from tests.kernels import anchor_cases as anchors
 from tests.kernels.kernel_cases import Case, pools
-from tests.planned_models import built_outputs, new_session, one_sample, uniform_plan
+from tests.planned_models import built_outputs, new_session, one_sample, plan_stages, uniform_plan
 from tests.small_models import assert_calls, with_weights
 from tvm_hquant import numerics
 from tvm_hquant.artifact import compile_artifact
-from tvm_hquant.compilation import lower
 from tvm_hquant.cpu_pipeline import CPU_PIPELINE
 from tvm_hquant.kernels.interface import KernelRequest, LayerConstants, NoConstants, Placement
 from tvm_hquant.kernels.registry import families_for_target, select_kernel
@@ -82,11 +82,8 @@ def _session() -> QuantizationSession:
 
 
 @cache
-def _stages(precision: str) -> dict[str, IRModule]:
-    session, modules = _session(), {}
-    families = families_for_target(session.spec.instruction_sets)
-    lower(session.mod, uniform_plan(session, precision), session.spec, families, modules.__setitem__)
-    return modules
+def _stages(precision: str) -> Mapping[str, IRModule]:
+    return plan_stages(_session(), uniform_plan(_session(), precision))
 
 
 def test_calls_after_the_pass() -> None:
@@ -148,9 +145,7 @@ class _Nested:
 def test_a_concatenation_in_place_is_copied_into_another() -> None:
     """Its buffer is its own: no kernel of it could write elsewhere."""
     session = new_session(partition_layers()(with_weights(_Nested, ["y"])))
-    families = families_for_target(session.spec.instruction_sets)
-    modules: dict[str, IRModule] = {}
-    lower(session.mod, uniform_plan(session, "float32"), session.spec, families, modules.__setitem__)
+    modules = plan_stages(session, uniform_plan(session, "float32"))
     inputs = one_sample(session)
     before, after = (built_outputs(modules[s], *inputs.values()) for s in ("lower_layers", "write_concat_in_place"))
     np.testing.assert_array_equal(before[0], after[0])

@@ -11,16 +11,7 @@ from tvm_hquant.kernels.kernel_function import ArrayType, Buffer, kernel_functio
 from tvm_hquant.kernels.primitives import Expression, LlvmPrimitives, Primitives, widen
 from tvm_hquant.kernels.processor import ASSUMED_PROCESSOR, Processor
 from tvm_hquant.kernels.reference.blocks import block
-from tvm_hquant.kernels.vector_loops import (
-    ARITHMETIC,
-    fitting_lanes,
-    flat,
-    flat_loop,
-    row_loop,
-    store,
-    vector_loop,
-    vectors,
-)
+from tvm_hquant.kernels.vector_loops import ARITHMETIC, fitting_lanes, flat, store, vectors
 from tvm_hquant.kernels.weightless.broadcast_rows import BroadcastRows
 from tvm_hquant.kernels.weightless.elementwise import float_ending, is_code, pack_only, stored_float
 from tvm_hquant.kernels.work import work
@@ -44,12 +35,7 @@ def bias_addition_kernel(request: KernelRequest, lanes: int, processor: Processo
             store(target, place, _stored_sum(LlvmPrimitives(), request, x, b, constants[1:]), width)
 
         in_all = work(request, geometry.rows * vectors(geometry.run, width) * ARITHMETIC)
-        if geometry.rows == 1:
-            with flat_loop(geometry.run, width, in_all, processor) as start:
-                finish(T.int32(0), start)
-            return
-        with row_loop(geometry.rows, in_all, processor) as row, vector_loop(geometry.run, width) as start:
-            finish(row, start)
+        geometry.each_vector(width, in_all, processor, finish)
 
     function = kernel_function(request, _types(request, operator), emit)
     return Kernel(request, f"common.bias_add[{width}]", function, pack_only(request, BiasConstants))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from tvm.tirx.script import builder as T
@@ -10,7 +11,8 @@ from tvm.tirx.script import builder as T
 from tvm_hquant.kernels.interface import Placement
 from tvm_hquant.kernels.kernel_function import Buffer
 from tvm_hquant.kernels.primitives import Expression, broadcast
-from tvm_hquant.kernels.vector_loops import load
+from tvm_hquant.kernels.processor import Processor, Work
+from tvm_hquant.kernels.vector_loops import flat_loop, load, row_loop, vector_loop
 from tvm_hquant.operators import Shape
 
 
@@ -85,3 +87,14 @@ class BroadcastRows:
         """Stored neighbours of input ``k``, or its one value for all of them, from an element of a row on."""
         place = self.start(k, row)
         return load(source, place + start, width) if self.is_full(k) else broadcast(source[place], width)
+
+    def each_vector(
+        self, width: int, work: Work, processor: Processor, finish: Callable[[Expression, Expression], None]
+    ) -> None:
+        """Loops over vectors of an output: ``finish`` gets their row, and their first element in it."""
+        if self.rows == 1:
+            with flat_loop(self.run, width, work, processor) as start:
+                finish(T.int32(0), start)
+            return
+        with row_loop(self.rows, work, processor) as row, vector_loop(self.run, width) as start:
+            finish(row, start)

@@ -32,16 +32,7 @@ from tvm_hquant.kernels.primitives import (
 )
 from tvm_hquant.kernels.processor import ASSUMED_PROCESSOR, Processor
 from tvm_hquant.kernels.reference.blocks import block
-from tvm_hquant.kernels.vector_loops import (
-    ARITHMETIC,
-    fitting_lanes,
-    flat,
-    flat_loop,
-    row_loop,
-    store,
-    vector_loop,
-    vectors,
-)
+from tvm_hquant.kernels.vector_loops import ARITHMETIC, fitting_lanes, flat, store, vectors
 from tvm_hquant.kernels.weightless.broadcast_rows import BroadcastRows
 from tvm_hquant.kernels.weightless.elementwise import is_code, pack_only
 from tvm_hquant.kernels.work import work
@@ -70,12 +61,7 @@ def multiplication_kernel(
             store(target, row * geometry.run + start, _product(request, LlvmPrimitives(), values, constants), width)
 
         in_all = work(request, geometry.rows * vectors(geometry.run, width) * ARITHMETIC)
-        if geometry.rows == 1:
-            with flat_loop(geometry.run, width, in_all, processor) as start:
-                finish(T.int32(0), start)
-            return
-        with row_loop(geometry.rows, in_all, processor) as row, vector_loop(geometry.run, width) as start:
-            finish(row, start)
+        geometry.each_vector(width, in_all, processor, finish)
 
     return _kernel(request, f"common.multiply[{width}]", emit)
 
